@@ -1,0 +1,135 @@
+"""Reads a configuration: YAML, then `section.key=value` overrides, then the checks of `config`.
+
+Every failure is a `ConfigError` that names the key, what was given and what would be right.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from dapo_megatron.config import Config
+from dapo_megatron.errors import ConfigError
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read `path` and apply `overrides`, each of the form `section.key=value` with a YAML value.
+
+    Raises:
+        ConfigError: for a file that is not there or not YAML, an unknown key, a wrong type, sizes that do not fit.
+    """
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise ConfigError(f"cannot read the config {path}: {error.strerror}") from error
+    values = _yaml(text, str(path))
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected sections such as model: and data:, got {type(values).__name__}")
+    for override in overrides:
+        _apply(values, override)
+    return parse(values)
+
+
+def parse(values: Mapping[str, Any]) -> Config:
+    """Validate nested plain values.
+
+    Raises:
+        ConfigError: as `load`.
+    """
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(issue) for issue in error.errors())) from error
+
+
+def dump(config: Config) -> str:
+    """The resolved configuration as YAML; `load` reads it back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where} is not YAML: {error}") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads 1e-6 as a number, which YAML 1.1 takes for text."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: list(resolvers) for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r} is not of the form section.key=value")
+    *parents, last = key.split(".")
+    node = values
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"override {override!r}: {parent} is a value, not a section")
+        node = child
+    node[last] = _yaml(text, f"override {override!r}")
+
+
+def _explain(issue: Any) -> str:
+    location = [part for part in issue["loc"] if isinstance(part, str)]
+    key = ".".join(location)
+    given = issue.get("input")
+    match issue["type"]:
+        case "extra_forbidden":
+            return _unknown_key(location)
+        case "missing":
+            return f"{key} is missing, and it has no default"
+        case "value_error":
+            message = str(issue["ctx"]["error"])
+            return f"{key}: {message}" if key else message
+        case _:
+            return f"{key} = {given!r}: {issue['msg'][0].lower()}{issue['msg'][1:]}"
+
+
+def _unknown_key(location: list[str]) -> str:
+    *parents, last = location
+    known = _fields(parents)
+    section = ".".join(parents)
+    message = f"unknown key {'.'.join(location)}"
+    if near := difflib.get_close_matches(last, known, n=1, cutoff=0.6):
+        return f"{message}; did you mean {'.'.join([*parents, near[0]])}?"
+    if elsewhere := difflib.get_close_matches(last, _all_keys(), n=1, cutoff=0.8):
+        return f"{message}; did you mean {_all_keys()[elsewhere[0]]}?"
+    return f"{message}; {section or 'the top level'} knows {', '.join(sorted(known))}"
+
+
+def _fields(parents: Sequence[str]) -> dict[str, Any]:
+    section: type[BaseModel] = Config
+    for parent in parents:
+        section = _section(section.model_fields[parent].annotation)
+    return dict(section.model_fields)
+
+
+def _section(annotation: Any) -> type[BaseModel]:
+    return next(kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type))
+
+
+def _all_keys(section: type[BaseModel] = Config, prefix: str = "") -> dict[str, str]:
+    """Last part of every key -> the whole key."""
+    keys: dict[str, str] = {}
+    for name, info in section.model_fields.items():
+        keys.setdefault(name, prefix + name)
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            keys = {**_all_keys(info.annotation, f"{prefix}{name}."), **keys}
+    return keys

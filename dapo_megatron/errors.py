@@ -1,0 +1,21 @@
+"""Errors that are meant for the person who started the run; the command line prints their text without a traceback."""
+
+
+class DapoError(Exception):
+    """Something a person can act on. The message says what was given, what was expected, and what to do."""
+
+    exit_code = 1
+
+
+class ConfigError(DapoError):
+    """The input of a run cannot work: a config key, a file, a size. Raised before any process is started."""
+
+    exit_code = 2
+
+
+class EngineError(DapoError):
+    """A rollout engine did not start, died, or answered with an error."""
+
+
+class RolloutError(DapoError):
+    """The rollout could not be filled, for example because too few groups were mixed."""

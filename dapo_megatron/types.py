@@ -1,0 +1,230 @@
+"""The values that pass between stages: prompts -> rollout -> reward -> advantage -> pack -> step.
+
+Axes in names and docstrings: L tokens of one sequence (prompt and response), T packed tokens of one micro-batch,
+S segments (sequences) of one micro-batch, G responses of one group.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from torch import Tensor
+
+
+class FinishReason(StrEnum):
+    """Why an engine stopped writing."""
+
+    STOP = "stop"
+    """It wrote an end token, which is part of the completion."""
+    LENGTH = "length"
+    """It ran into the limit on response tokens: the response is truncated."""
+    ABORT = "abort"
+    """The engine gave the request up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One question.
+
+    >>> Prompt(uid="train.jsonl:12", token_ids=(7, 10, 3, 11), text="7+3=", answer="10")  # doctest: +SKIP
+    """
+
+    uid: str
+    """Unique within a data set: file name and line. Two prompts with the same text keep different uids."""
+    token_ids: tuple[int, ...]
+    text: str
+    """The prompt as the model sees it, template applied."""
+    answer: str
+    """The gold answer, as the grader wants it."""
+
+
+@dataclass(frozen=True, slots=True)
+class VersionSpan:
+    """Tokens [start, end) of a completion were sampled by weights `version` (optimizer steps of the policy so far)."""
+
+    version: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One sampled response.
+
+    >>> Completion((10, 2), (-0.11, -0.01), FinishReason.STOP, "10", (VersionSpan(0, 0, 2),))  # doctest: +SKIP
+    """
+
+    token_ids: tuple[int, ...]
+    """Generated tokens only, the end token included when there is one."""
+    logprobs: tuple[float, ...]
+    """Log-probability in nats of each generated token, under the distribution it was sampled from."""
+    finish: FinishReason
+    text: str
+    """The response decoded without special tokens. Untrusted: model output."""
+    versions: tuple[VersionSpan, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.token_ids) != len(self.logprobs):
+            raise ValueError(f"{len(self.token_ids)} tokens but {len(self.logprobs)} log-probs")
+
+    @property
+    def length(self) -> int:
+        """Number of generated tokens, the end token included."""
+        return len(self.token_ids)
+
+    @property
+    def truncated(self) -> bool:
+        return self.finish is FinishReason.LENGTH
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The G responses to one prompt, graded. Every sequence below has G entries.
+
+    >>> Group(prompt, completions, extracted=("10", "9"), correct=(True, False), rewards=(1.0, -1.0))  # doctest: +SKIP
+    """
+
+    prompt: Prompt
+    completions: tuple[Completion, ...]
+    extracted: tuple[str | None, ...]
+    """What the grader read as the answer; None where it found none. Untrusted: model output."""
+    correct: tuple[bool, ...]
+    """Right or wrong, before any shaping. Dynamic sampling looks at this and nothing else."""
+    rewards: tuple[float, ...]
+    """What the advantage is made of: accuracy, format and length penalty together."""
+
+    def __post_init__(self) -> None:
+        sizes = {len(self.completions), len(self.extracted), len(self.correct), len(self.rewards)}
+        if len(sizes) != 1:
+            raise ValueError(f"a group needs as many completions as answers, grades and rewards; got sizes {sizes}")
+
+
+@dataclass(frozen=True, slots=True)
+class TrainSample:
+    """One prompt with one response, ready to be packed.
+
+    >>> TrainSample(
+    ...     token_ids=torch.tensor([7, 10, 3, 11, 10, 2]),                        # prompt, then response
+    ...     loss_mask=torch.tensor([False, False, False, False, True, True]),     # response tokens that are trained on
+    ...     rollout_logprobs=torch.tensor([0.0, 0.0, 0.0, 0.0, -0.11, -0.01]),    # 0 on the prompt
+    ...     advantage=0.87, group=3, policy_version=4)  # doctest: +SKIP
+    """
+
+    token_ids: Tensor
+    """int64 [L]."""
+    loss_mask: Tensor
+    """bool [L]: position t is trained on (token t is predicted from the tokens before it). Position 0 is never."""
+    rollout_logprobs: Tensor
+    """float32 [L], nats, as the engine sampled them; 0 where loss_mask is False."""
+    advantage: float
+    group: int
+    """Index of the group among the groups of this rollout."""
+    policy_version: int
+    """Oldest version among the weights that wrote the response."""
+
+    def __post_init__(self) -> None:
+        shape = self.token_ids.shape
+        if self.loss_mask.shape != shape or self.rollout_logprobs.shape != shape or len(shape) != 1:
+            raise ValueError(
+                f"token_ids {tuple(shape)}, loss_mask {tuple(self.loss_mask.shape)} and rollout_logprobs "
+                f"{tuple(self.rollout_logprobs.shape)} must be one-dimensional and alike"
+            )
+
+    @property
+    def length(self) -> int:
+        return self.token_ids.shape[0]
+
+    @property
+    def loss_tokens(self) -> int:
+        return int(self.loss_mask.sum())
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """Sequences packed end to end without padding between them (THD layout), inputs beside their labels.
+
+    A sequence of L tokens fills L-1 slots: slot t holds token t as input and token t+1 as label. Where a layout wants
+    sizes that divide (sequence or context parallel), slots with label 0 and loss_mask False fill the gap.
+
+    >>> MicroBatch(
+    ...     tokens_T=torch.tensor([7, 10, 3, 11, 10]), labels_T=torch.tensor([10, 3, 11, 10, 2]),
+    ...     positions_T=torch.tensor([0, 1, 2, 3, 4]), cu_seqlens=torch.tensor([0, 5], dtype=torch.int32),
+    ...     loss_mask_T=torch.tensor([False, False, False, True, True]),
+    ...     advantages_T=torch.full((5,), 0.87), weights_T=torch.ones(5),
+    ...     rollout_logprobs_T=torch.tensor([0.0, 0.0, 0.0, -0.11, -0.01]))  # doctest: +SKIP
+    """
+
+    tokens_T: Tensor
+    """int64 [T]."""
+    labels_T: Tensor
+    """int64 [T]."""
+    positions_T: Tensor
+    """int64 [T]: 0, 1, 2, ... starting again with every sequence."""
+    cu_seqlens: Tensor
+    """int32 [S+1]: sequence s fills slots cu_seqlens[s] to cu_seqlens[s+1], its own padding included."""
+    loss_mask_T: Tensor
+    """bool [T]: the label of this slot is trained on."""
+    advantages_T: Tensor
+    """float32 [T]."""
+    weights_T: Tensor
+    """float32 [T]: weight of a token in the loss. All 1 for the token-level loss; for other scopes (see
+    `pack.weights`) scaled so that the weights of a mini-batch's loss tokens sum to their number."""
+    rollout_logprobs_T: Tensor
+    """float32 [T], nats."""
+    old_logprobs_T: Tensor | None = None
+    """float32 [T], nats: the policy at the start of the step, computed by the trainer."""
+    ref_logprobs_T: Tensor | None = None
+    """float32 [T], nats: the frozen reference, where the loss asks for one."""
+
+    @property
+    def tokens(self) -> int:
+        """T: slots, padding included."""
+        return self.tokens_T.shape[0]
+
+    @property
+    def loss_tokens(self) -> int:
+        return int(self.loss_mask_T.sum())
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What one data-parallel rank does between two optimizer steps.
+
+    >>> Update(micro_batches=(first, second), loss_tokens=13_107)  # doctest: +SKIP
+    """
+
+    micro_batches: tuple[MicroBatch, ...]
+    """This rank's share. Every rank has the same number; one may have no loss tokens."""
+    loss_tokens: int
+    """Unmasked tokens of the whole mini-batch: all micro-batches of all ranks. The denominator of the loss."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What an optimizer step did. The same on every rank.
+
+    >>> StepResult(loss=-0.031, grad_norm=0.42, lr=1e-6, loss_tokens=13_107,
+    ...     metrics={"clip_fraction_high": 0.004})  # doctest: +SKIP
+    """
+
+    loss: float
+    """Mean over the loss tokens of the mini-batch, all ranks."""
+    grad_norm: float
+    """Before clipping."""
+    lr: float
+    loss_tokens: int
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Exact token means over the mini-batch; names that end in `_max` are maxima."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLoss:
+    """What a loss gives for one micro-batch. Sums, never means: the reduction divides once, by the global count."""
+
+    loss_sum: Tensor
+    """0-d: the sum over unmasked tokens of what is minimised; carries the gradient."""
+    loss_tokens: Tensor
+    """0-d int64: how many tokens that sum is over."""
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    """0-d, detached: sums over the same tokens, except names that end in `_max`, which are maxima."""
