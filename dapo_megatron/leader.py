@@ -1,0 +1,125 @@
+"""What only rank 0 has: prompts, engines, graders and the record of the run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch import Tensor
+
+from dapo_megatron.actor.topology import Topology
+from dapo_megatron.algo.filter import is_mixed
+from dapo_megatron.algo.samples import to_samples
+from dapo_megatron.config import Config
+from dapo_megatron.data.prompts import load_prompts
+from dapo_megatron.data.stream import PromptStream
+from dapo_megatron.data.tokenizer import end_token_ids, load_tokenizer
+from dapo_megatron.eval.evaluate import EvalResult, evaluate
+from dapo_megatron.obs.metrics import step_metrics
+from dapo_megatron.obs.observer import Observer
+from dapo_megatron.pack import pack
+from dapo_megatron.reward.judge import Judge
+from dapo_megatron.rollout.collect import Rollout, collect
+from dapo_megatron.rollout.engine import Sampling
+from dapo_megatron.rollout.engines import Engines
+from dapo_megatron.types import Group, StepResult, Update
+from dapo_megatron.weights.gloo import GlooPublisher
+
+
+class Leader:
+    """Draws prompts, samples and grades responses, packs them for the ranks, and keeps the record.
+
+    Engines start in the background while the ranks build the actor; call `wait_for_engines` before anything else.
+    """
+
+    def __init__(self, config: Config, topo: Topology, obs: Observer) -> None:
+        self.config, self.topo, self.obs = config, topo, obs
+        self._started = time.monotonic()
+        tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
+        self._stop = end_token_ids(tokenizer, config.rollout.stop_token_ids)
+        self._prompts = PromptStream(load_prompts(config.data, tokenizer, config.data.train), config.train.seed)
+        self._held_out = load_prompts(config.data, tokenizer, config.eval.data) if config.eval.data else []
+        self._evaluations: dict[str, EvalResult] = {}
+        self._carried: Sequence[Group] = ()
+        self._rollout: Rollout | None = None
+        self.judge = Judge(config.reward, config.rollout.max_response_tokens)
+        self.engines = Engines(config, config.run.folder, lambda ids: tokenizer.decode(ids, skip_special_tokens=True))
+        self._publisher: GlooPublisher | None = None
+
+    def wait_for_engines(self) -> None:
+        with self.obs.phase("starting engines"):
+            self.engines.wait_ready()
+            self._publisher = GlooPublisher(self.engines, bucket_bytes=self.config.weights.bucket_mib << 20)
+
+    def collect(self, step: int) -> list[list[Update]]:
+        """Sample until there are enough groups to train on; returns the updates of every data-parallel rank."""
+        config = self.config
+        self._rollout = self.engines.run(
+            collect(
+                self.engines,
+                self._prompts.take,
+                self.judge,
+                config.rollout,
+                is_mixed=is_mixed,
+                sampling=Sampling.from_config(config.rollout, self._stop),
+                carried=self._carried,
+            )
+        )
+        self._carried = self._rollout.carried
+        samples = to_samples(self._rollout.groups, config.algo, filter_truncated=config.reward.overlong.filter)
+        return pack(
+            samples,
+            mini_batch=config.train.mini_batch,
+            micro_batch_tokens=config.train.micro_batch_tokens,
+            data_parallel=self.topo.dp,
+            scope=config.algo.loss_scope,
+            seed=config.train.seed + step,
+            sequence_multiple=2 * self.topo.cp if self.topo.cp > 1 else 1,
+            total_multiple=self.topo.tp if config.parallel.sequence_parallel else 1,
+        )
+
+    def publish(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        assert self._publisher, "wait_for_engines comes first"
+        self._publisher.push(weights, version)
+
+    def log(self, step: int, policy: Mapping[str, float], results: Sequence[StepResult]) -> None:
+        assert self._rollout, "collect comes first"
+        self.obs.step(step, step_metrics(self._rollout.stats, policy, results), self._rollout.groups)
+
+    def evaluate(self, when: str) -> None:
+        """Measure accuracy on the held-out prompts, where the config has any."""
+        if not self._held_out:
+            return
+        with self.obs.phase(f"evaluating ({when})"):
+            result = self.engines.run(
+                evaluate(
+                    self.engines,
+                    self._held_out,
+                    self.judge,
+                    self.config.eval,
+                    max_tokens=self.config.rollout.max_response_tokens,
+                    stop_token_ids=self._stop,
+                )
+            )
+        self._evaluations[when] = result
+        self.obs.evaluation(when, result)
+
+    def summarise(self) -> None:
+        """Write summary.json: the held-out accuracy and length before and after, where there is held-out data."""
+        summary: dict[str, float | int | str] = {
+            "seconds": round(time.monotonic() - self._started, 1),
+            "seed": self.config.train.seed,
+            "steps": self.config.train.steps,
+        }
+        for name, when in (("base", "before"), ("final", "after")):
+            if result := self._evaluations.get(when):
+                summary[f"{name}_accuracy"] = result.accuracy
+                summary[f"{name}_length"] = result.mean_length
+        self.obs.summary(summary)
+
+    def close(self) -> None:
+        """End engines and graders. Safe to call at any point, also after a failure."""
+        if self._publisher:
+            self._publisher.close()
+        self.engines.close()
+        self.judge.close()

@@ -1,0 +1,106 @@
+"""The training loop. Every rank runs it: `torchrun ... -m dapo_megatron.train CONFIG [section.key=value ...]`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from pathlib import Path
+from types import FrameType
+
+from dapo_megatron import config_file
+from dapo_megatron.actor import topology
+from dapo_megatron.actor.actor import Actor
+from dapo_megatron.algo.objective import DapoLoss, sampler_mismatch
+from dapo_megatron.config import Config, OptimizerConfig
+from dapo_megatron.errors import DapoError
+from dapo_megatron.leader import Leader
+from dapo_megatron.obs.observer import NullObserver, Observer, RunObserver
+from dapo_megatron.preflight import preflight
+from dapo_megatron.weights.hf import HfCheckpoint
+from dapo_megatron.weights.publish import drain
+
+
+def train(config: Config, obs: Observer) -> None:
+    """Run `config` to its end. Called on every rank of the job; only the leader's `obs` shows anything."""
+    with ExitStack() as stack:
+        topo = topology.initialize(config.parallel)
+        stack.callback(topology.shutdown)
+        leader = stack.enter_context(closing(Leader(config, topo, obs))) if topo.is_leader else None
+
+        with obs.phase("building the actor"):
+            checkpoint = HfCheckpoint(config.model.path, trust_remote_code=config.model.trust_remote_code)
+            actor = Actor(config, topo, load_weights=checkpoint.load)
+            reference = None
+            if config.algo.kl.coef > 0:
+                reference = Actor(config, topo, load_weights=checkpoint.load, trainable=False)
+        loss = DapoLoss(config.algo)
+
+        if leader:
+            leader.wait_for_engines()
+            leader.evaluate("before")
+        for step in range(config.train.steps):
+            with obs.phase("rollout"):
+                updates = topology.scatter(leader.collect(step) if leader else None, topo)
+            with obs.phase("logprobs"):
+                updates, policy = actor.with_old_logprobs(updates, statistics=sampler_mismatch)
+                if reference:
+                    updates = reference.with_ref_logprobs(updates)
+            with obs.phase("update"):
+                results = [actor.step(update, loss, lr=learning_rate(config.optimizer, step)) for update in updates]
+            with obs.phase("publish"):
+                weights = checkpoint.export(actor.chunks)
+                leader.publish(weights, version=step + 1) if leader else drain(weights)
+            if leader:
+                leader.log(step, policy, results)
+                if config.eval.due(step + 1) and step + 1 < config.train.steps:
+                    leader.evaluate(f"step {step + 1}")
+
+        if config.run.save_hf:
+            with obs.phase("saving"):
+                checkpoint.save(actor.chunks, config.run.folder / "hf")
+        if leader:
+            leader.evaluate("after")
+            leader.summarise()
+
+
+def learning_rate(optimizer: OptimizerConfig, step: int) -> float:
+    """Linear warm-up over rollout steps, then constant.
+
+    Departs from verl's scripts, whose factor starts at 0 so that the first rollout trains nothing: here step k runs
+    at (k+1)/warmup_steps.
+    """
+    return optimizer.lr * min(1.0, (step + 1) / max(1, optimizer.warmup_steps))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point under torchrun. Returns the exit code: 2 for input that cannot work, 1 for a run that failed."""
+    path, *overrides = sys.argv[1:] if argv is None else argv
+    signal.signal(signal.SIGTERM, _terminate)
+    leads = int(os.environ.get("RANK", "0")) == 0
+    try:
+        config = config_file.load(Path(path), overrides)
+        if leads:
+            preflight(config, int(os.environ.get("WORLD_SIZE", "1")))
+        with closing(RunObserver(config) if leads else NullObserver()) as obs:
+            train(config, obs)
+    except DapoError as error:
+        if leads:
+            print(f"dapo-megatron: error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    except KeyboardInterrupt:
+        if leads:
+            print("dapo-megatron: interrupted", file=sys.stderr, flush=True)
+        return 130
+    return 0
+
+
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    """Turn SIGTERM into an exception, so that engines are ended and files closed on the way out."""
+    sys.exit(128 + signum)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

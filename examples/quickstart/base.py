@@ -1,0 +1,142 @@
+"""Trains the base model of the quick-start by supervised steps, through the same actor that DAPO uses.
+
+Run on every rank: `torchrun --nproc-per-node 2 -m examples.quickstart.base FOLDER SEED`. Leaves in FOLDER a Hugging Face
+checkpoint `base/`, `train.jsonl`, `heldout.jsonl`, and `base.json` with what it was made from and how long it took.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from rich.progress import track
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from dapo_megatron.actor import topology
+from dapo_megatron.actor.actor import Actor
+from dapo_megatron.algo.objective import LikelihoodLoss
+from dapo_megatron.config_file import parse
+from dapo_megatron.pack import pack
+from dapo_megatron.types import TrainSample
+from dapo_megatron.weights.hf import HfCheckpoint
+from examples.quickstart import sums
+
+STEPS = 900
+BATCH = 128
+RATE = 2e-3
+WARMUP = 50
+TRAIN_PROBLEMS = 8192
+HELD_OUT_PROBLEMS = 512
+
+RECIPE = {
+    "steps": STEPS,
+    "batch": BATCH,
+    "rate": RATE,
+    "problems": [TRAIN_PROBLEMS, HELD_OUT_PROBLEMS],
+    "guesses": sums.GUESSES,
+    "guess_error": sums.GUESS_ERROR,
+    "slips": sums.SLIPS,
+}
+
+
+def untrained(seed: int) -> Qwen2ForCausalLM:
+    """A Qwen2 of 0.8M parameters."""
+    torch.manual_seed(seed)
+    return Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=32,
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=256,
+            tie_word_embeddings=True,
+            eos_token_id=sums.VOCABULARY.index(sums.END),
+            pad_token_id=sums.VOCABULARY.index(sums.END),
+        )
+    )
+
+
+def batches(problems: list[sums.Numbers], tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[list[TrainSample]]:
+    """Endless batches of demonstrations, the same on every rank."""
+    rng = random.Random(seed)
+    end = tokenizer.eos_token_id
+    while True:
+        batch = []
+        for index in range(BATCH):
+            numbers = rng.choice(problems)
+            prompt = tokenizer.encode(sums.question(numbers))
+            response = [*tokenizer.encode(sums.demonstration(numbers, rng)), end]
+            tokens = torch.tensor(prompt + response)
+            batch.append(
+                TrainSample(
+                    token_ids=tokens,
+                    loss_mask=torch.arange(len(tokens)) >= len(prompt),
+                    rollout_logprobs=torch.zeros(len(tokens)),
+                    advantage=0.0,
+                    group=index,
+                    policy_version=0,
+                )
+            )
+        yield batch
+
+
+def rate(step: int) -> float:
+    """Linear warm-up, then linear decay to a tenth."""
+    return RATE * min(1.0, (step + 1) / WARMUP) * max(0.1, 1 - step / STEPS)
+
+
+def main(folder: Path, seed: int) -> None:
+    started = time.monotonic()
+    config = parse(
+        {
+            "model": {"path": str(folder / "untrained"), "dtype": "float32"},
+            "data": {"train": str(folder / "train.jsonl"), "max_prompt_tokens": 16},
+            "rollout": {"max_response_tokens": 64},
+            "reward": {"overlong": {"cache": 16}},
+            "train": {"micro_batch_tokens": 8192},
+            "optimizer": {"weight_decay": 0.01},
+        }
+    )
+    topo = topology.initialize(config.parallel)
+    held_out, problems = sums.split(seed, HELD_OUT_PROBLEMS, TRAIN_PROBLEMS)
+    tokenizer = sums.tokenizer()
+    if topo.is_leader:
+        folder.mkdir(parents=True, exist_ok=True)
+        sums.write(folder / "heldout.jsonl", held_out)
+        sums.write(folder / "train.jsonl", problems)
+        untrained(seed).save_pretrained(folder / "untrained")
+        tokenizer.save_pretrained(folder / "untrained")
+    topology.broadcast(None, topo)
+
+    checkpoint = HfCheckpoint(config.model.path)
+    actor = Actor(config, topo, load_weights=checkpoint.load)
+    loss = LikelihoodLoss()
+    demonstrations = batches(problems, tokenizer, seed)
+    for step in track(range(STEPS), description="Training the base model", disable=not topo.is_leader):
+        updates = pack(
+            next(demonstrations),
+            mini_batch=BATCH,
+            micro_batch_tokens=config.train.micro_batch_tokens,
+            data_parallel=topo.dp,
+            scope="token",
+            seed=step,
+        )
+        result = actor.step(updates[topo.dp_rank][0], loss, lr=rate(step))
+        if topo.is_leader and (step + 1) % 100 == 0:
+            print(f"  step {step + 1}: {result.loss:.4f} nats per token", flush=True)
+    checkpoint.save(actor.chunks, folder / "base")
+    if topo.is_leader:
+        made_from = {**RECIPE, "seed": seed, "seconds": round(time.monotonic() - started, 1)}
+        (folder / "base.json").write_text(json.dumps(made_from, indent=1) + "\n")
+    topology.shutdown()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))
