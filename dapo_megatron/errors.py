@@ -19,3 +19,7 @@ class EngineError(DapoError):
 
 class RolloutError(DapoError):
     """The rollout could not be filled, for example because too few groups were mixed."""
+
+
+class GradingError(DapoError):
+    """The processes that grade responses could not be started, or were closed while grading."""

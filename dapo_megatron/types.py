@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:  # graders and the command line read these types and start without torch
+    from torch import Tensor
 
 
 class FinishReason(StrEnum):

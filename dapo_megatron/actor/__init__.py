@@ -1,0 +1,1 @@
+"""The policy on Megatron-core: topology, model, log-probs, optimizer steps."""

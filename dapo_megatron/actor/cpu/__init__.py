@@ -1,0 +1,53 @@
+"""Megatron-core on a machine without CUDA. Everything that differs from the GPU path is in this folder.
+
+`enable()` is called once per process, before any model is built; the rest is chosen by `model.py`:
+`block_spec` for the layers, `CONFIG` for the switches of kernels that exist on CUDA only.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+CONFIG: dict[str, Any] = {
+    "bias_activation_fusion": False,
+    "bias_dropout_fusion": False,
+    "masked_softmax_fusion": False,
+    "gradient_accumulation_fusion": False,
+    "apply_rope_fusion": False,
+    "persist_layer_norm": False,
+}
+"""Fields of TransformerConfig: no kernel that needs CUDA, Apex or Transformer Engine."""
+
+_enabled = False
+
+
+def enable() -> None:
+    """Make the megatron.core and mbridge modules of this process run on CPU. Later calls do nothing."""
+    global _enabled
+    if _enabled:
+        return
+    from dapo_megatron.actor.cpu import adam, rope, shim
+
+    shim.install()
+    adam.install()
+    rope.install()
+    _enabled = True
+
+
+def block_spec(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """Layers of one model chunk: Megatron's own linear layers, with attention and norms that CPU has kernels for."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+
+    from dapo_megatron.actor.cpu.attention import PackedAttention
+    from dapo_megatron.actor.cpu.norm import RMSNorm
+
+    layer: Any = get_gpt_layer_local_spec(normalization="RMSNorm")
+    layer.submodules.self_attention.submodules.core_attention = PackedAttention
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+    layers = get_num_layers_to_build(config, vp_stage=vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm)

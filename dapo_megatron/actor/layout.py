@@ -1,0 +1,71 @@
+"""Which models the actor can train and which layouts they allow. Light: needs neither megatron nor torch.distributed,
+so that a run can be refused before any process is started.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dapo_megatron.config import ParallelConfig
+from dapo_megatron.errors import ConfigError
+
+SUPPORTED = ("qwen2",)
+"""`model_type` of the Hugging Face configs that `model.py` builds and `weights.hf` loads."""
+
+_VOCAB_MULTIPLE = 16
+"""Rows of the vocabulary per rank are a multiple of this, which FP8 and tensor cores want."""
+
+
+def check_layout(hf_config: Any, parallel: ParallelConfig) -> None:
+    """Refuse a model that the actor does not support, or that does not split this way.
+
+    Args:
+        hf_config: what `transformers.AutoConfig.from_pretrained` gives.
+
+    Raises:
+        ConfigError: naming the sizes and what would work.
+    """
+    model_type = getattr(hf_config, "model_type", None)
+    if model_type not in SUPPORTED:
+        raise ConfigError(f"model: architecture {model_type!r} is not supported; supported: {', '.join(SUPPORTED)}")
+    _check_variant(hf_config)
+    heads, groups = hf_config.num_attention_heads, hf_config.num_key_value_heads
+    for axis, ranks, name, size in (
+        ("tp", parallel.tp, "num_attention_heads", heads),
+        ("tp", parallel.tp, "num_key_value_heads", groups),
+        ("tp", parallel.tp, "intermediate_size", hf_config.intermediate_size),
+        ("pp", parallel.pp, "num_hidden_layers", hf_config.num_hidden_layers),
+    ):
+        if size % ranks:
+            raise ConfigError(
+                f"parallel: {axis}({ranks}) does not divide the model's {name}({size}); "
+                f"choose a divisor of {size}: {', '.join(str(n) for n in range(1, size + 1) if size % n == 0)}"
+            )
+
+
+def _check_variant(hf_config: Any) -> None:
+    rope_type = rope_parameters(hf_config).get("rope_type", "default")
+    for name, value, wanted in (
+        ("rope_parameters.rope_type", rope_type, "default"),
+        ("use_sliding_window", getattr(hf_config, "use_sliding_window", False), False),
+        ("hidden_act", hf_config.hidden_act, "silu"),
+        ("attention_dropout", getattr(hf_config, "attention_dropout", 0.0), 0.0),
+    ):
+        if value != wanted:
+            raise ConfigError(f"model: {name} is {value!r} in config.json; only {wanted!r} is supported")
+
+
+def rope_parameters(hf_config: Any) -> dict[str, Any]:
+    """Settings of the rotary embedding: `rope_theta`, `rope_type`."""
+    return getattr(hf_config, "rope_parameters", None) or {"rope_theta": hf_config.rope_theta}
+
+
+def head_size(hf_config: Any) -> int:
+    """Width of one attention head."""
+    return getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
+
+
+def padded_vocab(vocab_size: int, tp: int) -> int:
+    """Rows of the embedding over all tensor-parallel ranks: every rank has as many, a multiple of 16."""
+    multiple = _VOCAB_MULTIPLE * tp
+    return -(-vocab_size // multiple) * multiple

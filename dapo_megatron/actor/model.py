@@ -1,0 +1,101 @@
+"""The policy as Megatron's GPTModel, sized by a Hugging Face config."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state as mpu
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from dapo_megatron.actor import cpu
+from dapo_megatron.actor.layout import head_size, padded_vocab, rope_parameters
+from dapo_megatron.config import ModelConfig, ParallelConfig
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def read_hf_config(path: Path, *, trust_remote_code: bool = False) -> Any:
+    """The model's config.json, as transformers reads it."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+
+
+def transformer_config(hf_config: Any, model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
+    """Megatron's config for this model and layout. Expects a model that `layout.check_layout` accepts."""
+    dtype = DTYPES[model.dtype]
+    virtual_stages = mpu.get_virtual_pipeline_model_parallel_world_size()
+    settings: dict[str, Any] = {
+        "num_layers": hf_config.num_hidden_layers,
+        "hidden_size": hf_config.hidden_size,
+        "ffn_hidden_size": hf_config.intermediate_size,
+        "num_attention_heads": hf_config.num_attention_heads,
+        "num_query_groups": hf_config.num_key_value_heads,
+        "kv_channels": head_size(hf_config),
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": hf_config.rms_norm_eps,
+        "activation_func": F.silu,
+        "gated_linear_unit": True,
+        "add_bias_linear": False,
+        "add_qkv_bias": True,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype is torch.bfloat16,
+        "tensor_model_parallel_size": parallel.tp,
+        "pipeline_model_parallel_size": parallel.pp,
+        "virtual_pipeline_model_parallel_size": virtual_stages,
+        "context_parallel_size": parallel.cp,
+        "sequence_parallel": parallel.sequence_parallel,
+        # Micro-batches differ in length, and stages must tell each other how much comes.
+        "variable_seq_lengths": True,
+        # Not used by a dense model; the default one is refused together with variable lengths.
+        "moe_token_dispatcher_type": "alltoall",
+        # Sums are divided once, by the number of tokens of the whole mini-batch.
+        "calculate_per_token_loss": True,
+        # Every parameter comes out of the checkpoint.
+        "perform_initialization": False,
+        "apply_rope_fusion": True,
+        # With several chunks per stage, any other combination gives wrong gradients without a word.
+        "overlap_p2p_comm": virtual_stages is not None,
+        "batch_p2p_comm": virtual_stages is None,
+        "deallocate_pipeline_outputs": virtual_stages is None,
+    }
+    if model.recompute == "full":
+        settings |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    if not torch.cuda.is_available():
+        settings |= cpu.CONFIG
+    return TransformerConfig(**settings)
+
+
+def build_chunks(hf_config: Any, config: TransformerConfig) -> list[GPTModel]:
+    """The chunks of the model that this rank holds (one, unless pipeline stages are virtual), not initialised."""
+    stages = config.virtual_pipeline_model_parallel_size
+    return [_build_chunk(hf_config, config, stage) for stage in ([None] if stages is None else range(stages))]
+
+
+def _build_chunk(hf_config: Any, config: TransformerConfig, stage: int | None) -> GPTModel:
+    if torch.cuda.is_available():
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+
+        spec: Any = get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=stage)
+    else:
+        spec = cpu.block_spec(config, stage)
+    chunk = GPTModel(
+        config,
+        spec,
+        vocab_size=padded_vocab(hf_config.vocab_size, config.tensor_model_parallel_size),
+        max_sequence_length=hf_config.max_position_embeddings,
+        pre_process=mpu.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
+        post_process=mpu.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
+        share_embeddings_and_output_weights=bool(hf_config.tie_word_embeddings),
+        position_embedding_type="rope",
+        rotary_base=rope_parameters(hf_config)["rope_theta"],
+        vp_stage=stage,
+    )
+    return chunk.cuda() if torch.cuda.is_available() else chunk

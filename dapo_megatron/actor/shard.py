@@ -1,0 +1,83 @@
+"""A rank's own part of a micro-batch under context parallel, and the way back.
+
+A sequence of L slots is cut into 2n chunks; rank r of n holds chunks r and 2n-1-r, as Megatron and Transformer Engine
+want it, so that every rank has the same share of the causal triangle.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+from dapo_megatron.errors import DapoError
+from dapo_megatron.types import MicroBatch
+
+
+class LayoutError(DapoError, RuntimeError):
+    """A micro-batch whose sizes do not divide the way the layout needs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """What one rank computes of one micro-batch."""
+
+    batch: MicroBatch
+    """This rank's slots; its cu_seqlens count them."""
+    packed: PackedSeqParams
+    """The sequences of the whole context-parallel group, as Megatron wants them told."""
+
+
+def make_shard(
+    batch: MicroBatch, *, cp: int, cp_rank: int, sequence_parallel_ranks: int, device: torch.device
+) -> Shard:
+    """Cut a micro-batch of the whole context-parallel group and move the part to `device`.
+
+    Args:
+        sequence_parallel_ranks: tensor-parallel ranks that split the slots further; 1 without sequence parallel.
+
+    Raises:
+        LayoutError: where a sequence is no multiple of 2 x cp slots, or the part does not split over the ranks.
+    """
+    lengths = (batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).tolist()
+    odd = [length for length in lengths if cp > 1 and length % (2 * cp)]
+    if odd:
+        raise LayoutError(
+            f"context parallel cuts a sequence into 2 x cp({cp}) = {2 * cp} equal chunks, but one has {odd[0]} slots; "
+            f"pad every sequence to a multiple of {2 * cp}"
+        )
+    if batch.tokens // cp % sequence_parallel_ranks:
+        raise LayoutError(
+            f"sequence parallel splits slots({batch.tokens}) / cp({cp}) = {batch.tokens // cp} over "
+            f"tp({sequence_parallel_ranks}); pad the micro-batch to a multiple of {cp * sequence_parallel_ranks}"
+        )
+    cu_seqlens = batch.cu_seqlens.to(device)
+    longest = max(lengths, default=0)
+    packed = PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        cu_seqlens_q_padded=cu_seqlens,
+        cu_seqlens_kv_padded=cu_seqlens,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )
+    mine = slots_of(batch.cu_seqlens, cp, cp_rank) if cp > 1 else None
+
+    def part(x_T: Tensor | None) -> Tensor | None:
+        return None if x_T is None else (x_T if mine is None else x_T[mine]).to(device)
+
+    fields = {name: part(getattr(batch, name)) for name in MicroBatch.__dataclass_fields__ if name.endswith("_T")}
+    return Shard(replace(batch, cu_seqlens=cu_seqlens // cp, **fields), packed)
+
+
+def slots_of(cu_seqlens: Tensor, cp: int, cp_rank: int) -> Tensor:
+    """int64 [T / cp]: the slots of a micro-batch that this rank holds, in its order."""
+    slots = []
+    bounds = cu_seqlens.tolist()
+    for start, end in zip(bounds, bounds[1:], strict=False):
+        chunks = torch.arange(start, end).chunk(2 * cp)
+        slots += [chunks[cp_rank], chunks[2 * cp - 1 - cp_rank]]
+    return torch.cat(slots) if slots else torch.empty(0, dtype=torch.int64)

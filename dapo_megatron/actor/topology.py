@@ -1,0 +1,144 @@
+"""Who is where: the ranks of a run and their groups.
+
+Ranks count tensor parallel fastest, then context, data, and pipeline parallel (Megatron's own order):
+rank = tp_rank + tp x (cp_rank + cp x (dp_rank + dp x pp_rank)).
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+
+from dapo_megatron.config import ParallelConfig
+
+T = TypeVar("T")
+
+TIMEOUT = timedelta(hours=4)
+"""How long a rank waits for the others. The leader samples while the rest waits, which may take an hour."""
+
+_host_group: dist.ProcessGroup | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """Where this process stands.
+
+    >>> Topology(rank=3, world_size=4, tp=2, pp=1, cp=1, dp=2, tp_rank=1, pp_rank=0, cp_rank=0, dp_rank=1)
+    Topology(rank=3, world_size=4, tp=2, pp=1, cp=1, dp=2, tp_rank=1, pp_rank=0, cp_rank=0, dp_rank=1)
+    """
+
+    rank: int
+    world_size: int
+    tp: int
+    pp: int
+    cp: int
+    dp: int
+    tp_rank: int
+    pp_rank: int
+    cp_rank: int
+    dp_rank: int
+
+    @property
+    def is_leader(self) -> bool:
+        """The one rank that talks to engines and writes files."""
+        return self.rank == 0
+
+    @property
+    def device(self) -> torch.device:
+        if torch.cuda.is_available():
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("cpu")
+
+
+def initialize(parallel: ParallelConfig, *, seed: int = 0, timeout: timedelta = TIMEOUT) -> Topology:
+    """Join the process group and split it. Reads torchrun's environment; without it, this is a run of one process.
+
+    Args:
+        seed: of torch and of Megatron's random states.
+        timeout: of every collective, those that wait for the leader's rollout included.
+
+    Raises:
+        ConfigError: where tp x pp x cp does not divide the number of ranks.
+    """
+    global _host_group
+    from megatron.core import parallel_state as mpu
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    dp = parallel.data_parallel(world_size)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        backend = "nccl"
+    else:
+        from dapo_megatron.actor import cpu
+
+        cpu.enable()
+        backend = "gloo"
+    if "MASTER_ADDR" in os.environ:
+        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    mpu.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tp,
+        pipeline_model_parallel_size=parallel.pp,
+        context_parallel_size=parallel.cp,
+        distributed_timeout_minutes=max(1, int(timeout.total_seconds() // 60)),
+    )
+    _host_group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout))
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed)
+    return Topology(
+        rank=rank,
+        world_size=world_size,
+        tp=parallel.tp,
+        pp=parallel.pp,
+        cp=parallel.cp,
+        dp=dp,
+        tp_rank=mpu.get_tensor_model_parallel_rank(),
+        pp_rank=mpu.get_pipeline_model_parallel_rank(),
+        cp_rank=mpu.get_context_parallel_rank(),
+        dp_rank=mpu.get_data_parallel_rank(),
+    )
+
+
+def shutdown() -> None:
+    """Leave the process group. Does nothing where there is none."""
+    global _host_group
+    if not dist.is_initialized():
+        return
+    from megatron.core import parallel_state as mpu
+
+    mpu.destroy_model_parallel()
+    dist.destroy_process_group()
+    _host_group = None
+
+
+def scatter(per_dp: list[T] | None, topology: Topology) -> T:
+    """Give every rank the entry of its data-parallel replica. Collective; the others wait here for the leader.
+
+    Args:
+        per_dp: on the leader, one entry per data-parallel rank; None elsewhere. Entries are pickled: a tensor that is
+            a view of a larger one carries all of it along.
+    """
+    entries: list[Any] | None = None
+    if topology.is_leader:
+        if per_dp is None or len(per_dp) != topology.dp:
+            given = "nothing" if per_dp is None else f"{len(per_dp)} entries"
+            raise ValueError(f"scatter wants one entry per data-parallel rank: {topology.dp}, got {given}")
+        replica = topology.tp * topology.cp
+        entries = [per_dp[rank // replica % topology.dp] for rank in range(topology.world_size)]
+    received: list[Any] = [None]
+    dist.scatter_object_list(received, entries, src=0, group=_host_group)
+    return received[0]
+
+
+def broadcast(value: T | None) -> T:
+    """Give every rank the leader's value, whatever the others pass. Collective."""
+    box: list[Any] = [value]
+    dist.broadcast_object_list(box, src=0, group=_host_group)
+    return box[0]

@@ -1,0 +1,30 @@
+"""Estimators of KL(policy || reference), p and q below, from tokens that the policy sampled.
+
+Source: J. Schulman, "Approximating KL Divergence", 2020.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def k1(logprobs_T: Tensor, ref_logprobs_T: Tensor) -> Tensor:
+    """log p - log q, nats [T]. Unbiased, of either sign. On samples of the policy its gradient is 0 on average."""
+    return logprobs_T - ref_logprobs_T
+
+
+def k2(logprobs_T: Tensor, ref_logprobs_T: Tensor) -> Tensor:
+    """(log p - log q)^2 / 2, nats [T]. Biased, never negative; on samples of the policy its gradient is the KL's."""
+    return (logprobs_T - ref_logprobs_T).square() / 2
+
+
+def k3(logprobs_T: Tensor, ref_logprobs_T: Tensor) -> Tensor:
+    """q/p - 1 - log(q/p), nats [T]. Unbiased and never negative; what GRPO uses (arXiv 2402.03300, eq. 4)."""
+    log_ratio_T = ref_logprobs_T - logprobs_T
+    return torch.expm1(log_ratio_T) - log_ratio_T
+
+
+ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"k1": k1, "k2": k2, "k3": k3}

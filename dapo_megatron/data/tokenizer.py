@@ -1,0 +1,50 @@
+"""The tokenizer of a checkpoint and the tokens that end a response."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dapo_megatron.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
+
+
+def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer in the folder of a Hugging Face checkpoint. Never goes to the network.
+
+    Raises:
+        ConfigError: where there is no such folder, no tokenizer in it, or one that cannot be loaded.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ConfigError(f"model.path {folder} is not a folder; expected that of a Hugging Face checkpoint")
+    if not any((folder / name).is_file() for name in _FILES):
+        raise ConfigError(f"no tokenizer in {folder}; expected one of {', '.join(_FILES)}")
+
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+    except Exception as error:  # broken files raise whatever the parser beneath has: KeyError, ValueError, OSError, ...
+        raise ConfigError(f"cannot load the tokenizer in {folder}: {error}") from error
+
+
+def end_token_ids(tokenizer: PreTrainedTokenizerBase, extra: Iterable[int]) -> tuple[int, ...]:
+    """Tokens that end a response: the tokenizer's end token, then `extra`, each once.
+
+    Raises:
+        ConfigError: where there is none, or one that the tokenizer does not have.
+    """
+    own = tokenizer.eos_token_id
+    assert own is None or isinstance(own, int)
+    ends = tuple(dict.fromkeys(extra if own is None else (own, *extra)))
+    if not ends:
+        raise ConfigError("the tokenizer has no end token; give rollout.stop_token_ids, or responses never end")
+    if unknown := [token for token in ends if not 0 <= token < len(tokenizer)]:
+        raise ConfigError(f"rollout.stop_token_ids: {unknown} are not among the tokenizer's {len(tokenizer)} tokens")
+    return ends

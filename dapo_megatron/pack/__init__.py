@@ -1,0 +1,5 @@
+"""Samples to micro-batches: shuffled, split into mini-batches, balanced over ranks, packed without padding between."""
+
+from dapo_megatron.pack.updates import PackStats, pack
+
+__all__ = ["PackStats", "pack"]

@@ -1,0 +1,1 @@
+"""From a response to a number: grading rules, killable workers, reward shaping. Nothing here imports torch on import."""

@@ -1,0 +1,1 @@
+"""The grading rules. Each module has `grade(response, answer) -> (correct, extracted)`."""

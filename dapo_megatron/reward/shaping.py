@@ -1,0 +1,32 @@
+"""From a grade to the reward that the advantage is made of."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dapo_megatron.config import RewardConfig
+from dapo_megatron.reward.format import keeps_r1_format
+from dapo_megatron.reward.math import Grade
+from dapo_megatron.reward.overlong import soft_punishment
+
+if TYPE_CHECKING:
+    from dapo_megatron.types import Completion
+
+
+def is_correct(completion: Completion, grade: Grade, config: RewardConfig) -> bool:
+    """Right or wrong before any shaping: what dynamic sampling looks at."""
+    return grade.correct and not (config.truncated_is_wrong and completion.truncated)
+
+
+def reward(completion: Completion, grade: Grade, config: RewardConfig, max_response_tokens: int) -> float:
+    """Accuracy, plus format, plus soft overlong punishment, as far as `config` asks for them.
+
+    With the defaults in [-2, 1]. `max_response_tokens` is the cap that the response was sampled under.
+    """
+    total = config.right if is_correct(completion, grade, config) else config.wrong
+    if config.format == "r1":
+        total += config.format_weight if keeps_r1_format(completion.text) else -config.format_weight
+    if config.overlong.punishment:
+        punishment = soft_punishment(completion.length, max_response_tokens, config.overlong.cache)
+        total += config.overlong.weight * punishment
+    return total

@@ -1,0 +1,74 @@
+"""What the trainer asks of a rollout engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from dapo_megatron.config import RolloutConfig
+from dapo_megatron.types import Completion, Prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How to sample a response.
+
+    >>> Sampling(temperature=1.0, top_p=1.0, max_tokens=20_480, stop_token_ids=(151_645, 151_643))  # doctest: +SKIP
+    """
+
+    temperature: float
+    """0 is greedy. Log-probs are those of the distribution at this temperature."""
+    top_p: float
+    max_tokens: int
+    """Cap on generated tokens, the end token included."""
+    stop_token_ids: tuple[int, ...]
+    """These tokens end a response, and no others."""
+    seed: int | None = None
+    """Makes one request repeatable. Normally None: the engine has a seed of its own."""
+
+    @classmethod
+    def from_config(cls, config: RolloutConfig, stop_token_ids: tuple[int, ...]) -> Sampling:
+        """`stop_token_ids`: the tokenizer's end tokens together with those of the config."""
+        return cls(config.temperature, config.top_p, config.max_response_tokens, tuple(stop_token_ids))
+
+
+class Sampler(Protocol):
+    """Whatever writes responses: one engine, or all of them."""
+
+    async def generate(self, prompt: Prompt, sampling: Sampling, n: int) -> list[Completion]:
+        """Sample `n` responses."""
+        ...
+
+
+class Engine(Sampler, Protocol):
+    """One replica of the policy, in processes of its own. Every method raises EngineError when the engine fails."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def workers(self) -> int:
+        """Processes that hold the weights, each of which receives every update."""
+        ...
+
+    async def init_transfer(self, info: dict[str, Any]) -> None:
+        """Join the group through which weights come. Once, before the first update."""
+        ...
+
+    async def start_update(self) -> None:
+        """Stop decoding and get ready for weights."""
+        ...
+
+    async def update(self, info: dict[str, Any]) -> None:
+        """Receive the tensors that `info` announces. Returns when they are in place."""
+        ...
+
+    async def finish_update(self, version: int) -> None:
+        """Put the weights to use as `version`, forget what was cached under the old ones, go on decoding."""
+        ...
+
+    async def healthy(self) -> bool: ...
+
+    async def close(self) -> None:
+        """Let go of the connection and end the processes."""
+        ...

@@ -1,0 +1,107 @@
+"""Runs a command and ends its whole process tree when the process that holds our standard input is gone.
+
+    python -m dapo_megatron.rollout.guard -- COMMAND...
+
+The trainer keeps the other end of the pipe. However it ends, SIGKILL included, the kernel closes the pipe, and no
+engine outlives it: not its workers, and not what those left behind when they died.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from types import FrameType
+
+import psutil
+
+GRACE_SECONDS = 3.0
+"""Between SIGTERM and SIGKILL."""
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the command's exit status, 128 + signal where a signal ended it."""
+    command = list(sys.argv[1:] if argv is None else argv)
+    if command[:1] == ["--"]:
+        command = command[1:]
+    if not command:
+        print("usage: python -m dapo_megatron.rollout.guard -- COMMAND...", file=sys.stderr)
+        return 2
+
+    # Orphaned grandchildren become our children instead of init's, so that they can be found.
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+        print(f"guard: cannot become a subreaper: {os.strerror(ctypes.get_errno())}", file=sys.stderr)
+    stop = threading.Event()
+
+    def on_terminate(signum: int, frame: FrameType | None) -> None:
+        stop.set()
+
+    signal.signal(signal.SIGTERM, on_terminate)
+    # A terminal sends Ctrl-C to all of its foreground processes; the trainer decides what it means for engines.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_default_signals)
+    except OSError as error:
+        print(f"guard: cannot start {command[0]}: {error.strerror}", file=sys.stderr)
+        return 127
+
+    threading.Thread(target=_wait_for_end_of_input, args=(stop,), daemon=True).start()
+    while child.poll() is None and not stop.wait(0.05):
+        pass
+    end_descendants(0.0 if child.poll() is not None else GRACE_SECONDS)
+    status = child.wait()
+    return status if status >= 0 else 128 - status
+
+
+def end_descendants(grace_seconds: float) -> None:
+    """SIGTERM, a grace period, then SIGKILL until no descendant of this process is left."""
+    for process in _descendants():
+        _signal(process, signal.SIGTERM)
+    deadline = time.monotonic() + grace_seconds
+    while _descendants() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    while left := _descendants():
+        for process in left:
+            _signal(process, signal.SIGKILL)
+        time.sleep(0.02)
+
+
+def _descendants() -> list[psutil.Process]:
+    """Living descendants. Reaps the dead ones that were handed to us."""
+    living = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if process.status() != psutil.STATUS_ZOMBIE:
+                living.append(process)
+            elif process.ppid() == os.getpid():
+                process.wait(0)
+        except (psutil.NoSuchProcess, psutil.TimeoutExpired):
+            continue
+    return living
+
+
+def _signal(process: psutil.Process, number: signal.Signals) -> None:
+    try:
+        process.send_signal(number)
+    except psutil.NoSuchProcess:
+        return
+
+
+def _default_signals() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def _wait_for_end_of_input(stop: threading.Event) -> None:
+    while os.read(0, 4096):
+        pass
+    stop.set()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

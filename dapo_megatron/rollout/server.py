@@ -1,0 +1,143 @@
+"""An engine's processes: start them, wait until they answer, notice when they die, end them."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from dapo_megatron.errors import ConfigError, EngineError
+
+LOG_LINES = 20
+"""Lines of the log shown when an engine fails."""
+_CLOSE_SECONDS = 10.0
+_POLL_SECONDS = 0.05
+
+
+def reserve_port(host: str, port: int = 0) -> socket.socket:
+    """Keep `port`, or a free one for 0, from being given to anyone who does not ask for it by number.
+
+    A server that sets SO_REUSEADDR, as they do, can still listen on it. Close the socket once it does.
+
+    Raises:
+        ConfigError: where `host` is no address of this machine, or something listens on the port already.
+    """
+    reserved = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        reserved.bind((host, port))
+    except OSError as error:
+        reserved.close()
+        raise ConfigError(
+            f"engine: cannot listen on {host}:{port}: {error.strerror}; end what uses the port, choose another "
+            f"engine.port (replicas take consecutive ones), or set engine.port=null for free ports"
+        ) from error
+    return reserved
+
+
+def check_port(host: str, port: int) -> None:
+    """
+    Raises:
+        ConfigError: as `reserve_port`.
+    """
+    reserve_port(host, port).close()
+
+
+def answers(url: str) -> Callable[[], bool]:
+    """A check that holds when `url` answers 200."""
+
+    def check() -> bool:
+        try:
+            with urllib.request.urlopen(url, timeout=5) as response:
+                return response.status == 200
+        except (urllib.error.URLError, OSError):
+            return False
+
+    return check
+
+
+class Server:
+    """A command under the guard: it cannot outlive this process.
+
+    Args:
+        name: used in messages, for example "engine 0".
+        command: what to run.
+        env: its whole environment.
+        log: file for its output, created anew.
+        ready: holds once it answers.
+
+    Raises:
+        EngineError: from `wait_ready` and `check`, with exit status and the end of the log.
+    """
+
+    def __init__(
+        self, name: str, command: Sequence[str], env: Mapping[str, str], log: Path, ready: Callable[[], bool]
+    ) -> None:
+        self.name, self.log = name, log
+        self._ready = ready
+        self._started = time.monotonic()
+        self._closed = False
+        guard = [sys.executable, "-m", "dapo_megatron.rollout.guard", "--", *command]
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("wb") as output:
+            self._guard = subprocess.Popen(
+                guard, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, env=dict(env)
+            )
+
+    @property
+    def alive(self) -> bool:
+        return self._guard.poll() is None
+
+    def wait_ready(self, timeout_seconds: float) -> None:
+        """Block until the server answers. The time-out counts from the start of the process."""
+        while not self._ready():
+            self.check()
+            if time.monotonic() - self._started > timeout_seconds:
+                self.close()
+                raise EngineError(
+                    f"{self.name} did not answer within {timeout_seconds:g} s (engine.startup_seconds); "
+                    f"it was ended\n{self._end_of_log()}"
+                )
+            time.sleep(_POLL_SECONDS)
+        # Something else may have taken the port and be the one that answers.
+        self.check()
+
+    def check(self) -> None:
+        if not self.alive:
+            raise EngineError(self.describe())
+
+    def describe(self) -> str:
+        """Whether the process lives, and the end of its log."""
+        status = self._guard.poll()
+        state = "is running" if status is None else f"ended with exit status {_spell(status)}"
+        return f"{self.name} {state}\n{self._end_of_log()}"
+
+    def close(self) -> None:
+        """End the process and all of its descendants. Safe to call twice."""
+        if self._closed:
+            return
+        self._closed = True
+        assert self._guard.stdin
+        with contextlib.suppress(BrokenPipeError):
+            self._guard.stdin.close()
+        try:
+            self._guard.wait(_CLOSE_SECONDS)
+        except subprocess.TimeoutExpired as error:
+            raise EngineError(
+                f"{self.name} did not end within {_CLOSE_SECONDS:g} s; end process {self._guard.pid} and its children"
+            ) from error
+
+    def _end_of_log(self) -> str:
+        lines = self.log.read_text(errors="replace").splitlines()[-LOG_LINES:]
+        shown = "\n".join(f"  | {line}" for line in lines) or "  | (empty)"
+        return f"the end of its log {self.log}:\n{shown}"
+
+
+def _spell(status: int) -> str:
+    return f"{status} (signal {status - 128})" if status > 128 else str(status)

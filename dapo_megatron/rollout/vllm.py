@@ -1,0 +1,249 @@
+"""vLLM as a rollout engine, over HTTP. Nothing of vLLM is imported here.
+
+Run against 0.32. Earlier versions down to 0.25 speak the same requests, except that they neither report which weights
+wrote a token nor keep a version number; both are then taken from the updates sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import aiohttp
+import torch
+
+from dapo_megatron.config import Config
+from dapo_megatron.errors import ConfigError, EngineError
+from dapo_megatron.rollout.engine import Sampling
+from dapo_megatron.rollout.server import Server
+from dapo_megatron.types import Completion, FinishReason, Prompt, VersionSpan
+
+WORKER_EXTENSION = "dapo_megatron.weights.vllm_worker.WorkerExtension"
+"""Named, not imported: vLLM imports it in its own workers, where it registers the transports."""
+_DEATH_SECONDS = 1.0
+"""How long to wait, after a connection broke, for the process to turn out dead."""
+_LAUNCHER_PREFIXES = ("TORCHELASTIC_", "OMP_", "KMP_", "GLOO_", "NCCL_", "MASTER_", "LOCAL_", "GROUP_", "ROLE_")
+_LAUNCHER_NAMES = ("RANK", "WORLD_SIZE", "CUDA_VISIBLE_DEVICES")
+
+
+def vllm_command(config: Config, replica: int, port: int) -> list[str]:
+    """The command line of one replica."""
+    engine = config.engine
+    seed = config.train.seed if engine.seed is None else engine.seed
+    command = [
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
+        *("--model", str(config.model.path)),
+        *("--host", engine.host, "--port", str(port)),
+        *("--dtype", config.model.dtype),
+        *("--max-model-len", str(config.max_sequence_tokens)),
+        *("--max-num-seqs", str(engine.max_sequences)),
+        *("--tensor-parallel-size", str(engine.tensor_parallel)),
+        *("--seed", str(seed + replica)),
+        # Log-probs of the distribution that is sampled from, temperature and top-p included.
+        *("--logprobs-mode", "processed_logprobs"),
+        # Ignore sampling defaults that a checkpoint brings along (top-k, repetition penalty).
+        *("--generation-config", "vllm"),
+        # Tokens in, tokens out: no tokenizer, no chat endpoints.
+        "--tokens-only",
+        *("--worker-extension-cls", WORKER_EXTENSION),
+        *("--weight-transfer-config", f'{{"backend": "{config.weights.transport}"}}'),
+        "--disable-log-stats",
+        "--disable-uvicorn-access-log",
+    ]
+    if config.model.trust_remote_code:
+        command.append("--trust-remote-code")
+    if torch.cuda.is_available():
+        command += ["--gpu-memory-utilization", str(engine.memory_fraction)]
+    else:
+        command.append("--enforce-eager")
+        if engine.tensor_parallel == 1:
+            # One process less to start and to talk to.
+            command += ["--distributed-executor-backend", "uni"]
+    return [*command, *engine.extra_args]
+
+
+def vllm_env(config: Config, replica: int, inherited: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The environment of one replica: ours without what torchrun put there for the ranks.
+
+    Raises:
+        ConfigError: where the engines need more GPUs than there are.
+    """
+    env = {
+        name: value
+        for name, value in inherited.items()
+        if name not in _LAUNCHER_NAMES and not name.startswith(_LAUNCHER_PREFIXES)
+    }
+    env |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_SERVER_DEV_MODE": "1"}
+    if torch.cuda.is_available():
+        return env | {"CUDA_VISIBLE_DEVICES": ",".join(_gpus(config, replica, inherited))}
+    threads = max(1, (len(os.sched_getaffinity(0)) - 1) // config.engine.replicas)
+    return env | {
+        "VLLM_CPU_KVCACHE_SPACE": str(config.engine.cpu_kv_gib),
+        "TORCH_COMPILE_DISABLE": "1",
+        # vLLM's condition for honouring `uni` on CPU.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if config.engine.tensor_parallel == 1 else "1",
+        "OMP_NUM_THREADS": str(threads),
+        # Spinning threads would take the cores from the trainer, which waits while we work and works while we wait.
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "KMP_BLOCKTIME": "0",
+    }
+
+
+def _gpus(config: Config, replica: int, inherited: Mapping[str, str]) -> list[str]:
+    """GPUs of one replica: after those of the ranks where there are enough, else shared with them."""
+    visible = inherited.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+    gpus = visible.split(",")
+    size, needed = config.engine.tensor_parallel, config.engine.tensor_parallel * config.engine.replicas
+    if needed > len(gpus):
+        raise ConfigError(
+            f"engine: replicas({config.engine.replicas}) x tensor_parallel({size}) = {needed} GPUs, but "
+            f"{len(gpus)} are visible ({visible})"
+        )
+    ranks = int(inherited.get("LOCAL_WORLD_SIZE", "1"))
+    first = ranks if ranks + needed <= len(gpus) else 0
+    return gpus[first + replica * size : first + (replica + 1) * size]
+
+
+class VllmEngine:
+    """An Engine that is a vLLM server.
+
+    Args:
+        server: its processes.
+        url: where it answers.
+        workers: its processes that hold weights.
+        decode: token ids to text, for `Completion.text`.
+        request_seconds: limit on one request.
+    """
+
+    def __init__(
+        self,
+        server: Server,
+        url: str,
+        *,
+        workers: int,
+        decode: Callable[[Sequence[int]], str],
+        request_seconds: float,
+    ) -> None:
+        self.name = server.name
+        self.workers = workers
+        self._server = server
+        self._url = url
+        self._decode = decode
+        self._request_seconds = request_seconds
+        self._session: aiohttp.ClientSession | None = None
+        self._version = 0
+
+    async def generate(self, prompt: Prompt, sampling: Sampling, n: int) -> list[Completion]:
+        params: dict[str, Any] = {
+            "n": n,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "max_tokens": sampling.max_tokens,
+            "stop_token_ids": list(sampling.stop_token_ids),
+            # Otherwise the end tokens of the checkpoint's config would stop a response as well.
+            "ignore_eos": True,
+            # The sampled token's own, no alternatives.
+            "logprobs": 0,
+        }
+        if sampling.seed is not None:
+            params["seed"] = sampling.seed
+        version = self._version
+        body = {"token_ids": list(prompt.token_ids), "sampling_params": params}
+        answer = await self._call("POST", "/inference/v1/generate", body, what=f"generating for prompt {prompt.uid}")
+        completions = [self._completion(choice, version) for choice in answer["choices"]]
+        if len(completions) != n:
+            raise EngineError(f"{self.name}: asked for {n} responses to prompt {prompt.uid}, got {len(completions)}")
+        return completions
+
+    async def init_transfer(self, info: dict[str, Any]) -> None:
+        await self._call("POST", "/init_weight_transfer_engine", {"init_info": info})
+
+    async def start_update(self) -> None:
+        await self._call("POST", "/pause?mode=wait", {})
+        await self._call("POST", "/start_weight_update", {})
+
+    async def update(self, info: dict[str, Any]) -> None:
+        await self._call("POST", "/update_weights", {"update_info": info})
+
+    async def finish_update(self, version: int) -> None:
+        await self._call("POST", "/finish_weight_update", {"weight_version": str(version)})
+        # Keys and values of the old weights would otherwise answer for prompts seen before.
+        reset = await self._call("POST", "/reset_prefix_cache", {})
+        if reset and not reset["success"]:
+            raise EngineError(f"{self.name} did not empty its prefix cache: requests are still running")
+        held = (await self._call("GET", "/weight_info", missing={})).get("weight_version", str(version))
+        if held != str(version):
+            raise EngineError(f"{self.name} holds weights of version {held!r} after an update to {version}")
+        self._version = version
+        await self._call("POST", "/resume", {})
+
+    async def healthy(self) -> bool:
+        try:
+            await self._call("GET", "/health")
+        except EngineError:
+            return False
+        return True
+
+    async def close(self) -> None:
+        """Let go of the connection and end the processes. Safe to call twice."""
+        if self._session:
+            await self._session.close()
+            self._session = None
+        await asyncio.to_thread(self._server.close)
+
+    def _completion(self, choice: dict[str, Any], version: int) -> Completion:
+        tokens = tuple(choice["token_ids"])
+        reason = choice["finish_reason"]
+        if reason not in list(FinishReason):
+            raise EngineError(f"{self.name}: a response ended with {reason!r}; known are {', '.join(FinishReason)}")
+        spans = choice.get("weight_versions") or [{"version": str(version), "start": 0, "end": len(tokens)}]
+        return Completion(
+            token_ids=tokens,
+            logprobs=tuple(entry["logprob"] for entry in choice["logprobs"]["content"] or ()),
+            finish=FinishReason(reason),
+            text=self._decode(tokens),
+            versions=tuple(VersionSpan(_version(span["version"]), span["start"], span["end"]) for span in spans),
+        )
+
+    async def _call(
+        self, method: str, path: str, body: Any = None, *, what: str | None = None, missing: Any = None
+    ) -> Any:
+        """The JSON that the server answers; `missing` where it does not know the path and `missing` is given."""
+        what = what or path
+        if self._session is None:
+            # One connection per request: a kept one may be closed by the server just as we use it again.
+            self._session = aiohttp.ClientSession(
+                self._url,
+                connector=aiohttp.TCPConnector(limit=0, force_close=True),
+                timeout=aiohttp.ClientTimeout(total=self._request_seconds),
+            )
+        try:
+            async with self._session.request(method, path, json=body) as response:
+                if response.status == 404 and missing is not None:
+                    return missing
+                if response.status != 200:
+                    text = (await response.text())[:2000]
+                    raise EngineError(await self._describe(f"{what}: HTTP {response.status}: {text}"))
+                return await response.json() if response.content_type == "application/json" else None
+        except TimeoutError as error:
+            raise EngineError(
+                f"{self.name}, {what}: no answer within {self._request_seconds:g} s (engine.request_seconds)\n"
+                f"{self._server.describe()}"
+            ) from error
+        except aiohttp.ClientError as error:
+            raise EngineError(await self._describe(f"{what}: {error or type(error).__name__}")) from error
+
+    async def _describe(self, failure: str) -> str:
+        """`failure`, and whether it is because the process died, which may take a moment to show."""
+        deadline = asyncio.get_running_loop().time() + _DEATH_SECONDS
+        while self._server.alive and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(0.05)
+        return f"{self.name}, {failure}\n{self._server.describe()}"
+
+
+def _version(name: str) -> int:
+    """vLLM calls the weights that it loaded itself "default"."""
+    return 0 if name == "default" else int(name)

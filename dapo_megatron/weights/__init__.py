@@ -1,0 +1,1 @@
+"""Policy weights on their way: Hugging Face checkpoints, and transports to the engines."""

@@ -1,0 +1,163 @@
+"""Weights over gloo: one group holds the leader (rank 0) and all workers of all engines, on CPU.
+
+The group has a store of its own and has nothing to do with torch.distributed's default group.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from datetime import timedelta
+from typing import Any
+
+from torch import Tensor
+from torch.distributed import distributed_c10d as c10d
+
+from dapo_megatron.errors import EngineError
+from dapo_megatron.weights.buckets import Named, buckets, describe, pack
+from dapo_megatron.weights.publish import Receivers
+
+BACKEND = "gloo"
+"""Name under which engines know this transport."""
+_POLL_SECONDS = 0.0005
+
+
+class GlooPublisher:
+    """Sends weights bucket by bucket: each bucket is announced to the engines while it is broadcast.
+
+    Args:
+        receivers: the engines; none may be generating during a push.
+        bucket_bytes: most bytes in memory at a time, except where one tensor is larger.
+        host: address of this machine at which the engines can reach it.
+        timeout_seconds: limit on connecting and on each bucket.
+
+    Raises:
+        EngineError: when an engine does not join the group.
+    """
+
+    def __init__(
+        self, receivers: Receivers, bucket_bytes: int, *, host: str = "127.0.0.1", timeout_seconds: float = 300.0
+    ) -> None:
+        self._receivers = receivers
+        self._bucket_bytes = bucket_bytes
+        self._timeout = timeout_seconds
+        self._group: Any = receivers.run(self._connect(host))
+
+    def push(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """See Publisher.push."""
+        self._receivers.run(self._push(weights, version))
+
+    def close(self) -> None:
+        """Leave the group. Safe to call twice."""
+        self._group = None
+
+    async def _connect(self, host: str) -> Any:
+        replicas = self._receivers.replicas
+        world_size = 1 + sum(replica.workers for replica in replicas)
+        # A listener of ours, because the store's own would be on every interface. It takes the socket over.
+        listener = socket.create_server((host, 0), backlog=world_size)
+        port = listener.getsockname()[1]
+        joins: list[Awaitable[Any]] = [
+            _in_thread(lambda: join_group(host, port, 0, world_size, self._timeout, listener.detach()))
+        ]
+        offset = 1
+        for replica in replicas:
+            info = {
+                "host": host,
+                "port": port,
+                "rank_offset": offset,
+                "world_size": world_size,
+                "timeout_seconds": self._timeout,
+            }
+            joins.append(replica.init_transfer(info))
+            offset += replica.workers
+        group, *_ = await self._all(joins, "joining the weight-transfer group")
+        return group
+
+    async def _push(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        assert self._group, "the publisher is closed"
+        replicas = self._receivers.replicas
+        await self._all([replica.start_update() for replica in replicas], "starting a weight update")
+        for bucket in buckets(weights, self._bucket_bytes):
+            announced = [replica.update(describe(bucket)) for replica in replicas]
+            await self._all([self._broadcast(bucket), *announced], f"sending {bucket[0][0]} and what follows it")
+        await self._all([replica.finish_update(version) for replica in replicas], "finishing a weight update")
+
+    async def _broadcast(self, bucket: Named) -> None:
+        flat = pack(bucket)
+        work = broadcast(self._group, flat)
+        # Waiting on the work itself would keep an engine's error from being heard.
+        deadline = time.monotonic() + self._timeout
+        while not work.is_completed() and time.monotonic() < deadline:
+            await asyncio.sleep(_POLL_SECONDS)
+        work.wait(timedelta(milliseconds=1))
+
+    async def _all(self, steps: Sequence[Awaitable[Any]], doing: str) -> list[Any]:
+        """Await all of `steps`; the first failure ends them, an engine's own account of it before gloo's."""
+        tasks = [asyncio.ensure_future(step) for step in steps]
+        try:
+            async with asyncio.timeout(self._timeout):
+                return await asyncio.gather(*tasks)
+        except TimeoutError as error:
+            names = ", ".join(replica.name for replica in self._receivers.replicas)
+            raise EngineError(f"{doing}: no end after {self._timeout:g} s; waiting for {names}") from error
+        except RuntimeError as error:
+            # Gloo only knows that a connection broke. The engine that broke it is about to say why.
+            await asyncio.wait(tasks, timeout=5.0)
+            for task in tasks:
+                if task.done() and not task.cancelled() and isinstance(task.exception(), EngineError):
+                    raise task.exception() from error  # pyright: ignore[reportGeneralTypeIssues]
+            raise EngineError(f"{doing}: {error}") from error
+        finally:
+            for task in tasks:
+                task.cancel()
+
+
+def join_group(
+    host: str, port: int, rank: int, world_size: int, timeout_seconds: float, listener: int | None = None
+) -> Any:
+    """The transfer group, once all `world_size` members have joined. Rank 0 brings the listening socket's descriptor."""
+    timeout = timedelta(seconds=timeout_seconds)
+    store = c10d.TCPStore(
+        host, port, is_master=rank == 0, wait_for_workers=False, timeout=timeout, master_listen_fd=listener
+    )
+    options = c10d.ProcessGroupGloo._Options()  # pyright: ignore[reportAttributeAccessIssue]
+    # By default gloo resolves the machine's own name, which many containers and laptops cannot.
+    options._devices = [c10d.ProcessGroupGloo.create_device(hostname=host)]
+    options._timeout = timeout
+    return c10d.ProcessGroupGloo(c10d.PrefixStore("weights", store), rank, world_size, options)
+
+
+def _in_thread(function: Callable[[], Any]) -> Awaitable[Any]:
+    """Call a function that blocks. Unlike asyncio.to_thread, nobody waits for it at exit where it never returns."""
+    loop = asyncio.get_running_loop()
+    future = loop.create_future()
+
+    def settle(result: Any, error: Exception | None) -> None:
+        if future.cancelled():
+            return
+        if error:
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+
+    def work() -> None:
+        try:
+            result, error = function(), None
+        except Exception as raised:
+            result, error = None, raised
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(settle, result, error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return future
+
+
+def broadcast(group: Any, flat: Tensor) -> c10d.Work:
+    """Start sending (rank 0) or receiving (the others) a packed bucket."""
+    options = c10d.BroadcastOptions()
+    options.rootRank = 0
+    return group.broadcast([flat], options)

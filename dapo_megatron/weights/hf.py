@@ -1,0 +1,207 @@
+"""Hugging Face checkpoints in and out of Megatron models, on mbridge's name mapping and tensor-parallel splits."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dapo_megatron.errors import ConfigError
+
+_SHARD_BYTES = 4 << 30
+_LOCAL_NAMES = {
+    ".input_layernorm.": ".self_attention.linear_qkv.layer_norm_",
+    ".pre_mlp_layernorm.": ".mlp.linear_fc1.layer_norm_",
+}
+"""Norms of Megatron's local layer spec -> the same, fused into the linear layer by Transformer Engine's."""
+_SIDE_FILES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"}
+
+
+class HfCheckpoint:
+    """A folder with config.json and *.safetensors, and the models it fits.
+
+    Needs Megatron's process groups. `load`, `export` and `save` are collective.
+
+    Raises:
+        ConfigError: where the folder holds no such checkpoint or mbridge does not know the architecture.
+    """
+
+    def __init__(self, path: Path, *, trust_remote_code: bool = False) -> None:
+        from transformers import AutoConfig
+
+        if not (path / "config.json").is_file():
+            raise ConfigError(f"model.path: {path} holds no config.json; give the folder of a Hugging Face checkpoint")
+        self.path = path
+        self._hf_config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        self._bridge = _make_bridge(self._hf_config)
+
+    def load(self, chunks: Sequence[torch.nn.Module]) -> None:
+        """Fill this rank's GPTModels, converted to their dtype.
+
+        Raises:
+            ConfigError: where the checkpoint lacks a tensor of the model, or has one that the model has no place for.
+        """
+        self._check_names(chunks)
+        self._bridge.dtype = next(chunks[0].parameters()).dtype
+        with torch.no_grad():
+            self._bridge.load_weights(list(chunks), str(self.path), memory_efficient=True)
+
+    def export(self, chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of the model under its Hugging Face name, whole, on every rank.
+
+        All ranks iterate to the end. Tensors may share memory with live parameters: copy what must outlast the next
+        optimizer step. A tied model gives no lm_head.weight.
+        """
+        seen: set[str] = set()
+        weights = self._bridge.export_weights(list(chunks))
+        while True:
+            # Not around the yield: the consumer's code would run without gradients too.
+            with torch.no_grad():
+                item = next(weights, None)
+            if item is None:
+                return
+            name, tensor = item
+            # With pipeline stages, a tied embedding is there twice.
+            if name not in seen:
+                seen.add(name)
+                yield name, tensor.detach()
+
+    def save(self, chunks: Sequence[torch.nn.Module], folder: Path) -> None:
+        """Write a checkpoint that `AutoModelForCausalLM` reloads bit for bit, tokenizer included. Rank 0 writes."""
+        weights = self.export(chunks)
+        if dist.get_rank() != 0:
+            for _ in weights:
+                pass
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        dtype = next(chunks[0].parameters()).dtype
+        _write_tensors(weights, folder)
+        for file in self.path.iterdir():
+            if file.is_file() and file.suffix in _SIDE_FILES and not file.name.endswith(".index.json"):
+                shutil.copyfile(file, folder / file.name)
+        _write_config(self.path / "config.json", folder / "config.json", dtype)
+
+    def _check_names(self, chunks: Sequence[torch.nn.Module]) -> None:
+        there = _tensor_names(self.path)
+        mine = {
+            hf_name
+            for chunk in chunks
+            for name in self._bridge._weight_name_mapping_mcore_local_to_global(chunk).values()
+            for hf_name in self._bridge._weight_name_mapping_mcore_to_hf(name)
+        }
+        stages: list[Any] = [None] * mpu.get_pipeline_model_parallel_world_size()
+        dist.all_gather_object(stages, mine, group=mpu.get_pipeline_model_parallel_group())
+        wanted = set().union(*stages)
+        # Copies that some exporters write although the model computes or ties them.
+        spare = {name for name in there if name.endswith("rotary_emb.inv_freq")}
+        if self._hf_config.tie_word_embeddings:
+            spare.add("lm_head.weight")
+        for problem, names in (("lacks", wanted - there), ("has no place in the model for", there - wanted - spare)):
+            if names:
+                raise ConfigError(
+                    f"model.path: the checkpoint in {self.path} {problem} {len(names)} tensors, such as "
+                    f"{', '.join(sorted(names)[:3])}; it has {len(there)}, the model wants {len(wanted)}"
+                )
+
+
+def _make_bridge(hf_config: Any) -> Any:
+    """mbridge's bridge for this architecture, with what it gets wrong for us put right."""
+    import mbridge  # noqa: F401  (registers the architectures)
+    from mbridge.core.bridge import _MODEL_REGISTRY
+
+    base = _MODEL_REGISTRY.get(hf_config.model_type)
+    if base is None:
+        raise ConfigError(f"model.path: mbridge {hf_config.model_type!r} has no mapping; use a supported architecture")
+
+    class Bridge(base):  # type: ignore[misc, valid-type]
+        def __init__(self) -> None:
+            # mbridge writes a tied model's mapping into the class, where the next, untied one would find it.
+            self._DIRECT_MAPPING = dict(base._DIRECT_MAPPING)
+            super().__init__(hf_config)
+
+        def _weight_name_mapping_mcore_to_hf(self, mcore_weights_name: str) -> list[str]:
+            for local, fused in _LOCAL_NAMES.items():
+                mcore_weights_name = mcore_weights_name.replace(local, fused)
+            return super()._weight_name_mapping_mcore_to_hf(mcore_weights_name)
+
+        def _weight_split_across_tp(
+            self, mcore_weights_name: str, mcore_weights: Tensor, param: Tensor, tp_split_size: int
+        ) -> list[Tensor]:
+            if _is_vocabulary(mcore_weights_name):
+                missing = param.shape[0] * tp_split_size - mcore_weights.shape[0]
+                mcore_weights = torch.nn.functional.pad(mcore_weights, (0, 0, 0, missing))
+                return list(mcore_weights.chunk(tp_split_size))
+            return super()._weight_split_across_tp(mcore_weights_name, mcore_weights, param, tp_split_size)
+
+        def _weight_to_hf_format(
+            self, mcore_weights_name: str, mcore_weights: Tensor
+        ) -> tuple[list[str], list[Tensor]]:
+            if _is_vocabulary(mcore_weights_name):
+                mcore_weights = mcore_weights[: hf_config.vocab_size]
+            return super()._weight_to_hf_format(mcore_weights_name, mcore_weights)
+
+    return Bridge()
+
+
+def _is_vocabulary(mcore_name: str) -> bool:
+    return mcore_name.endswith(("word_embeddings.weight", "output_layer.weight"))
+
+
+def _tensor_names(path: Path) -> set[str]:
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise ConfigError(f"model.path: {path} holds no *.safetensors; other formats are not read")
+    names: set[str] = set()
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            names.update(opened.keys())
+    return names
+
+
+def _write_tensors(weights: Iterable[tuple[str, Tensor]], folder: Path) -> None:
+    """Write in shards of about 4 GiB, in the order given."""
+    shards: list[list[str]] = []
+    pending: dict[str, Tensor] = {}
+    pending_bytes = total_bytes = 0
+
+    def flush() -> None:
+        nonlocal pending, pending_bytes
+        save_file(pending, folder / f"model-{len(shards) + 1:05d}.safetensors", metadata={"format": "pt"})
+        shards.append(list(pending))
+        pending, pending_bytes = {}, 0
+
+    for name, tensor in weights:
+        size = tensor.numel() * tensor.element_size()
+        if pending and pending_bytes + size > _SHARD_BYTES:
+            flush()
+        pending[name] = tensor.to("cpu", copy=True).contiguous()
+        pending_bytes += size
+        total_bytes += size
+    flush()
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards, start=1):
+        final = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"model-{number:05d}.safetensors").rename(folder / final)
+        weight_map |= dict.fromkeys(names, final)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _write_config(source: Path, target: Path, dtype: torch.dtype) -> None:
+    """config.json, saying the dtype that was written."""
+    config = json.loads(source.read_text())
+    name = str(dtype).removeprefix("torch.")
+    for key in ("dtype", "torch_dtype"):
+        if key in config or key == "dtype":
+            config[key] = name
+    target.write_text(json.dumps(config, indent=2) + "\n")

@@ -1,0 +1,78 @@
+"""Runs inside vLLM's worker processes: naming `WorkerExtension` to vLLM registers the gloo transport there.
+
+The only module that imports vLLM.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+
+from dapo_megatron.weights.buckets import allocate, unpack
+from dapo_megatron.weights.gloo import BACKEND, broadcast, join_group
+
+
+@dataclass
+class GlooInit(WeightTransferInitInfo):
+    host: str
+    port: int
+    rank_offset: int
+    """Rank in the transfer group of this engine's first worker."""
+    world_size: int
+    timeout_seconds: float
+
+
+@dataclass
+class GlooUpdate(WeightTransferUpdateInfo):
+    """One bucket, as `buckets.describe` has it."""
+
+    names: list[str]
+    dtypes: list[str]
+    shapes: list[list[int]]
+
+
+class GlooWeightTransfer(WeightTransferEngine[GlooInit, GlooUpdate]):
+    """Receives tensors in Hugging Face layout and loads them as vLLM loads a checkpoint."""
+
+    init_info_cls = GlooInit
+    update_info_cls = GlooUpdate
+
+    def init_transfer_engine(self, init_info: GlooInit) -> None:
+        parallel = self.parallel_config
+        rank = init_info.rank_offset + parallel.data_parallel_index * parallel.world_size + parallel.rank
+        self._group: Any = join_group(
+            init_info.host, init_info.port, rank, init_info.world_size, init_info.timeout_seconds
+        )
+
+    def start_weight_update(self) -> None:
+        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+
+        initialize_layerwise_reload(self.model)
+
+    def receive_weights(self, update_info: GlooUpdate, *_: Any) -> None:
+        flat = allocate(update_info.dtypes, update_info.shapes)
+        broadcast(self._group, flat).wait()
+        load: Any = self.model.load_weights
+        load(unpack(flat, update_info.names, update_info.dtypes, update_info.shapes))
+
+    def finish_weight_update(self) -> None:
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+        finalize_layerwise_reload(self.model, self.model_config)
+
+    def shutdown(self) -> None:
+        self._group = None
+
+
+WeightTransferEngineFactory.register_engine(BACKEND, GlooWeightTransfer)
+
+
+class WorkerExtension:
+    """Adds nothing to the worker: vLLM imports this module to find it, and that registers the transport."""

@@ -1,0 +1,187 @@
+"""Two optimizer steps in every layout give the parameters that one float64 process gets."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dapo_megatron.types import MicroBatch
+from tests.helpers.batches import make_micro_batch, make_update, ratio_loss, reference_logprobs, worst_relative_error
+from tests.helpers.distributed import run_distributed
+from tests.helpers.models import load_reference, make_config, save_qwen2
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "one": {},
+    "dp2": {"distributed_optimizer": True},
+    "dp2-plain": {"distributed_optimizer": False},
+    "tp2": {"tp": 2},
+    "tp2-sp": {"tp": 2, "sequence_parallel": True},
+    "pp2": {"pp": 2},
+    "cp2": {"cp": 2},
+}
+OPTIMIZER = {"lr": 1e-2, "eps": 1e-5, "weight_decay": 0.1, "clip_grad": 0.5}
+LR = (1e-2, 5e-3)
+
+
+def all_batches() -> list[MicroBatch]:
+    """Uneven micro-batches, the third without a loss token. Padded so that every layout can split them."""
+    shapes = [([12, 28, 5], False), ([40], False), ([9, 9], True), ([3, 21, 16, 7, 1], False)]
+    return [
+        make_micro_batch(lengths, seed=seed, multiple=4, masked=masked) for seed, (lengths, masked) in enumerate(shapes)
+    ]
+
+
+def reference(model_path: Path) -> tuple[dict[str, Tensor], list[float], list[float]]:
+    """Parameters after two steps, with the losses and gradient norms."""
+    model = load_reference(model_path)
+    params = list(model.parameters())
+    groups = [
+        {"params": [p for p in params if p.ndim > 1], "weight_decay": OPTIMIZER["weight_decay"]},
+        {"params": [p for p in params if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=0.0, eps=OPTIMIZER["eps"], betas=(0.9, 0.999))
+    with torch.no_grad():
+        batches = [replace(b, old_logprobs_T=reference_logprobs(model, b, 0.7)) for b in all_batches()]
+    count = sum(batch.loss_tokens for batch in batches)
+    losses, norms = [], []
+    for lr in LR:
+        optimizer.zero_grad()
+        total = torch.stack([ratio_loss(reference_logprobs(model, b, 0.7), b).loss_sum for b in batches]).sum() / count
+        total.backward()
+        losses.append(total.item())
+        norms.append(float(torch.nn.utils.clip_grad_norm_(params, OPTIMIZER["clip_grad"])))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+    names = {name: value for name, value in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        del names["lm_head.weight"]
+    return names, losses, norms
+
+
+def train(model_path: Path, parallel: dict[str, Any], saved: Path) -> dict[str, Any]:
+    """What a rank sees: two steps, an export, a saved checkpoint, and a mini-batch with a wrong count."""
+    from dapo_megatron.actor import topology
+    from dapo_megatron.actor.actor import Actor, TokenCountError
+    from dapo_megatron.weights.hf import HfCheckpoint
+
+    config = make_config(model_path, parallel=parallel, optimizer=OPTIMIZER, rollout={"temperature": 0.7})
+    topo = topology.initialize(config.parallel)
+    checkpoint = HfCheckpoint(model_path)
+    actor = Actor(config, topo, load_weights=checkpoint.load)
+    loaded = {name: tensor.clone() for name, tensor in checkpoint.export(actor.chunks)}
+    batches = all_batches()
+    share = len(batches) // topo.dp
+    per_dp = [
+        make_update(batches[i * share : (i + 1) * share], sum(b.loss_tokens for b in batches)) for i in range(topo.dp)
+    ]
+    update = topology.scatter(per_dp if topo.is_leader else None, topo)
+    (update,), means = actor.with_old_logprobs([update])
+    results = [actor.step(update, ratio_loss, lr=lr) for lr in LR]
+    trained = {name: tensor.clone() for name, tensor in checkpoint.export(actor.chunks)}
+    checkpoint.save(actor.chunks, saved)
+    try:
+        actor.step(replace(update, loss_tokens=update.loss_tokens + 1), ratio_loss, lr=1e-3)
+        complaint = ""
+    except TokenCountError as error:
+        complaint = str(error)
+    logprobs = [batch.old_logprobs_T for batch in update.micro_batches]
+    dp_rank = topo.dp_rank
+    topology.shutdown()
+    return {
+        "loaded": loaded,
+        "trained": trained,
+        "results": results,
+        "means": means,
+        "logprobs": logprobs,
+        "complaint": complaint,
+        "dp_rank": dp_rank,
+    }
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def model_path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_qwen2(tmp_path_factory.mktemp("model"), tied=request.param)
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def outcome(request: pytest.FixtureRequest, model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    ranks = 1 if request.param == "one" else 2
+    saved = tmp_path_factory.mktemp("saved")
+    return run_distributed(train, ranks, model_path, LAYOUTS[request.param], saved), saved
+
+
+pytestmark = [pytest.mark.multiproc, pytest.mark.slow]
+
+
+def test_two_steps_match_float64(outcome: Any, model_path: Path) -> None:
+    want, losses, norms = reference(model_path)
+    for rank in outcome[0]:
+        assert worst_relative_error(rank["trained"], want) < 1e-5
+        assert [result.loss for result in rank["results"]] == pytest.approx(losses, rel=1e-5, abs=1e-7)
+        assert [result.grad_norm for result in rank["results"]] == pytest.approx(norms, rel=1e-5)
+
+
+def test_every_rank_reports_the_same(outcome: Any) -> None:
+    assert all(rank["results"] == outcome[0][0]["results"] for rank in outcome[0])
+    assert all(rank["means"] == outcome[0][0]["means"] for rank in outcome[0])
+
+
+def test_first_ratio_is_exactly_one(outcome: Any) -> None:
+    first, second = outcome[0][0]["results"]
+    assert first.metrics == {"ratio": 1.0, "ratio_max": 1.0}
+    assert second.metrics["ratio_max"] > 1.0
+
+
+def test_old_logprobs_are_those_of_whole_sequences(outcome: Any, model_path: Path) -> None:
+    model = load_reference(model_path)
+    with torch.no_grad():
+        want = [reference_logprobs(model, batch, 0.7) for batch in all_batches()]
+    for rank in outcome[0]:
+        share = len(rank["logprobs"])
+        for got_T, want_T in zip(rank["logprobs"], want[rank["dp_rank"] * share :], strict=False):
+            torch.testing.assert_close(got_T.double(), want_T, rtol=1e-5, atol=1e-5)
+
+
+def test_entropy_is_the_mean_over_all_loss_tokens(outcome: Any, model_path: Path) -> None:
+    model = load_reference(model_path)
+    total, count = 0.0, 0
+    for batch in all_batches():
+        bounds = batch.cu_seqlens.tolist()
+        for start, end in zip(bounds, bounds[1:], strict=False):
+            with torch.no_grad():
+                logits = model(batch.tokens_T[None, start:end]).logits[0] / 0.7
+            entropy = torch.distributions.Categorical(logits=logits).entropy()
+            total += float((entropy * batch.loss_mask_T[start:end]).sum())
+            count += int(batch.loss_mask_T[start:end].sum())
+    assert outcome[0][0]["means"]["entropy"] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_wrong_count_is_an_error_with_both_numbers(outcome: Any) -> None:
+    count = sum(batch.loss_tokens for batch in all_batches())
+    for rank in outcome[0]:
+        assert f"divided by {count} loss tokens" in rank["complaint"]
+        assert f"built with {count + 1};" in rank["complaint"]
+
+
+def test_load_and_export_are_bit_exact(outcome: Any, model_path: Path) -> None:
+    model = load_reference(model_path, torch.float32)
+    want = model.state_dict()
+    if model.config.tie_word_embeddings:
+        del want["lm_head.weight"]
+    for rank in outcome[0]:
+        assert rank["loaded"].keys() == want.keys()
+        assert all(torch.equal(rank["loaded"][name], want[name]) for name in want)
+
+
+def test_saved_checkpoint_reloads_bit_exact(outcome: Any) -> None:
+    ranks, saved = outcome
+    model = load_reference(saved, torch.float32)
+    state = model.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in ranks[0]["trained"].items())
+    assert (saved / "tokenizer_config.json").is_file()

@@ -1,0 +1,209 @@
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from dapo_megatron.algo.loss import dapo_loss
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden/algo.json").read_text())
+DAPO = {"clip_low": 0.2, "clip_high": 0.28}
+VARIANTS = {
+    "dapo": DAPO,
+    "symmetric_0.2": {"clip_low": 0.2, "clip_high": 0.2},
+    "dapo_dual_clip_c10": {**DAPO, "dual_clip": 10.0},
+}
+BATCHES = [name for name in GOLDEN if name.startswith("loss_")]
+
+
+def f64(values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def close(actual, expected):
+    torch.testing.assert_close(actual, f64(expected), rtol=0, atol=1e-9)
+
+
+def one_token(ratio, advantage, **how):
+    """(objective, its gradient by the log-prob, result) of one token."""
+    logprobs = (f64([ratio]).log() - 1.0).requires_grad_()
+    result = dapo_loss(logprobs, f64([-1.0]), f64([advantage]), torch.tensor([True]), **how)
+    result.loss_sum.backward()
+    assert logprobs.grad is not None
+    return -result.loss_sum.item(), -logprobs.grad.item(), result
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("row", GOLDEN["clip"], ids=lambda row: f"r={row['ratio']} A={row['A']}")
+def test_clip_table(row, variant):
+    value, gradient, clipped = row[variant]
+    actual_value, actual_gradient, result = one_token(row["ratio"], row["A"], **VARIANTS[variant])
+    assert actual_value == pytest.approx(value, abs=1e-9)
+    if row["ratio"] not in (0.8, 1.2, 1.28):  # on a kink, exp(log(r)) decides the side
+        assert actual_gradient == pytest.approx(gradient, abs=1e-9)
+        parts = [result.metrics[name] for name in ("clip_fraction_high", "clip_fraction_low", "dual_clip_fraction")]
+        assert sum(map(int, parts)) == clipped
+    assert result.loss_sum.dtype == torch.float64
+
+
+@pytest.mark.parametrize(("advantage", "edge"), [(1.0, math.log1p(0.28)), (-1.0, math.log1p(-0.2))])
+def test_on_a_kink_a_token_is_not_clipped(advantage, edge):
+    logprobs = f64([edge]).requires_grad_()
+    result = dapo_loss(logprobs, f64([0.0]), f64([advantage]), torch.tensor([True]), **DAPO)
+    assert torch.autograd.grad(result.loss_sum, logprobs)[0].item() == pytest.approx(-advantage * math.exp(edge))
+    assert not result.metrics["clip_fraction_high"]
+    assert not result.metrics["clip_fraction_low"]
+
+
+def flat(sequences):
+    return f64([value for sequence in sequences for value in sequence])
+
+
+def spread(values, sequences):
+    return f64([value for value, sequence in zip(values, sequences, strict=True) for _ in sequence])
+
+
+@pytest.mark.parametrize("mode", ["token", "sample", "seq_sum", "token_dual_clip_c10"])
+@pytest.mark.parametrize("name", BATCHES)
+def test_batches(name, mode):
+    case = GOLDEN[name]
+    old, responses = case["old_logp"], len(case["A"])
+    tokens = sum(map(len, old))
+    weights = {
+        "sample": [tokens / (responses * len(sequence)) for sequence in old],
+        "seq_sum": [tokens / responses] * responses,
+    }.get(mode)
+    logprobs = flat(case["new_logp"]).requires_grad_()
+    result = dapo_loss(
+        logprobs,
+        flat(old),
+        spread(case["A"], old),
+        torch.ones(tokens, dtype=torch.bool),
+        **(VARIANTS["dapo_dual_clip_c10"] if "dual" in mode else DAPO),
+        weights_T=None if weights is None else spread(weights, old),
+    )
+    assert result.loss_tokens == tokens
+    close((result.loss_sum / tokens).detach(), case[mode]["loss"])
+    close(torch.autograd.grad(result.loss_sum / tokens, logprobs)[0], flat(case[mode]["dloss_dlogp"]).tolist())
+
+
+@pytest.mark.parametrize("mode", ["token", "sample"])
+def test_gradient_by_logits(mode):
+    case = GOLDEN["logits"]
+    lengths = [len(tokens) for tokens in case["tokens"]]
+    total = sum(lengths)
+    labels = torch.tensor([token for tokens in case["tokens"] for token in tokens])[:, None]
+    new, old = (f64([row for sequence in case[key] for row in sequence]) for key in ("new_logits", "old_logits"))
+    new.requires_grad_()
+    result = dapo_loss(
+        new.log_softmax(-1).gather(1, labels)[:, 0],
+        old.log_softmax(-1).gather(1, labels)[:, 0],
+        spread(case["A"], case["tokens"]),
+        torch.ones(total, dtype=torch.bool),
+        **DAPO,
+        weights_T=spread([total / (2 * length) for length in lengths], case["tokens"]) if mode == "sample" else None,
+    )
+    close((result.loss_sum / total).detach(), case[mode]["loss"])
+    expected = [row for sequence in case[mode]["dloss_dlogits"] for row in sequence]
+    close(torch.autograd.grad(result.loss_sum / total, new)[0], expected)
+
+
+@pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf, 1e30, -500.0])
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_masked_slots_contribute_nothing(garbage, estimator):
+    mask = torch.tensor([True, False, True])
+    how = {**DAPO, "dual_clip": 10.0, "kl_coef": 0.1, "kl_estimator": estimator}
+
+    def run(fill):
+        logprobs = f64([-1.0, fill, -0.5]).requires_grad_()
+        tensors = [f64(values) for values in ([-1.1, fill, -0.4], [1.0, fill, -1.0])]
+        extra = {"weights_T": f64([2.0, fill, 0.5]), "ref_logprobs_T": f64([-0.9, fill, -0.7])}
+        result = dapo_loss(logprobs, *tensors, mask, **how, **extra)
+        return result, torch.autograd.grad(result.loss_sum, logprobs)[0]
+
+    clean, clean_gradient = run(0.0)
+    result, gradient = run(garbage)
+    assert result.loss_tokens == 2
+    assert result.loss_sum == clean.loss_sum
+    assert torch.equal(gradient, clean_gradient)
+    assert gradient[1] == 0
+    assert result.metrics == clean.metrics
+
+
+def test_all_masked_gives_zero_sums_and_gradient():
+    logprobs = f64([-1.0, math.nan]).requires_grad_()
+    result = dapo_loss(logprobs, f64([0.0, 0.0]), f64([1.0, 1.0]), torch.tensor([False, False]), **DAPO)
+    assert result.loss_sum == 0
+    assert result.loss_tokens == 0
+    assert torch.autograd.grad(result.loss_sum, logprobs)[0].tolist() == [0.0, 0.0]
+    assert set(map(float, result.metrics.values())) == {0.0}
+
+
+@pytest.mark.parametrize("advantage", [1.0, 0.0, -1.0])
+def test_ratio_beyond_the_dtype_stays_finite_where_it_is_clipped(advantage):
+    logprobs = torch.tensor([-0.1]).requires_grad_()
+    args = (torch.tensor([-200.0]), torch.tensor([advantage]), torch.tensor([True]))
+    result = dapo_loss(logprobs, *args, **DAPO, dual_clip=10.0)
+    assert result.loss_sum.item() == pytest.approx(10.0 if advantage < 0 else -1.28 * advantage)
+    assert torch.autograd.grad(result.loss_sum, logprobs)[0].item() == 0
+    assert result.loss_sum.dtype == torch.float32
+
+
+def test_metrics_are_sums_over_loss_tokens():
+    ratios = [1.1, 1.5, 0.7, 12.0, 3.0]
+    result = dapo_loss(
+        f64(ratios).log().requires_grad_(),
+        f64([0.0] * 5),
+        f64([1.0, 1.0, -1.0, -1.0, -1.0]),
+        torch.tensor([True, True, True, True, False]),
+        **DAPO,
+        dual_clip=10.0,
+        ref_logprobs_T=f64(ratios).log() + 1.0,
+    )
+    metrics = {name: value.item() for name, value in result.metrics.items()}
+    assert metrics == pytest.approx(
+        {
+            "clip_fraction_high": 1,
+            "clip_fraction_low": 1,
+            "dual_clip_fraction": 1,
+            "ratio": 1.1 + 1.5 + 0.7 + 12.0,
+            "ratio_max": 12.0,
+            "kl_old": sum(ratio - 1 - math.log(ratio) for ratio in ratios[:4]),
+            "kl_ref": 4 * (math.e - 2),
+        }
+    )
+    assert not any(value.requires_grad for value in result.metrics.values())
+
+
+@pytest.mark.parametrize(
+    ("estimator", "value", "slope"), [("k1", 0.5, 1.0), ("k2", 0.125, 0.5), ("k3", 0.10653066, 0.39346934)]
+)
+def test_kl_term_is_weighted_and_added(estimator, value, slope):
+    logprobs = f64([-1.0]).requires_grad_()
+    result = dapo_loss(
+        logprobs,
+        f64([-1.0]),
+        f64([0.0]),
+        torch.tensor([True]),
+        **DAPO,
+        weights_T=f64([3.0]),
+        ref_logprobs_T=f64([-1.5]),
+        kl_coef=0.1,
+        kl_estimator=estimator,
+    )
+    assert result.loss_sum.item() == pytest.approx(0.3 * value)
+    assert torch.autograd.grad(result.loss_sum, logprobs)[0].item() == pytest.approx(0.3 * slope)
+
+
+def test_shapes_are_checked_first():
+    three, two = torch.zeros(3), torch.zeros(2)
+    mask = torch.ones(3, dtype=torch.bool)
+    with pytest.raises(AssertionError, match="alike"):
+        dapo_loss(three, two, three, mask, **DAPO)
+    with pytest.raises(AssertionError, match="alike"):
+        dapo_loss(three, three, torch.zeros(1), mask, **DAPO)
+    with pytest.raises(AssertionError, match="bool"):
+        dapo_loss(three, three, three, torch.ones(3), **DAPO)
+    with pytest.raises(AssertionError, match="reference"):
+        dapo_loss(three, three, three, mask, **DAPO, kl_coef=0.1)

@@ -1,0 +1,77 @@
+"""Random packed micro-batches, and the same numbers from a plain Hugging Face model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dapo_megatron.types import MicroBatch, TokenLoss, Update
+
+
+def make_micro_batch(
+    lengths: Sequence[int], *, seed: int, vocab_size: int = 50, multiple: int = 1, masked: bool = False
+) -> MicroBatch:
+    """Sequences of these many slots, each padded to a multiple; about 70% loss tokens, or none where `masked`."""
+    generator = torch.Generator().manual_seed(seed)
+    rows: dict[str, list[Tensor]] = {name: [] for name in ("tokens", "labels", "positions", "mask", "advantages")}
+    bounds = [0]
+    for length in lengths:
+        padding = -length % multiple
+        ids = torch.randint(vocab_size, (length + 1,), generator=generator)
+        mask = (torch.rand(length, generator=generator) < 0.7) & (not masked)
+        advantage = torch.randn((), generator=generator)
+        rows["tokens"].append(torch.nn.functional.pad(ids[:-1], (0, padding)))
+        rows["labels"].append(torch.nn.functional.pad(ids[1:], (0, padding)))
+        rows["mask"].append(torch.nn.functional.pad(mask, (0, padding)))
+        rows["positions"].append(torch.arange(length + padding))
+        rows["advantages"].append(advantage.expand(length + padding))
+        bounds.append(bounds[-1] + length + padding)
+    columns = {name: torch.cat(parts) for name, parts in rows.items()}
+    return MicroBatch(
+        tokens_T=columns["tokens"],
+        labels_T=columns["labels"],
+        positions_T=columns["positions"],
+        cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
+        loss_mask_T=columns["mask"],
+        advantages_T=columns["advantages"],
+        weights_T=torch.ones(bounds[-1]),
+        rollout_logprobs_T=torch.zeros(bounds[-1]),
+    )
+
+
+def ratio_loss(logprobs_T: Tensor, batch: MicroBatch) -> TokenLoss:
+    """Unclipped policy gradient on the ratio to old_logprobs_T: smooth, so that float32 and float64 agree."""
+    assert batch.old_logprobs_T is not None
+    ratio_T = (logprobs_T - batch.old_logprobs_T).exp()
+    mask_T = batch.loss_mask_T
+    highest = ratio_T.detach().masked_fill(~mask_T, 0.0).amax()
+    return TokenLoss(
+        loss_sum=-(ratio_T * batch.advantages_T * mask_T).sum(),
+        loss_tokens=mask_T.sum(),
+        metrics={"ratio": (ratio_T.detach() * mask_T).sum(), "ratio_max": highest},
+    )
+
+
+def reference_logprobs(model: Any, batch: MicroBatch, temperature: float = 1.0) -> Tensor:
+    """Log-probs [T] from a Hugging Face model, sequence by sequence, each alone."""
+    bounds = batch.cu_seqlens.tolist()
+    pieces = []
+    for start, end in zip(bounds, bounds[1:], strict=False):
+        logits = model(batch.tokens_T[None, start:end]).logits[0] / temperature
+        pieces.append(torch.log_softmax(logits, -1).gather(-1, batch.labels_T[start:end, None])[:, 0])
+    return torch.cat(pieces)
+
+
+def make_update(batches: Sequence[MicroBatch], loss_tokens: int | None = None) -> Update:
+    """A mini-batch of one replica; with several replicas, give the count of all."""
+    own = sum(batch.loss_tokens for batch in batches)
+    return Update(tuple(batches), own if loss_tokens is None else loss_tokens)
+
+
+def worst_relative_error(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
+    """Largest difference of two sets of tensors, each relative to its tensor's largest entry."""
+    assert got.keys() == want.keys(), got.keys() ^ want.keys()
+    return max(float((got[name].double() - want[name]).abs().max() / want[name].abs().max()) for name in want)
