@@ -58,8 +58,11 @@ def transformer_config(hf_config: Any, model: ModelConfig, parallel: ParallelCon
         "moe_token_dispatcher_type": "alltoall",
         # Sums are divided once, by the number of tokens of the whole mini-batch.
         "calculate_per_token_loss": True,
-        # Every parameter comes out of the checkpoint.
-        "perform_initialization": False,
+        # Every parameter comes out of the checkpoint. (With perform_initialization off, Megatron would also forget to
+        # mark which parameters are split between ranks.)
+        "init_method": _leave,
+        "output_layer_init_method": _leave,
+        "embedding_init_method": _leave,
         "apply_rope_fusion": True,
         # With several chunks per stage, any other combination gives wrong gradients without a word.
         "overlap_p2p_comm": virtual_stages is not None,
@@ -71,6 +74,10 @@ def transformer_config(hf_config: Any, model: ModelConfig, parallel: ParallelCon
     if not torch.cuda.is_available():
         settings |= cpu.CONFIG
     return TransformerConfig(**settings)
+
+
+def _leave(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
 def build_chunks(hf_config: Any, config: TransformerConfig) -> list[GPTModel]:

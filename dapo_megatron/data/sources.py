@@ -56,12 +56,14 @@ def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    import datasets
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
 
     try:
-        rows = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
-        yield from enumerate(map(dict, rows), 1)
-    except Exception as error:  # the library raises its own, pyarrow's and fsspec's errors for a broken file
+        with ParquetFile(path) as file:
+            rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
+            yield from enumerate(rows, 1)
+    except (ArrowException, OSError) as error:
         raise ConfigError(f"cannot read {path} as parquet: {error}") from error
 
 

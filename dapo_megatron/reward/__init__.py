@@ -1,1 +1,1 @@
-"""From a response to a number: grading rules, killable workers, reward shaping. Nothing here imports torch on import."""
+"""From a response to a number: grading rules, killable workers, reward shaping. No torch on import."""

@@ -33,7 +33,7 @@ LOST = Grade(correct=False, extracted=None, timed_out=True)
 Item = tuple[str, str]
 
 
-class WorkerDied(Exception):
+class WorkerDiedError(Exception):
     """The process ended, or was killed, before it answered."""
 
 
@@ -126,7 +126,7 @@ class _Worker:
             for _ in items:
                 correct, extracted = json.loads(self._line(self._timeout))
                 grades.append(Grade(correct, extracted))
-        except (WorkerDied, TimeoutError):
+        except (WorkerDiedError, TimeoutError):
             grades.append(LOST)
             self._restart()
         return grades
@@ -170,7 +170,7 @@ class _Worker:
             return
         try:
             self._line(STARTUP_SECONDS)
-        except (WorkerDied, TimeoutError) as error:
+        except (WorkerDiedError, TimeoutError) as error:
             self._raise_if_stopped()
             raise GradingError(
                 f"a grading worker for reward.rule={self._rule} did not start within {STARTUP_SECONDS:.0f} s "
@@ -195,7 +195,7 @@ class _Worker:
             while line:
                 line = line[self._input.write(line) :]
         except BrokenPipeError as error:
-            raise WorkerDied from error
+            raise WorkerDiedError from error
 
     def _line(self, seconds: float) -> bytes:
         """The next line that the process writes."""
@@ -207,7 +207,7 @@ class _Worker:
                 raise TimeoutError
             read = self._output.read(1 << 16)
             if not read:
-                raise WorkerDied
+                raise WorkerDiedError
             self._buffer += read
         line, _, self._buffer = self._buffer.partition(b"\n")
         return line

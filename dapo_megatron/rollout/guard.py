@@ -8,6 +8,7 @@ engine outlives it: not its workers, and not what those left behind when they di
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -22,6 +23,7 @@ import psutil
 
 GRACE_SECONDS = 3.0
 """Between SIGTERM and SIGKILL."""
+_PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -34,9 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("usage: python -m dapo_megatron.rollout.guard -- COMMAND...", file=sys.stderr)
         return 2
 
+    parent = os.getppid()
     # Orphaned grandchildren become our children instead of init's, so that they can be found.
-    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
-        print(f"guard: cannot become a subreaper: {os.strerror(ctypes.get_errno())}", file=sys.stderr)
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
     stop = threading.Event()
 
     def on_terminate(signum: int, frame: FrameType | None) -> None:
@@ -46,13 +48,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     # A terminal sends Ctrl-C to all of its foreground processes; the trainer decides what it means for engines.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_default_signals)
+        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_before_exec)
     except OSError as error:
         print(f"guard: cannot start {command[0]}: {error.strerror}", file=sys.stderr)
         return 127
 
     threading.Thread(target=_wait_for_end_of_input, args=(stop,), daemon=True).start()
-    while child.poll() is None and not stop.wait(0.05):
+    # A process that the trainer forked may hold the pipe open after the trainer's death: look at the parent as well.
+    while child.poll() is None and os.getppid() == parent and not stop.wait(0.05):
         pass
     end_descendants(0.0 if child.poll() is not None else GRACE_SECONDS)
     status = child.wait()
@@ -73,28 +76,29 @@ def end_descendants(grace_seconds: float) -> None:
 
 
 def _descendants() -> list[psutil.Process]:
-    """Living descendants. Reaps the dead ones that were handed to us."""
+    """Living descendants. The dead stay zombies until this process ends, which is soon."""
     living = []
     for process in psutil.Process().children(recursive=True):
-        try:
+        with contextlib.suppress(psutil.NoSuchProcess):
             if process.status() != psutil.STATUS_ZOMBIE:
                 living.append(process)
-            elif process.ppid() == os.getpid():
-                process.wait(0)
-        except (psutil.NoSuchProcess, psutil.TimeoutExpired):
-            continue
     return living
 
 
 def _signal(process: psutil.Process, number: signal.Signals) -> None:
-    try:
+    with contextlib.suppress(psutil.NoSuchProcess):
         process.send_signal(number)
-    except psutil.NoSuchProcess:
-        return
 
 
-def _default_signals() -> None:
+def _before_exec() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # Should someone kill the guard, the engine still hears of it.
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _prctl(option: int, value: int) -> None:
+    if ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 def _wait_for_end_of_input(stop: threading.Event) -> None:

@@ -225,21 +225,20 @@ class VllmEngine:
                 if response.status == 404 and missing is not None:
                     return missing
                 if response.status != 200:
-                    text = (await response.text())[:2000]
-                    raise EngineError(await self._describe(f"{what}: HTTP {response.status}: {text}"))
+                    failure = f"{what}: HTTP {response.status}: {(await response.text())[:2000]}"
+                    raise EngineError(await self._describe(failure, dying=response.status >= 500))
                 return await response.json() if response.content_type == "application/json" else None
         except TimeoutError as error:
-            raise EngineError(
-                f"{self.name}, {what}: no answer within {self._request_seconds:g} s (engine.request_seconds)\n"
-                f"{self._server.describe()}"
-            ) from error
+            failure = f"{what}: no answer within {self._request_seconds:g} s (engine.request_seconds)"
+            raise EngineError(await self._describe(failure)) from error
         except aiohttp.ClientError as error:
-            raise EngineError(await self._describe(f"{what}: {error or type(error).__name__}")) from error
+            raise EngineError(await self._describe(f"{what}: {error or type(error).__name__}", dying=True)) from error
 
-    async def _describe(self, failure: str) -> str:
-        """`failure`, and whether it is because the process died, which may take a moment to show."""
-        deadline = asyncio.get_running_loop().time() + _DEATH_SECONDS
-        while self._server.alive and asyncio.get_running_loop().time() < deadline:
+    async def _describe(self, failure: str, dying: bool = False) -> str:
+        """`failure`, with the state of the process; when it is `dying`, that may take a moment to show."""
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + _DEATH_SECONDS
+        while dying and self._server.alive and clock() < deadline:
             await asyncio.sleep(0.05)
         return f"{self.name}, {failure}\n{self._server.describe()}"
 

@@ -62,7 +62,7 @@ def unpack(flat: Tensor, names: Sequence[str], dtypes: Sequence[str], shapes: Se
     start = 0
     for name, dtype, shape in zip(names, dtypes, shapes, strict=True):
         size = _nbytes(dtype, shape)
-        bucket.append((name, flat[start : start + size].view(getattr(torch, dtype)).view(*shape)))
+        bucket.append((name, flat[start : start + size].view(getattr(torch, dtype)).view(tuple(shape))))
         start += _padded(size)
     return bucket
 

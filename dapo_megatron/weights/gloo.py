@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from datetime import timedelta
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 
@@ -119,9 +120,9 @@ class GlooPublisher:
 def join_group(
     host: str, port: int, rank: int, world_size: int, timeout_seconds: float, listener: int | None = None
 ) -> Any:
-    """The transfer group, once all `world_size` members have joined. Rank 0 brings the listening socket's descriptor."""
+    """The transfer group, once all `world_size` members are in it. Rank 0 brings a listening socket's descriptor."""
     timeout = timedelta(seconds=timeout_seconds)
-    store = c10d.TCPStore(
+    store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
         host, port, is_master=rank == 0, wait_for_workers=False, timeout=timeout, master_listen_fd=listener
     )
     options = c10d.ProcessGroupGloo._Options()  # pyright: ignore[reportAttributeAccessIssue]

@@ -113,7 +113,7 @@ def main(folder: Path, seed: int) -> None:
         sums.write(folder / "train.jsonl", problems)
         untrained(seed).save_pretrained(folder / "untrained")
         tokenizer.save_pretrained(folder / "untrained")
-    topology.broadcast(None, topo)
+    topology.broadcast(None)
 
     checkpoint = HfCheckpoint(config.model.path)
     actor = Actor(config, topo, load_weights=checkpoint.load)

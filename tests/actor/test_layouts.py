@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -23,7 +23,11 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2-sp": {"tp": 2, "sequence_parallel": True},
     "pp2": {"pp": 2},
     "cp2": {"cp": 2},
+    "tp2-cp2-sp": {"tp": 2, "cp": 2, "sequence_parallel": True},
+    "pp2-dp2": {"pp": 2},
 }
+RANKS = {"one": 1, "tp2-cp2-sp": 4, "pp2-dp2": 4}
+CASES = [(name, False) for name in LAYOUTS] + [(name, True) for name in ("one", "dp2", "tp2", "pp2")]
 OPTIMIZER = {"lr": 1e-2, "eps": 1e-5, "weight_decay": 0.1, "clip_grad": 0.5}
 LR = (1e-2, 5e-3)
 
@@ -58,10 +62,16 @@ def reference(model_path: Path) -> tuple[dict[str, Tensor], list[float], list[fl
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
-    names = {name: value for name, value in model.state_dict().items()}
+    names = dict(model.state_dict())
     if model.config.tie_word_embeddings:
         del names["lm_head.weight"]
     return names, losses, norms
+
+
+class Case(NamedTuple):
+    ranks: list[dict[str, Any]]
+    model_path: Path
+    saved: Path
 
 
 def train(model_path: Path, parallel: dict[str, Any], saved: Path) -> dict[str, Any]:
@@ -104,52 +114,48 @@ def train(model_path: Path, parallel: dict[str, Any], saved: Path) -> dict[str, 
     }
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
-def model_path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_qwen2(tmp_path_factory.mktemp("model"), tied=request.param)
-
-
-@pytest.fixture(scope="module", params=LAYOUTS)
-def outcome(request: pytest.FixtureRequest, model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    ranks = 1 if request.param == "one" else 2
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: case[0] + ("-tied" if case[1] else ""))
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    layout, tied = request.param
+    model_path = save_qwen2(tmp_path_factory.mktemp("model"), tied=tied)
     saved = tmp_path_factory.mktemp("saved")
-    return run_distributed(train, ranks, model_path, LAYOUTS[request.param], saved), saved
+    return Case(run_distributed(train, RANKS.get(layout, 2), model_path, LAYOUTS[layout], saved), model_path, saved)
 
 
 pytestmark = [pytest.mark.multiproc, pytest.mark.slow]
 
 
-def test_two_steps_match_float64(outcome: Any, model_path: Path) -> None:
-    want, losses, norms = reference(model_path)
-    for rank in outcome[0]:
+def test_two_steps_match_float64(case: Case) -> None:
+    want, losses, norms = reference(case.model_path)
+    for rank in case.ranks:
         assert worst_relative_error(rank["trained"], want) < 1e-5
         assert [result.loss for result in rank["results"]] == pytest.approx(losses, rel=1e-5, abs=1e-7)
         assert [result.grad_norm for result in rank["results"]] == pytest.approx(norms, rel=1e-5)
 
 
-def test_every_rank_reports_the_same(outcome: Any) -> None:
-    assert all(rank["results"] == outcome[0][0]["results"] for rank in outcome[0])
-    assert all(rank["means"] == outcome[0][0]["means"] for rank in outcome[0])
+def test_every_rank_reports_the_same(case: Case) -> None:
+    assert all(rank["results"] == case.ranks[0]["results"] for rank in case.ranks)
+    assert all(rank["means"] == case.ranks[0]["means"] for rank in case.ranks)
 
 
-def test_first_ratio_is_exactly_one(outcome: Any) -> None:
-    first, second = outcome[0][0]["results"]
+def test_first_ratio_is_exactly_one(case: Case) -> None:
+    first, second = case.ranks[0]["results"]
     assert first.metrics == {"ratio": 1.0, "ratio_max": 1.0}
     assert second.metrics["ratio_max"] > 1.0
 
 
-def test_old_logprobs_are_those_of_whole_sequences(outcome: Any, model_path: Path) -> None:
-    model = load_reference(model_path)
+def test_old_logprobs_are_those_of_whole_sequences(case: Case) -> None:
+    model = load_reference(case.model_path)
     with torch.no_grad():
         want = [reference_logprobs(model, batch, 0.7) for batch in all_batches()]
-    for rank in outcome[0]:
+    for rank in case.ranks:
         share = len(rank["logprobs"])
         for got_T, want_T in zip(rank["logprobs"], want[rank["dp_rank"] * share :], strict=False):
             torch.testing.assert_close(got_T.double(), want_T, rtol=1e-5, atol=1e-5)
 
 
-def test_entropy_is_the_mean_over_all_loss_tokens(outcome: Any, model_path: Path) -> None:
-    model = load_reference(model_path)
+def test_entropy_is_the_mean_over_all_loss_tokens(case: Case) -> None:
+    model = load_reference(case.model_path)
     total, count = 0.0, 0
     for batch in all_batches():
         bounds = batch.cu_seqlens.tolist()
@@ -159,29 +165,28 @@ def test_entropy_is_the_mean_over_all_loss_tokens(outcome: Any, model_path: Path
             entropy = torch.distributions.Categorical(logits=logits).entropy()
             total += float((entropy * batch.loss_mask_T[start:end]).sum())
             count += int(batch.loss_mask_T[start:end].sum())
-    assert outcome[0][0]["means"]["entropy"] == pytest.approx(total / count, rel=1e-5)
+    assert case.ranks[0]["means"]["entropy"] == pytest.approx(total / count, rel=1e-5)
 
 
-def test_wrong_count_is_an_error_with_both_numbers(outcome: Any) -> None:
+def test_wrong_count_is_an_error_with_both_numbers(case: Case) -> None:
     count = sum(batch.loss_tokens for batch in all_batches())
-    for rank in outcome[0]:
+    for rank in case.ranks:
         assert f"divided by {count} loss tokens" in rank["complaint"]
         assert f"built with {count + 1};" in rank["complaint"]
 
 
-def test_load_and_export_are_bit_exact(outcome: Any, model_path: Path) -> None:
-    model = load_reference(model_path, torch.float32)
+def test_load_and_export_are_bit_exact(case: Case) -> None:
+    model = load_reference(case.model_path, torch.float32)
     want = model.state_dict()
     if model.config.tie_word_embeddings:
         del want["lm_head.weight"]
-    for rank in outcome[0]:
+    for rank in case.ranks:
         assert rank["loaded"].keys() == want.keys()
         assert all(torch.equal(rank["loaded"][name], want[name]) for name in want)
 
 
-def test_saved_checkpoint_reloads_bit_exact(outcome: Any) -> None:
-    ranks, saved = outcome
-    model = load_reference(saved, torch.float32)
+def test_saved_checkpoint_reloads_bit_exact(case: Case) -> None:
+    model = load_reference(case.saved, torch.float32)
     state = model.state_dict()
-    assert all(torch.equal(state[name], tensor) for name, tensor in ranks[0]["trained"].items())
-    assert (saved / "tokenizer_config.json").is_file()
+    assert all(torch.equal(state[name], tensor) for name, tensor in case.ranks[0]["trained"].items())
+    assert (case.saved / "tokenizer_config.json").is_file()

@@ -1,6 +1,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,8 +9,8 @@ import torch
 from dapo_megatron.algo.loss import dapo_loss
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden/algo.json").read_text())
-DAPO = {"clip_low": 0.2, "clip_high": 0.28}
-VARIANTS = {
+DAPO: dict[str, Any] = {"clip_low": 0.2, "clip_high": 0.28}
+VARIANTS: dict[str, dict[str, Any]] = {
     "dapo": DAPO,
     "symmetric_0.2": {"clip_low": 0.2, "clip_high": 0.2},
     "dapo_dual_clip_c10": {**DAPO, "dual_clip": 10.0},
@@ -113,13 +114,13 @@ def test_gradient_by_logits(mode):
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 def test_masked_slots_contribute_nothing(garbage, estimator):
     mask = torch.tensor([True, False, True])
-    how = {**DAPO, "dual_clip": 10.0, "kl_coef": 0.1, "kl_estimator": estimator}
+    how: dict[str, Any] = {**DAPO, "dual_clip": 10.0, "kl_coef": 0.1, "kl_estimator": estimator}
 
     def run(fill):
         logprobs = f64([-1.0, fill, -0.5]).requires_grad_()
-        tensors = [f64(values) for values in ([-1.1, fill, -0.4], [1.0, fill, -1.0])]
-        extra = {"weights_T": f64([2.0, fill, 0.5]), "ref_logprobs_T": f64([-0.9, fill, -0.7])}
-        result = dapo_loss(logprobs, *tensors, mask, **how, **extra)
+        old, advantages = f64([-1.1, fill, -0.4]), f64([1.0, fill, -1.0])
+        extra: dict[str, Any] = {"weights_T": f64([2.0, fill, 0.5]), "ref_logprobs_T": f64([-0.9, fill, -0.7])}
+        result = dapo_loss(logprobs, old, advantages, mask, **how, **extra)
         return result, torch.autograd.grad(result.loss_sum, logprobs)[0]
 
     clean, clean_gradient = run(0.0)

@@ -26,13 +26,13 @@ REPLACED = {
 }
 """Replaced one after the other, in this order."""
 
-# Deleted one after the other, in this order, wherever they stand, inside words too.
-DELETED = (
-    "square ways integers dollars mph inches hours km units \\ldots sue points feet minutes digits cents degrees cm gm "
-    "pounds meters meals edges students childrentickets multiples"
-).split()
-DELETED += [r"\text{s}", r"\text{.}", "\\text{\ns}", r"\text{}^2", r"\text{}^3", "\\text{\n}", r"\text{}"]
-DELETED += [r"\mathrm{th}", r"^\circ", r"^{\circ}", r"\;", r",\!", "{,}", '"', r"\dots"]
+DELETED = [
+    *("square", "ways", "integers", "dollars", "mph", "inches", "hours", "km", "units", r"\ldots", "sue", "points"),
+    *("feet", "minutes", "digits", "cents", "degrees", "cm", "gm", "pounds", "meters", "meals", "edges", "students"),
+    *("childrentickets", "multiples", r"\text{s}", r"\text{.}", "\\text{\ns}", r"\text{}^2", r"\text{}^3"),
+    *("\\text{\n}", r"\text{}", r"\mathrm{th}", r"^\circ", r"^{\circ}", r"\;", r",\!", "{,}", '"', r"\dots"),
+]
+"""Deleted one after the other, in this order, wherever they stand, inside words too."""
 
 REWRITTEN = [
     (re.compile(r".*?\$(.*?)\$.*"), r"$\1$"),  # the first $...$ is all that counts

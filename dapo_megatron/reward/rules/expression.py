@@ -18,7 +18,8 @@ TOKEN = re.compile(
       | (?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3}(?![0-9]))?
     )
     | (?P<variable>\\pi(?![A-Za-z])|(?<![A-Za-z\\])[A-Za-z](?![A-Za-z]))
-    | (?P<power>\^|\*\*) | (?P<times>[*×·]|\\(?:cdot|times)(?![A-Za-z])) | (?P<divide>[/÷]|\\div(?![A-Za-z]))
+    | (?P<power>\^|\*\*) | (?P<times>[*\u00d7\u00b7]|\\(?:cdot|times)(?![A-Za-z]))
+    | (?P<divide>[/\u00f7]|\\div(?![A-Za-z]))
     | (?P<plus>\+) | (?P<minus>-) | (?P<open>[({]) | (?P<close>[)}])
     )\s*""",
     re.VERBOSE,
@@ -31,7 +32,7 @@ BINDS = {"plus": 1, "minus": 1, "times": 2, "divide": 2, "negate": 3, "power": 4
 CLOSES = {"(": ")", "{": "}"}
 
 
-class NotArithmetic(ValueError):
+class NotArithmeticError(ValueError):
     """Not an expression that this module evaluates, or one whose value is too large."""
 
 
@@ -42,10 +43,10 @@ def evaluate(text: str) -> tuple[Fraction, bool]:
     functions, but for a chance of about 1e-18 (Schwartz-Zippel).
 
     Raises:
-        NotArithmetic: for anything but numbers, one-letter variables, + - * / ^, fractions and brackets.
+        NotArithmeticError: for anything but numbers, one-letter variables, + - * / ^, fractions and brackets.
     """
     if MIXED_NUMBER.search(text):  # 2\frac{1}{2} is a product to some and a sum to others
-        raise NotArithmetic(text)
+        raise NotArithmeticError(text)
     text = _without_fractions(SHORT_FRACTION.sub(r"\\frac{\1}{\2}", text))
     values: list[Fraction] = []
     waiting: list[str] = []  # operators, and open brackets as themselves
@@ -53,12 +54,12 @@ def evaluate(text: str) -> tuple[Fraction, bool]:
     while position < len(text):
         match = TOKEN.match(text, position)
         if not match:
-            raise NotArithmetic(text)
+            raise NotArithmeticError(text)
         kind, token = str(match.lastgroup), match[str(match.lastgroup)]
         position = match.end()
         if kind in ("number", "variable", "open"):
             if after_operand and kind == "number":  # 3 4 is not a product; 2x and 3(4) are
-                raise NotArithmetic(text)
+                raise NotArithmeticError(text)
             if after_operand:
                 _wait("times", waiting, values)
             if kind == "open":
@@ -71,16 +72,16 @@ def evaluate(text: str) -> tuple[Fraction, bool]:
             while waiting and waiting[-1] in BINDS:
                 _apply(waiting.pop(), values)
             if not waiting or CLOSES[waiting.pop()] != token:
-                raise NotArithmetic(text)
+                raise NotArithmeticError(text)
         elif after_operand:
             _wait(kind, waiting, values)
             after_operand = False
         elif kind == "minus":
             waiting.append("negate")
         elif kind != "plus":
-            raise NotArithmetic(text)
+            raise NotArithmeticError(text)
     if not after_operand or not BINDS.keys() >= set(waiting):
-        raise NotArithmetic(text)
+        raise NotArithmeticError(text)
     while waiting:
         _apply(waiting.pop(), values)
     return values[0], constant
@@ -128,18 +129,18 @@ def _apply(kind: str, values: list[Fraction]) -> None:
     if kind == "power":
         too_large = abs(right.numerator) * _bits(left) > MAX_BITS
         if right.denominator != 1 or too_large or (left == 0 and right < 0):
-            raise NotArithmetic(f"{left}^{right}")
+            raise NotArithmeticError(f"{left}^{right}")
         values.append(left ** int(right))
         return
     if kind == "divide" and right == 0:
-        raise NotArithmetic(f"{left}/0")
+        raise NotArithmeticError(f"{left}/0")
     operations = {"plus": operator.add, "minus": operator.sub, "times": operator.mul, "divide": operator.truediv}
     values.append(_bounded(operations[kind](left, right)))
 
 
 def _number(token: str) -> Fraction:
     if len(token) > MAX_BITS // 4:
-        raise NotArithmetic(token)
+        raise NotArithmeticError(token)
     return _bounded(Fraction(token.replace(",", "").replace(" ", "")))
 
 
@@ -149,7 +150,7 @@ def _variable(name: str) -> Fraction:
 
 def _bounded(value: Fraction) -> Fraction:
     if _bits(value) > MAX_BITS:
-        raise NotArithmetic(f"more than {MAX_BITS} bits")
+        raise NotArithmeticError(f"more than {MAX_BITS} bits")
     return value
 
 

@@ -17,14 +17,21 @@ import string
 from collections.abc import Hashable
 from fractions import Fraction
 
-from dapo_megatron.reward.rules.expression import NotArithmetic, evaluate
+from dapo_megatron.reward.rules.expression import NotArithmeticError, evaluate
 
-LABEL = re.compile(r"answer(?:\s+is)?[\s*_]*[:：][\s*_]*|<answer>\s*", re.IGNORECASE)
+LABEL = re.compile(r"answer(?:\s+is)?[\s*_]*[:\uff1a][\s*_]*|<answer>\s*", re.IGNORECASE)
 DISPLAY = {r"\[": r"\]", "$$": "$$"}
 BOX = r"\boxed{"
 
 SIGNS = str.maketrans(
-    {"−": "-", "–": "-", "﹣": "-", "－": "-", "＋": "+", "＝": "=", "，": ",", "≤": "\\le ", "≥": "\\ge "}
+    {
+        **dict.fromkeys("\u2212\u2013\ufe63\uff0d", "-"),  # minus, en dash, small and full-width hyphen
+        "\uff0b": "+",
+        "\uff1d": "=",
+        "\uff0c": ",",
+        "\u2264": r"\le ",
+        "\u2265": r"\ge ",
+    }
 )
 MEANINGLESS = re.compile(
     r"<\|[^|<>]*\|>|</?answer>"  # special tokens and tags
@@ -35,11 +42,13 @@ BRACES = re.compile(r"(\\(?:boxed|fbox|text|mbox|textbf|textit|mathbf|mathrm|mat
 
 LIST = re.compile(r"(\\\{|[\[(])(.*)(\\\}|[\])])", re.DOTALL)
 RELATION = re.compile(r"(\\leq?(?![A-Za-z])|<=?)")
+SEVERAL = re.compile(r"[,;]|\b(?:and|or)\b")
 PROSE = string.ascii_letters + string.whitespace + ",.;:'\""
 UNIT_POWER = re.compile(r"(?<=[A-Za-z])\s*\^\s*(?:[23]|\{[23]\})")
-CHANGES_A_NUMBER = frozenset(
-    "and or to by not plus minus times over squared cubed half mod dozen hundred thousand million billion trillion".split()
-)
+CHANGES_A_NUMBER = {
+    *("and", "or", "to", "by", "not", "plus", "minus", "times", "over", "mod", "squared", "cubed", "half"),
+    *("dozen", "hundred", "thousand", "million", "billion", "trillion"),
+}
 
 
 def grade(response: str, answer: str) -> tuple[bool, str | None]:
@@ -101,7 +110,7 @@ def read(text: str) -> Hashable:
         return items
     *left, last = re.split(r"(?<![!<>])=", text)
     sides = [_number(side, prose=False) for side in left] + [_number(last, prose=True)]
-    if any("," in side and value is None for side, value in zip(left, sides, strict=False)):
+    if any(value is None and SEVERAL.search(side) for side, value in zip(left, sides, strict=False)):
         return _as_text(text)  # x = 3, y = 4
     constants = {value for value in sides if isinstance(value, Fraction)}
     if len(constants) == 1:
@@ -115,7 +124,7 @@ def _number(text: str, *, prose: bool) -> Hashable | None:
     """A Fraction for a constant, some other value for an expression with variables, None for anything else."""
     try:
         value, constant = evaluate(text)
-    except NotArithmetic:
+    except NotArithmeticError:
         if not prose:
             return None
         text = UNIT_POWER.sub("", text)

@@ -25,10 +25,10 @@ def grade(response: str, answer: str) -> tuple[bool, str | None]:
     text = (final_answer(response) or "").strip()
     if not text or len(text) > MAX_CHARACTERS:
         return False, None
-    # sympy raises nearly anything on nonsense (RecursionError, MemoryError, TypeError, ...); nonsense is a wrong answer.
+    # sympy raises nearly anything on nonsense (RecursionError, MemoryError, TypeError, ...), which is a wrong answer.
     try:
-        gold = parse(f"\\boxed{{{answer}}}", parsing_timeout=None)
-        target = parse(text, parsing_timeout=None)
-        return bool(target) and verify(gold, target, timeout_seconds=None), str(target[-1]) if target else None
+        gold = parse(f"\\boxed{{{answer}}}", parsing_timeout=0)
+        target = parse(text, parsing_timeout=0)
+        return bool(target) and verify(gold, target, timeout_seconds=0), str(target[-1]) if target else None
     except Exception:
         return False, None

@@ -1,0 +1,140 @@
+"""One rank: gradients, precision, and what a step refuses. Other layouts are in test_layouts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dapo_megatron.errors import ConfigError
+from dapo_megatron.types import MicroBatch, TokenLoss
+from tests.helpers.batches import make_micro_batch, make_update, ratio_loss, reference_logprobs, worst_relative_error
+from tests.helpers.models import load_reference, make_config, save_qwen2
+
+
+def build(model_path: Path, topo: Any, **sections: Any) -> tuple[Any, Any]:
+    from dapo_megatron.actor.actor import Actor
+    from dapo_megatron.weights.hf import HfCheckpoint
+
+    trainable = sections.pop("trainable", True)
+    checkpoint = HfCheckpoint(model_path)
+    config = make_config(model_path, **sections)
+    return Actor(config, topo, load_weights=checkpoint.load, trainable=trainable), checkpoint
+
+
+def exported(actor: Any, checkpoint: Any) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in checkpoint.export(actor.chunks)}
+
+
+# Lengths that fall into several attention calls, one slot included.
+BATCHES = [make_micro_batch([5, 130, 1, 90, 40], seed=1), make_micro_batch([200], seed=2)]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_gradients_match_each_sequence_alone(alone: Any, tied: bool, tmp_path: Path) -> None:
+    save_qwen2(tmp_path, tied=tied)
+    actor, checkpoint = build(tmp_path, alone, optimizer={"clip_grad": 0.0}, rollout={"temperature": 0.8})
+    (update,), _ = actor.with_old_logprobs([make_update(BATCHES)])
+    actor.step(update, ratio_loss, lr=0.0)
+    with torch.no_grad():
+        for chunk in actor.chunks:
+            for param in chunk.parameters():
+                param.copy_(param.main_grad)
+    got = exported(actor, checkpoint)
+
+    model = load_reference(tmp_path)
+    total = torch.zeros((), dtype=torch.float64)
+    for batch in BATCHES:
+        logprobs_T = reference_logprobs(model, batch, 0.8)
+        total = total + ratio_loss(logprobs_T, replace(batch, old_logprobs_T=logprobs_T.detach())).loss_sum
+    (total / update.loss_tokens).backward()
+    want = {name: param.grad for name, param in model.named_parameters()}
+    assert worst_relative_error(got, want) < 1e-5
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_first_ratio_is_exactly_one(alone: Any, dtype: str, recompute: str, tmp_path: Path) -> None:
+    save_qwen2(tmp_path)
+    actor, _ = build(tmp_path, alone, model={"dtype": dtype, "recompute": recompute})
+    (update,), _ = actor.with_old_logprobs([make_update(BATCHES)])
+    result = actor.step(update, ratio_loss, lr=1e-3)
+    assert result.metrics == {"ratio": 1.0, "ratio_max": 1.0}
+    assert result.grad_norm > 0
+
+
+def test_bfloat16_keeps_small_steps_in_float32(alone: Any, tmp_path: Path) -> None:
+    """Each step is far below bfloat16's resolution; a hundred of them are not."""
+    save_qwen2(tmp_path, dtype=torch.bfloat16)
+    actor, checkpoint = build(tmp_path, alone, model={"dtype": "bfloat16"})
+    before = exported(actor, checkpoint)
+    (update,), _ = actor.with_old_logprobs([make_update(BATCHES[:1])])
+    actor.step(update, ratio_loss, lr=1e-5)
+    once = exported(actor, checkpoint)
+    for _ in range(99):
+        actor.step(update, ratio_loss, lr=1e-5)
+    after = exported(actor, checkpoint)
+    name = "model.norm.weight"
+    assert after[name].dtype is torch.bfloat16
+    assert torch.equal(once[name], before[name])
+    assert not torch.equal(after[name], before[name])
+
+
+def test_a_mini_batch_without_loss_tokens_changes_nothing(alone: Any, tmp_path: Path) -> None:
+    save_qwen2(tmp_path)
+    actor, checkpoint = build(tmp_path, alone)
+    before = exported(actor, checkpoint)
+    (update,), means = actor.with_old_logprobs([make_update([make_micro_batch([8, 4], seed=3, masked=True)])])
+    result = actor.step(update, ratio_loss, lr=1.0)
+    assert (result.loss, result.grad_norm, result.loss_tokens, means) == (0.0, 0.0, 0, {"entropy": 0.0})
+    assert all(torch.equal(tensor, before[name]) for name, tensor in exported(actor, checkpoint).items())
+
+
+def test_a_broken_gradient_is_an_error_and_changes_nothing(alone: Any, tmp_path: Path) -> None:
+    from dapo_megatron.actor.optimizer import GradientError
+
+    def broken_loss(logprobs_T: Tensor, batch: MicroBatch) -> TokenLoss:
+        return TokenLoss((logprobs_T * torch.nan).sum(), batch.loss_mask_T.sum(), {"odd": logprobs_T.detach().sum()})
+
+    save_qwen2(tmp_path)
+    actor, checkpoint = build(tmp_path, alone)
+    before = exported(actor, checkpoint)
+    with pytest.raises(GradientError, match=r"gradient norm is nan.*'odd'"):
+        actor.step(make_update(BATCHES), broken_loss, lr=1e-3)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in exported(actor, checkpoint).items())
+
+
+def test_measure_adds_means_and_maxima(alone: Any, tmp_path: Path) -> None:
+    save_qwen2(tmp_path)
+    actor, _ = build(tmp_path, alone)
+
+    def measure(logprobs_T: Tensor, batch: MicroBatch) -> dict[str, Tensor]:
+        mask_T = batch.loss_mask_T
+        return {"slots": mask_T.sum(), "low_max": -logprobs_T[mask_T].min()}
+
+    (update,), means = actor.with_old_logprobs([make_update(BATCHES)], measure)
+    lowest = min(float(b.old_logprobs_T[b.loss_mask_T].min()) for b in update.micro_batches)
+    assert means["slots"] == 1.0
+    assert means["low_max"] == -lowest
+
+
+def test_a_frozen_reference_fills_its_own_field(alone: Any, tmp_path: Path) -> None:
+    save_qwen2(tmp_path)
+    actor, _ = build(tmp_path, alone)
+    frozen, _ = build(tmp_path, alone, trainable=False)
+    (update,) = frozen.with_ref_logprobs([make_update(BATCHES)])
+    (update,), _ = actor.with_old_logprobs([update])
+    for batch in update.micro_batches:
+        torch.testing.assert_close(batch.ref_logprobs_T, batch.old_logprobs_T, rtol=1e-6, atol=1e-6)
+    assert frozen.optimizer is None
+    assert not any(param.requires_grad for chunk in frozen.chunks for param in chunk.parameters())
+
+
+def test_an_unsplittable_model_is_refused(alone: Any, tmp_path: Path) -> None:
+    save_qwen2(tmp_path)
+    with pytest.raises(ConfigError, match=r"tp\(4\) does not divide the model's num_key_value_heads\(2\)"):
+        build(tmp_path, alone, parallel={"tp": 4})

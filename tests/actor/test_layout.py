@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from transformers import LlamaConfig, Qwen2Config
+
+from dapo_megatron.actor.layout import check_layout, padded_vocab
+from dapo_megatron.config import ParallelConfig
+from dapo_megatron.errors import ConfigError
+
+QWEN: dict[str, Any] = {
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+}
+
+
+def test_layouts_that_divide_are_accepted() -> None:
+    check_layout(Qwen2Config(**QWEN), ParallelConfig())
+    check_layout(Qwen2Config(**QWEN), ParallelConfig(tp=2, pp=3, cp=4, sequence_parallel=True))
+
+
+@pytest.mark.parametrize(
+    ("parallel", "message"),
+    [
+        ({"tp": 4}, r"tp\(4\) does not divide the model's num_attention_heads\(6\); choose a divisor of 6: 1, 2, 3, 6"),
+        ({"tp": 3}, r"tp\(3\) does not divide the model's num_key_value_heads\(2\)"),
+        ({"pp": 4}, r"pp\(4\) does not divide the model's num_hidden_layers\(6\)"),
+    ],
+)
+def test_the_arithmetic_is_in_the_message(parallel: dict[str, int], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_layout(Qwen2Config(**QWEN), ParallelConfig(**parallel))
+
+
+def test_other_architectures_are_refused_with_the_supported_ones() -> None:
+    with pytest.raises(ConfigError, match="'llama' is not supported; supported: qwen2"):
+        check_layout(LlamaConfig(), ParallelConfig())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_act": "gelu"},
+        {"use_sliding_window": True},
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+    ],
+)
+def test_variants_that_would_be_computed_wrongly_are_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(change))):
+        check_layout(Qwen2Config(**QWEN, **change), ParallelConfig())
+
+
+@pytest.mark.parametrize(("size", "tp", "padded"), [(32, 1, 32), (32, 2, 32), (33, 2, 64), (151_936, 8, 151_936)])
+def test_padded_vocabulary_splits_evenly(size: int, tp: int, padded: int) -> None:
+    assert padded_vocab(size, tp) == padded
+
+
+def test_importing_it_does_not_load_megatron() -> None:
+    code = "import sys, dapo_megatron.actor.layout; print([m for m in ('torch', 'megatron') if m in sys.modules])"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert output.stdout.strip() == "[]"

@@ -1,0 +1,57 @@
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dapo_megatron.data.stream import PromptStream
+from dapo_megatron.errors import ConfigError
+from dapo_megatron.types import Prompt
+
+PROMPTS = [Prompt(f"a:{number}", (number,), "", "1") for number in range(10)]
+
+
+def uids(prompts):
+    return [prompt.uid for prompt in prompts]
+
+
+@given(st.lists(st.integers(0, 25), max_size=12), st.integers(0, 5))
+def test_every_prompt_once_per_epoch_however_it_is_drawn(counts, seed):
+    stream = PromptStream(PROMPTS, seed)
+    drawn = [prompt for count in counts for prompt in stream.take(count)]
+    assert len(drawn) == sum(counts)
+    assert drawn == PromptStream(PROMPTS, seed).take(sum(counts))
+    for start in range(0, len(drawn), len(PROMPTS)):
+        epoch = uids(drawn[start : start + len(PROMPTS)])
+        assert len(set(epoch)) == len(epoch)
+
+
+def test_epochs_and_seeds_have_orders_of_their_own():
+    stream = PromptStream(PROMPTS, 0)
+    first, second, other = stream.take(10), stream.take(10), PromptStream(PROMPTS, 1).take(10)
+    assert sorted(uids(first)) == sorted(uids(second)) == sorted(uids(PROMPTS))
+    assert len({tuple(uids(order)) for order in (PROMPTS, first, second, other)}) == 4
+
+
+@given(st.integers(0, 35), st.integers(0, 25))
+def test_a_restored_stream_goes_on_where_it_stood(before, after):
+    stream = PromptStream(PROMPTS, 3)
+    stream.take(before)
+    state = json.loads(json.dumps(stream.state()))
+    other = PromptStream(PROMPTS, 3)
+    other.take(7)
+    other.restore(state)
+    assert other.take(after) == stream.take(after)
+
+
+def test_cursor_of_another_stream_is_refused():
+    state = PromptStream(PROMPTS, 3).state()
+    with pytest.raises(ConfigError, match="seed 3: this one has 4"):
+        PromptStream(PROMPTS, 4).restore(state)
+    with pytest.raises(ConfigError, match="size 10: this one has 9"):
+        PromptStream(PROMPTS[:9], 3).restore(state)
+
+
+def test_no_prompts():
+    with pytest.raises(ConfigError, match="no prompts"):
+        PromptStream([], 0)

@@ -1,0 +1,208 @@
+"""Dynamic sampling, with an engine that knows which prompts are easy."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dapo_megatron.algo.filter import is_mixed
+from dapo_megatron.config import RolloutConfig
+from dapo_megatron.errors import RolloutError
+from dapo_megatron.rollout.collect import Rollout, collect
+from dapo_megatron.rollout.engine import Sampling
+from dapo_megatron.types import Completion, FinishReason, Group, Prompt, VersionSpan
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "fill.json").read_text())
+RESPONSES = 4
+
+
+class Prompts:
+    """Numbered prompts; `kinds` says over and over whether the next is mixed, right or wrong."""
+
+    def __init__(self, kinds: Sequence[str]) -> None:
+        self.kinds, self.drawn = kinds, 0
+
+    def take(self, count: int) -> list[Prompt]:
+        numbers = range(self.drawn, self.drawn + count)
+        self.drawn += count
+        return [Prompt(str(number), (1,), self.kinds[number % len(self.kinds)], "") for number in numbers]
+
+
+class Engine:
+    """Answers later prompts sooner, so that order of arrival differs from order of generation."""
+
+    def __init__(self, finish: FinishReason = FinishReason.STOP) -> None:
+        self.finish, self.asked = finish, 0
+
+    async def generate(self, prompt: Prompt, sampling: Sampling, n: int) -> list[Completion]:
+        self.asked += 1
+        for _ in range(20 - int(prompt.uid) % 20):
+            await asyncio.sleep(0)
+        return [Completion((5, 2), (-0.1, -0.2), self.finish, "", (VersionSpan(0, 0, 2),)) for _ in range(n)]
+
+
+async def judge(prompt: Prompt, completions: Sequence[Completion]) -> Group:
+    right = {"right": len(completions), "wrong": 0, "mixed": 1}[prompt.text]
+    correct = tuple(index < right for index in range(len(completions)))
+    return Group(
+        prompt, tuple(completions), (None,) * len(correct), correct, tuple(1.0 if c else -1.0 for c in correct)
+    )
+
+
+def roll(source: Prompts, carried: Sequence[Group] = (), engine: Engine | None = None, **config: Any) -> Rollout:
+    settings = RolloutConfig(**{"prompts": 4, "responses": RESPONSES, "generation_batch": 6} | config)
+    sampling = Sampling.from_config(settings, (2,))
+    work = collect(
+        engine or Engine(), source.take, judge, settings, is_mixed=is_mixed, sampling=sampling, carried=carried
+    )
+    return asyncio.run(work)
+
+
+def uids(groups: Sequence[Group]) -> list[int]:
+    return [int(group.prompt.uid) for group in groups]
+
+
+@pytest.mark.parametrize("case", GOLDEN["filled"])
+def test_filling_a_published_batch(case: dict[str, Any]) -> None:
+    mixed = round(case["rate"] * GOLDEN["generation_batch"])
+    prompts = Prompts(["mixed"] * mixed + ["wrong"] * (GOLDEN["generation_batch"] - mixed))
+    rollout = roll(prompts, prompts=GOLDEN["prompts"], generation_batch=GOLDEN["generation_batch"], responses=2)
+    assert len(rollout.groups) == GOLDEN["prompts"]
+    assert rollout.stats.generation_batches == case["generation_batches"]
+    assert rollout.stats.mixed == case["kept"]
+    assert rollout.stats.discarded == case["dropped"]
+    assert rollout.stats.prompts == prompts.drawn == case["generation_batches"] * GOLDEN["generation_batch"]
+
+
+def test_giving_up_says_what_was_found() -> None:
+    batch, rate = GOLDEN["generation_batch"], GOLDEN["given_up"]["rate"]
+    mixed = round(rate * batch)
+    prompts = Prompts(["mixed"] * mixed + ["right"] * 100 + ["wrong"] * (batch - mixed - 100))
+    with pytest.raises(RolloutError) as failure:
+        roll(prompts, prompts=GOLDEN["prompts"], generation_batch=batch, responses=2)
+    message = str(failure.value)
+    assert f"{GOLDEN['given_up']['kept']} groups to train on, {GOLDEN['prompts']} wanted" in message
+    assert f"10 generation batches x {batch} prompts = {10 * batch} groups" in message
+    assert f"1000 all right, {10 * (batch - mixed - 100)} all wrong" in message
+    assert "too hard" in message
+    assert prompts.drawn == 10 * batch
+
+
+def test_groups_keep_the_order_of_generation() -> None:
+    rollout = roll(Prompts(["mixed", "wrong", "mixed", "right", "mixed", "mixed", "mixed"]))
+    assert uids(rollout.groups) == [0, 2, 4, 5]
+
+
+def test_surplus_is_discarded() -> None:
+    rollout = roll(Prompts(["mixed"]))
+    assert uids(rollout.groups) == [0, 1, 2, 3]
+    assert rollout.carried == ()
+    assert rollout.stats.discarded == 2
+
+
+def test_surplus_is_carried_and_used_first() -> None:
+    prompts = Prompts(["mixed"])
+    first = roll(prompts, surplus_groups="carry")
+    assert uids(first.carried) == [4, 5]
+    assert first.stats.discarded == 0
+    second = roll(prompts, carried=first.carried, surplus_groups="carry")
+    assert uids(second.groups) == [4, 5, 6, 7]
+    assert uids(second.carried) == [8, 9, 10, 11]
+    engine = Engine()
+    third = roll(prompts, carried=second.carried, engine=engine, surplus_groups="carry")
+    assert uids(third.groups) == [8, 9, 10, 11]
+    assert (engine.asked, third.stats.generation_batches, third.stats.tokens) == (0, 0, 0)
+    assert math.isnan(third.stats.accuracy)
+
+
+def test_too_few_groups_can_be_trained_on() -> None:
+    prompts = Prompts(["mixed", *["right"] * 11])
+    rollout = roll(prompts, too_few_groups="train", max_generation_batches=3)
+    assert uids(rollout.groups) == [0, 12]
+    with pytest.raises(RolloutError, match=r"2 groups to train on, 4 wanted.*too easy"):
+        roll(Prompts(prompts.kinds), max_generation_batches=3)
+
+
+def test_no_group_at_all_is_always_an_error() -> None:
+    with pytest.raises(RolloutError, match="0 groups to train on"):
+        roll(Prompts(["wrong"]), too_few_groups="train", max_generation_batches=2)
+
+
+def test_without_dynamic_sampling_one_batch_is_taken_as_it_is() -> None:
+    prompts = Prompts(["right", "mixed", "wrong"])
+    rollout = roll(prompts, dynamic_sampling=False)
+    assert uids(rollout.groups) == [0, 1, 2, 3]
+    assert prompts.drawn == 4
+    assert (rollout.stats.all_right, rollout.stats.mixed, rollout.stats.all_wrong) == (2, 1, 1)
+
+
+def test_means_are_over_every_graded_response() -> None:
+    stats = roll(Prompts(["mixed", "right", "wrong"]), max_generation_batches=2, generation_batch=6).stats
+    # Twelve groups of four: four with 1, four with 4 and four with 0 right responses.
+    assert (stats.generation_batches, stats.prompts) == (2, 12)
+    assert stats.accuracy == pytest.approx(20 / 48)
+    assert stats.reward == pytest.approx((20 - 28) / 48)
+    assert (stats.length, stats.truncated, stats.tokens) == (2.0, 0.0, 96)
+
+
+def test_truncated_responses_are_counted() -> None:
+    assert roll(Prompts(["mixed"]), engine=Engine(FinishReason.LENGTH)).stats.truncated == 1.0
+
+
+def test_an_aborted_response_ends_the_rollout() -> None:
+    with pytest.raises(RolloutError, match="aborted 4 of 4 responses to prompt"):
+        roll(Prompts(["mixed"]), engine=Engine(FinishReason.ABORT))
+
+
+def test_grading_does_not_wait_for_the_slowest_prompt() -> None:
+    graded: list[str] = []
+    all_but_one = asyncio.Event()
+
+    class OneIsSlow(Engine):
+        async def generate(self, prompt: Prompt, sampling: Sampling, n: int) -> list[Completion]:
+            if prompt.uid == "0":
+                await all_but_one.wait()
+            return await super().generate(prompt, sampling, n)
+
+    async def judge_and_tell(prompt: Prompt, completions: Sequence[Completion]) -> Group:
+        graded.append(prompt.uid)
+        if len(graded) == 3:
+            all_but_one.set()
+        return await judge(prompt, completions)
+
+    config = RolloutConfig(prompts=4, responses=2)
+    work = collect(
+        OneIsSlow(),
+        Prompts(["mixed"]).take,
+        judge_and_tell,
+        config,
+        is_mixed=is_mixed,
+        sampling=Sampling.from_config(config, (2,)),
+    )
+    assert uids(asyncio.run(asyncio.wait_for(work, 5)).groups) == [0, 1, 2, 3]
+    assert graded[-1] == "0"
+
+
+def test_a_failure_cancels_the_other_requests() -> None:
+    cancelled: list[str] = []
+
+    class OneFails(Engine):
+        async def generate(self, prompt: Prompt, sampling: Sampling, n: int) -> list[Completion]:
+            if prompt.uid == "2":
+                raise ValueError("no")
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                cancelled.append(prompt.uid)
+                raise
+            return []
+
+    with pytest.raises(ValueError, match="no"):
+        roll(Prompts(["mixed"]), engine=OneFails())
+    assert sorted(cancelled) == ["0", "1", "3", "4", "5"]

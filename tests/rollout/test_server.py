@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from dapo_megatron.errors import ConfigError, EngineError
+from dapo_megatron.rollout.server import Server, answers, check_port, reserve_port
+
+HTTP = "import http.server; http.server.test(http.server.SimpleHTTPRequestHandler, port={port}, bind='127.0.0.1')"
+
+
+def start(code: str, log: Path, url: str = "http://127.0.0.1:9") -> Server:
+    return Server("engine 0", [sys.executable, "-c", code], os.environ, log, answers(url))
+
+
+def guards() -> list[psutil.Process]:
+    return [child for child in psutil.Process().children() if "dapo_megatron.rollout.guard" in child.cmdline()]
+
+
+def test_a_server_that_answers_is_ready_and_close_frees_its_port(tmp_path: Path) -> None:
+    reserved = reserve_port("127.0.0.1")
+    port = reserved.getsockname()[1]
+    server = start(HTTP.format(port=port), tmp_path / "log", f"http://127.0.0.1:{port}")
+    server.wait_ready(20)
+    reserved.close()
+    server.check()
+    (guard,) = guards()
+    family = [guard, *guard.children(recursive=True)]
+    server.close()
+    server.close()
+    assert not server.alive
+    assert not [process for process in family if process.is_running()]
+    check_port("127.0.0.1", port)
+
+
+def test_a_command_that_ends_at_once_shows_its_last_words(tmp_path: Path) -> None:
+    server = start("for i in range(50): print('line', i)\nraise SystemExit(9)", tmp_path / "new" / "engine0.log")
+    with pytest.raises(EngineError) as failure:
+        server.wait_ready(20)
+    message = str(failure.value)
+    assert "engine 0 ended with exit status 9" in message
+    assert "line 49" in message
+    assert "line 29" not in message
+    assert str(tmp_path / "new" / "engine0.log") in message
+    server.close()
+
+
+def test_a_server_that_never_answers_is_ended(tmp_path: Path) -> None:
+    server = start("import time; print('busy', flush=True); time.sleep(100)", tmp_path / "log")
+    started = time.monotonic()
+    with pytest.raises(EngineError, match=r"did not answer within 1.5 s[\s\S]*busy"):
+        server.wait_ready(1.5)
+    assert time.monotonic() - started < 5
+    assert not server.alive
+
+
+def test_a_death_after_the_start_is_noticed(tmp_path: Path) -> None:
+    with reserve_port("127.0.0.1") as reserved:
+        port = reserved.getsockname()[1]
+        server = start(HTTP.format(port=port), tmp_path / "log", f"http://127.0.0.1:{port}")
+        server.wait_ready(20)
+    (guard,) = guards()
+    (child,) = guard.children()
+    child.kill()
+    deadline = time.monotonic() + 5
+    while server.alive and time.monotonic() < deadline:
+        time.sleep(0.02)
+    with pytest.raises(EngineError, match=r"exit status 137 \(signal 9\)"):
+        server.check()
+    server.close()
+
+
+def test_a_port_in_use_is_refused() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"127.0.0.1:{port}: Address already in use"):
+            check_port("127.0.0.1", port)
+    check_port("127.0.0.1", port)
+
+
+def test_a_foreign_address_is_refused() -> None:
+    with pytest.raises(ConfigError, match="Cannot assign requested address"):
+        check_port("192.0.2.77", 8000)
+
+
+def test_reserved_ports_differ() -> None:
+    reserved = [reserve_port("127.0.0.1") for _ in range(20)]
+    assert len({one.getsockname()[1] for one in reserved}) == 20
+    for one in reserved:
+        one.close()

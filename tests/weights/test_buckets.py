@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from dapo_megatron.weights.buckets import allocate, buckets, describe, pack, unpack
+
+
+def test_what_is_packed_comes_out_again() -> None:
+    torch.manual_seed(0)
+    bucket = [
+        ("odd", torch.randn(3, 1).to(torch.bfloat16)),
+        ("single", torch.randn(5, 7)),
+        ("transposed", torch.randn(4, 6).T),
+        ("number", torch.tensor(2.5)),
+        ("every_other", torch.arange(20, dtype=torch.int64)[::2]),
+    ]
+    told = describe(bucket)
+    flat = pack(bucket)
+    assert allocate(told["dtypes"], told["shapes"]).shape == flat.shape
+    received = unpack(flat, **told)
+    assert [name for name, _ in received] == [name for name, _ in bucket]
+    for (_, sent), (_, got) in zip(bucket, received, strict=True):
+        assert got.dtype == sent.dtype
+        assert got.shape == sent.shape
+        assert torch.equal(got, sent)
+
+
+@pytest.mark.parametrize(
+    ("limit_bytes", "sizes"),
+    [
+        (1, [[16], [16], [100], [16], [16]]),
+        (128, [[16, 16], [100], [16, 16]]),
+        (127, [[16], [16], [100], [16], [16]]),
+        (464, [[16, 16], [100, 16], [16]]),
+        (10_000, [[16, 16, 100, 16, 16]]),
+    ],
+)
+def test_buckets_keep_the_order_and_the_limit(limit_bytes: int, sizes: list[list[int]]) -> None:
+    tensors = [(str(index), torch.zeros(size)) for index, size in enumerate([16, 16, 100, 16, 16])]
+    got = [[tensor.numel() for _, tensor in bucket] for bucket in buckets(tensors, limit_bytes)]
+    assert got == sizes
+
+
+def test_tensors_are_taken_only_when_their_bucket_is_due() -> None:
+    taken: list[int] = []
+
+    def weights() -> Iterator[tuple[str, torch.Tensor]]:
+        for index in range(10):
+            taken.append(index)
+            yield str(index), torch.zeros(100)
+
+    next(buckets(weights(), bucket_bytes=1000))
+    assert len(taken) == 3

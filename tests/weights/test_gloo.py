@@ -1,0 +1,141 @@
+"""Two real vLLM servers on CPU that receive changed weights over gloo."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from dapo_megatron.config_file import parse
+from dapo_megatron.errors import EngineError
+from dapo_megatron.rollout.engine import Sampling
+from dapo_megatron.rollout.engines import Engines
+from dapo_megatron.types import Completion, Prompt, VersionSpan
+from dapo_megatron.weights.gloo import GlooPublisher
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+SAMPLING = Sampling(temperature=1.0, top_p=1.0, max_tokens=32, stop_token_ids=())
+# Longer than a cache block, so that the prefix cache has something to keep.
+PROMPT = Prompt("p", tuple(3 + 7 * i % 60 for i in range(50)), "", "")
+BUCKET_BYTES = 40_000
+"""Less than the largest tensor, more than the smallest."""
+
+
+def make_model(seed: int) -> Any:
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=80,
+        hidden_size=128,
+        intermediate_size=160,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=False,
+        initializer_range=0.1,
+    )
+    return Qwen2ForCausalLM(config).float().eval()
+
+
+@pytest.fixture(scope="module")
+def first() -> Any:
+    return make_model(0)
+
+
+@pytest.fixture(scope="module")
+def second() -> Any:
+    return make_model(1)
+
+
+@pytest.fixture(scope="module")
+def engines(first: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
+    folder = tmp_path_factory.mktemp("model")
+    first.save_pretrained(folder)
+    values = {
+        "model": {"path": str(folder), "dtype": "float32"},
+        "data": {"train": "unused.jsonl", "max_prompt_tokens": 64},
+        "rollout": {"prompts": 4, "responses": 4, "max_response_tokens": 64},
+        "train": {"mini_batch": 16, "micro_batch_tokens": 1024},
+        "reward": {"overlong": {"punishment": False}},
+        "engine": {"replicas": 2, "startup_seconds": 120, "request_seconds": 60},
+    }
+    with Engines(parse(values), tmp_path_factory.mktemp("run"), lambda ids: "") as engines:
+        engines.wait_ready()
+        yield engines
+
+
+@pytest.fixture(scope="module")
+def publisher(engines: Engines) -> Iterator[GlooPublisher]:
+    publisher = GlooPublisher(engines, BUCKET_BYTES, timeout_seconds=30)
+    yield publisher
+    publisher.close()
+
+
+def generate(engines: Engines) -> list[list[Completion]]:
+    """Responses of each replica."""
+
+    async def everywhere() -> list[list[Completion]]:
+        return await asyncio.gather(*(engine.generate(PROMPT, SAMPLING, 4) for engine in engines.replicas))
+
+    return engines.run(everywhere())
+
+
+@torch.no_grad()
+def worst_error(model: Any, answers: list[list[Completion]]) -> float:
+    worst = 0.0
+    for completion in (completion for completions in answers for completion in completions):
+        logits = model(torch.tensor([[*PROMPT.token_ids, *completion.token_ids]])).logits[
+            0, len(PROMPT.token_ids) - 1 : -1
+        ]
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+        worst = max(worst, float((expected - torch.tensor(completion.logprobs)).abs().max()))
+    return worst
+
+
+def test_log_probs_follow_the_weights(engines: Engines, publisher: GlooPublisher, first: Any, second: Any) -> None:
+    before = generate(engines)
+    assert worst_error(first, before) <= 2e-5
+    assert before[0][0].versions == (VersionSpan(0, 0, 32),)
+
+    publisher.push(second.state_dict().items(), version=1)
+    # The prompt is the same, so its keys and values were cached under the old weights.
+    after = generate(engines)
+    assert worst_error(second, after) <= 2e-5
+    assert worst_error(first, after) > 0.1
+    assert {completion.versions for completions in after for completion in completions} == {(VersionSpan(1, 0, 32),)}
+
+
+def test_strided_tensors_arrive_whole(engines: Engines, publisher: GlooPublisher, first: Any) -> None:
+    weights = {
+        name: tensor.T.contiguous().T if tensor.dim() == 2 else tensor for name, tensor in first.state_dict().items()
+    }
+    assert not all(tensor.is_contiguous() for tensor in weights.values())
+    publisher.push(weights.items(), version=2)
+    after = generate(engines)
+    assert worst_error(first, after) <= 2e-5
+    assert after[1][0].versions[0].version == 2
+
+
+def test_a_killed_engine_ends_the_push(engines: Engines, publisher: GlooPublisher, first: Any) -> None:
+    """Last, because it ends an engine of this module."""
+    guards = [p for p in psutil.Process().children() if "dapo_megatron.rollout.guard" in p.cmdline()]
+    family = guards[1].children(recursive=True)
+
+    def weights() -> Iterator[tuple[str, torch.Tensor]]:
+        for index, (name, tensor) in enumerate(first.state_dict().items()):
+            if index == 5:
+                for process in family:
+                    process.kill()
+            yield name, tensor
+
+    started = time.monotonic()
+    with pytest.raises(EngineError, match="engine 1"):
+        publisher.push(weights(), version=3)
+    assert time.monotonic() - started < 10.0
