@@ -45,7 +45,7 @@ def train(config: Config, obs: Observer) -> None:
             with obs.phase("rollout"):
                 updates = topology.scatter(leader.collect(step) if leader else None, topo)
             with obs.phase("logprobs"):
-                updates, policy = actor.with_old_logprobs(updates, statistics=sampler_mismatch)
+                updates, policy = actor.with_old_logprobs(updates, sampler_mismatch)
                 if reference:
                     updates = reference.with_ref_logprobs(updates)
             with obs.phase("update"):

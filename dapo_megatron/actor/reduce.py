@@ -24,7 +24,7 @@ def token_means(parts: Sequence[dict[str, Tensor]], loss_tokens: int, device: to
         names = sorted(parts[0])
         maxima = [name for name in names if name.endswith("_max")]
         sums = [name for name in names if not name.endswith("_max")]
-        group = mpu.get_data_parallel_group(with_context_parallel=True)
+        group: Any = mpu.get_data_parallel_group(with_context_parallel=True)
         if sums:
             total = _stacked(parts, sums, device).sum(0)
             dist.all_reduce(total, group=group)

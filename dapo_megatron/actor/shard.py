@@ -7,6 +7,7 @@ want it, so that every rank has the same share of the causal triangle.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -76,8 +77,7 @@ def make_shard(
 def slots_of(cu_seqlens: Tensor, cp: int, cp_rank: int) -> Tensor:
     """int64 [T / cp]: the slots of a micro-batch that this rank holds, in its order."""
     slots = []
-    bounds = cu_seqlens.tolist()
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in pairwise(cu_seqlens.tolist()):
         chunks = torch.arange(start, end).chunk(2 * cp)
         slots += [chunks[cp_rank], chunks[2 * cp - 1 - cp_rank]]
     return torch.cat(slots) if slots else torch.empty(0, dtype=torch.int64)

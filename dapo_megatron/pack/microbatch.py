@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 
 import torch
 
@@ -30,29 +31,32 @@ def build(
     widths = [slots(sample, sequence_multiple) for sample, _ in filled]
     total = round_up(max(sum(widths), 1), sequence_multiple * total_multiple)
     widths = [*widths[:-1], total - sum(widths[:-1])]
-    widths_S = torch.tensor(widths)
-    ends_S = widths_S.cumsum(0)
-    starts_S = ends_S - widths_S
+    ends = list(accumulate(widths, initial=0))
 
     tokens_T = torch.zeros(total, dtype=torch.int64)
     labels_T = torch.zeros(total, dtype=torch.int64)
+    positions_T = torch.zeros(total, dtype=torch.int64)
     loss_mask_T = torch.zeros(total, dtype=torch.bool)
+    advantages_T = torch.zeros(total)
+    weights_T = torch.zeros(total)
     rollout_logprobs_T = torch.zeros(total)
-    for (sample, _), start in zip(filled, starts_S.tolist(), strict=False):
+    for start, end in pairwise(ends):
+        positions_T[start:end] = torch.arange(end - start)
+    for (sample, weight), start in zip(filled, ends, strict=False):
         here = slice(start, start + sample.length - 1)
         tokens_T[here] = sample.token_ids[:-1]
         labels_T[here] = sample.token_ids[1:]
         loss_mask_T[here] = sample.loss_mask[1:]
+        advantages_T[here] = sample.advantage
+        weights_T[here] = weight
         rollout_logprobs_T[here] = sample.rollout_logprobs[1:]
-    advantages_S = torch.tensor([sample.advantage for sample, _ in filled] or [0.0], dtype=torch.float32)
-    weights_S = torch.tensor([weight for _, weight in filled] or [0.0], dtype=torch.float32)
     return MicroBatch(
         tokens_T=tokens_T,
         labels_T=labels_T,
-        positions_T=torch.arange(total) - starts_S.repeat_interleave(widths_S),
-        cu_seqlens=torch.cat([torch.zeros(1), ends_S]).to(torch.int32),
+        positions_T=positions_T,
+        cu_seqlens=torch.tensor(ends, dtype=torch.int32),
         loss_mask_T=loss_mask_T,
-        advantages_T=advantages_S.repeat_interleave(widths_S),
-        weights_T=weights_S.repeat_interleave(widths_S),
+        advantages_T=advantages_T,
+        weights_T=weights_T,
         rollout_logprobs_T=rollout_logprobs_T,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -27,7 +28,7 @@ class Sampling:
     """Makes one request repeatable. Normally None: the engine has a seed of its own."""
 
     @classmethod
-    def from_config(cls, config: RolloutConfig, stop_token_ids: tuple[int, ...]) -> Sampling:
+    def from_config(cls, config: RolloutConfig, stop_token_ids: Sequence[int]) -> Sampling:
         """`stop_token_ids`: the tokenizer's end tokens together with those of the config."""
         return cls(config.temperature, config.top_p, config.max_response_tokens, tuple(stop_token_ids))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -25,8 +26,10 @@ WORKER_EXTENSION = "dapo_megatron.weights.vllm_worker.WorkerExtension"
 """Named, not imported: vLLM imports it in its own workers, where it registers the transports."""
 _DEATH_SECONDS = 1.0
 """How long to wait, after a connection broke, for the process to turn out dead."""
-_LAUNCHER_PREFIXES = ("TORCHELASTIC_", "OMP_", "KMP_", "GLOO_", "NCCL_", "MASTER_", "LOCAL_", "GROUP_", "ROLE_")
-_LAUNCHER_NAMES = ("RANK", "WORLD_SIZE", "CUDA_VISIBLE_DEVICES")
+_OF_THE_RANKS = re.compile(
+    r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*|OMP_NUM_THREADS"
+)
+"""What torchrun puts into the environment; vLLM would take it for its own."""
 
 
 def vllm_command(config: Config, replica: int, port: int) -> list[str]:
@@ -71,12 +74,15 @@ def vllm_env(config: Config, replica: int, inherited: Mapping[str, str] = os.env
     Raises:
         ConfigError: where the engines need more GPUs than there are.
     """
-    env = {
-        name: value
-        for name, value in inherited.items()
-        if name not in _LAUNCHER_NAMES and not name.startswith(_LAUNCHER_PREFIXES)
+    env = {name: value for name, value in inherited.items() if not _OF_THE_RANKS.fullmatch(name)}
+    env |= {
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        # Serves the requests that change weights.
+        "VLLM_SERVER_DEV_MODE": "1",
+        # A replica's processes are all on this machine: they need not listen to others.
+        "VLLM_HOST_IP": "127.0.0.1",
     }
-    env |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_SERVER_DEV_MODE": "1"}
     if torch.cuda.is_available():
         return env | {"CUDA_VISIBLE_DEVICES": ",".join(_gpus(config, replica, inherited))}
     threads = max(1, (len(os.sched_getaffinity(0)) - 1) // config.engine.replicas)

@@ -66,6 +66,15 @@ class GlooWeightTransfer(WeightTransferEngine[GlooInit, GlooUpdate]):
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
         finalize_layerwise_reload(self.model, self.model_config)
+        self._refresh_tied_head()
+
+    def _refresh_tied_head(self) -> None:
+        """A tied output layer shares the embedding's tensor, so vLLM loads nothing into it. On CPU it multiplies by a
+        packed copy of that tensor, which has to be made again.
+        """
+        head: Any = getattr(self.model, "lm_head", None)
+        if self.model_config.hf_text_config.tie_word_embeddings and hasattr(head, "quant_method"):
+            head.quant_method.process_weights_after_loading(head)
 
     def shutdown(self) -> None:
         self._group = None

@@ -33,7 +33,7 @@ def test_layouts_that_divide_are_accepted() -> None:
         ({"pp": 4}, r"pp\(4\) does not divide the model's num_hidden_layers\(6\)"),
     ],
 )
-def test_the_arithmetic_is_in_the_message(parallel: dict[str, int], message: str) -> None:
+def test_the_arithmetic_is_in_the_message(parallel: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check_layout(Qwen2Config(**QWEN), ParallelConfig(**parallel))
 

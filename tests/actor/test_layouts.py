@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -158,8 +159,7 @@ def test_entropy_is_the_mean_over_all_loss_tokens(case: Case) -> None:
     model = load_reference(case.model_path)
     total, count = 0.0, 0
     for batch in all_batches():
-        bounds = batch.cu_seqlens.tolist()
-        for start, end in zip(bounds, bounds[1:], strict=False):
+        for start, end in pairwise(batch.cu_seqlens.tolist()):
             with torch.no_grad():
                 logits = model(batch.tokens_T[None, start:end]).logits[0] / 0.7
             entropy = torch.distributions.Categorical(logits=logits).entropy()

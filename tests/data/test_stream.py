@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dapo_megatron.data.stream import PromptStream
@@ -16,6 +16,7 @@ def uids(prompts):
 
 
 @given(st.lists(st.integers(0, 25), max_size=12), st.integers(0, 5))
+@settings(deadline=None)
 def test_every_prompt_once_per_epoch_however_it_is_drawn(counts, seed):
     stream = PromptStream(PROMPTS, seed)
     drawn = [prompt for count in counts for prompt in stream.take(count)]
@@ -34,6 +35,7 @@ def test_epochs_and_seeds_have_orders_of_their_own():
 
 
 @given(st.integers(0, 35), st.integers(0, 25))
+@settings(deadline=None)
 def test_a_restored_stream_goes_on_where_it_stood(before, after):
     stream = PromptStream(PROMPTS, 3)
     stream.take(before)

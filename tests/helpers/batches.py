@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -57,9 +58,8 @@ def ratio_loss(logprobs_T: Tensor, batch: MicroBatch) -> TokenLoss:
 
 def reference_logprobs(model: Any, batch: MicroBatch, temperature: float = 1.0) -> Tensor:
     """Log-probs [T] from a Hugging Face model, sequence by sequence, each alone."""
-    bounds = batch.cu_seqlens.tolist()
     pieces = []
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in pairwise(batch.cu_seqlens.tolist()):
         logits = model(batch.tokens_T[None, start:end]).logits[0] / temperature
         pieces.append(torch.log_softmax(logits, -1).gather(-1, batch.labels_T[start:end, None])[:, 0])
     return torch.cat(pieces)

@@ -36,7 +36,7 @@ def run_distributed(function: Callable[..., Any], ranks: int, *args: Any, timeou
         target_args = (theirs, {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}, timeout, function, args)
         processes.append(context.Process(target=_run_rank, args=target_args, daemon=True))
     try:
-        with _environment({"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}):
+        with _Environment({"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}):
             for process in processes:
                 process.start()
         return _collect(pipes, processes, time.monotonic() + timeout)
@@ -78,7 +78,7 @@ def _collect(pipes: list[Connection], processes: list[Any], deadline: float) -> 
 def _run_rank(
     pipe: Connection, environment: dict[str, str], timeout: float, function: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
-    faulthandler.dump_traceback_later(max(timeout - 2, 1), file=sys.__stderr__)
+    faulthandler.dump_traceback_later(max(timeout - 2, 1), file=2)
     warnings.simplefilter("ignore")
     os.environ.update(environment)
     import torch
@@ -97,7 +97,7 @@ def _run_rank(
     os._exit(0)
 
 
-class _environment:
+class _Environment:
     """Variables that new processes inherit, set for a while."""
 
     def __init__(self, variables: dict[str, str]) -> None:

@@ -44,7 +44,7 @@ def save_qwen2(
         eos_token_id=None,
     )
     generator = torch.Generator().manual_seed(seed)
-    model = Qwen2ForCausalLM(config)
+    model: Any = Qwen2ForCausalLM(config)
     with torch.no_grad():
         for name, param in model.named_parameters():
             noise = torch.randn(param.shape, generator=generator)
@@ -61,10 +61,10 @@ def load_reference(folder: Path, dtype: torch.dtype = torch.float64) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
 
-def make_config(model: Path, **sections: dict[str, Any]) -> Config:
+def make_config(checkpoint: Path, /, **sections: dict[str, Any]) -> Config:
     """A whole config around one checkpoint, in float32 unless `model` in `sections` says otherwise."""
     settings: dict[str, Any] = {name: dict(section) for name, section in sections.items()}
-    settings["model"] = {"path": model, "dtype": "float32", **settings.get("model", {})}
+    settings["model"] = {"path": checkpoint, "dtype": "float32", **settings.get("model", {})}
     settings.setdefault("data", {"train": "unused.jsonl", "max_prompt_tokens": 64})
     settings.setdefault("train", {"mini_batch": 8})
     settings["rollout"] = {"prompts": 4, "responses": 2, "max_response_tokens": 64, **settings.get("rollout", {})}

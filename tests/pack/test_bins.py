@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dapo_megatron.pack.bins import partition
@@ -9,6 +9,7 @@ SIZES = st.lists(st.integers(1, CAPACITY), max_size=40)
 
 
 @given(SIZES, st.integers(1, 5))
+@settings(deadline=None)
 def test_every_index_once_within_capacity_and_equally_many_bins(sizes, ranks):
     dealt = partition(sizes, capacity=CAPACITY, ranks=ranks)
     bins = [bin_ for rank in dealt for bin_ in rank]
@@ -19,6 +20,7 @@ def test_every_index_once_within_capacity_and_equally_many_bins(sizes, ranks):
 
 
 @given(SIZES, st.integers(1, 5))
+@settings(deadline=None)
 def test_number_of_bins_is_near_the_least(sizes, ranks):
     used = len(partition(sizes, capacity=CAPACITY, ranks=ranks)[0])
     least = max(1, -(-sum(sizes) // (CAPACITY * ranks)))

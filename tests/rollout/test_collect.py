@@ -56,7 +56,7 @@ async def judge(prompt: Prompt, completions: Sequence[Completion]) -> Group:
 
 
 def roll(source: Prompts, carried: Sequence[Group] = (), engine: Engine | None = None, **config: Any) -> Rollout:
-    settings = RolloutConfig(**{"prompts": 4, "responses": RESPONSES, "generation_batch": 6} | config)
+    settings = RolloutConfig.model_validate({"prompts": 4, "responses": RESPONSES, "generation_batch": 6} | config)
     sampling = Sampling.from_config(settings, (2,))
     work = collect(
         engine or Engine(), source.take, judge, settings, is_mixed=is_mixed, sampling=sampling, carried=carried

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -118,16 +119,32 @@ def test_a_refused_request_says_why(engines: Engines) -> None:
         engines.run(engines.generate(too_long, sampling(), 1))
 
 
-def test_ctrl_c_cancels_the_requests_in_flight(engines: Engines) -> None:
+@pytest.mark.parametrize(("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def test_a_signal_cancels_the_requests_in_flight(
+    engines: Engines, number: signal.Signals, raised: type[BaseException]
+) -> None:
     started = time.monotonic()
+    cancelled: list[str] = []
+
+    async def ask(prompt: Prompt) -> None:
+        try:
+            await engines.generate(prompt, sampling(stop_token_ids=()), 500)
+        except asyncio.CancelledError:
+            cancelled.append(prompt.uid)
+            raise
 
     async def interrupted() -> None:
-        asyncio.get_running_loop().call_later(0.3, os.kill, os.getpid(), signal.SIGINT)
-        await asyncio.gather(*(engines.generate(prompt, sampling(stop_token_ids=()), 500) for prompt in PROMPTS))
+        asyncio.get_running_loop().call_later(0.3, os.kill, os.getpid(), number)
+        await asyncio.gather(*map(ask, PROMPTS))
 
-    with pytest.raises(KeyboardInterrupt):
-        engines.run(interrupted())
+    old = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        with pytest.raises(raised):
+            engines.run(interrupted())
+    finally:
+        signal.signal(signal.SIGTERM, old)
     assert time.monotonic() - started < 2.0
+    assert len(cancelled) == len(PROMPTS)
     assert engines.run(engines.replicas[0].healthy())
 
 
@@ -136,9 +153,12 @@ def test_a_killed_engine_is_noticed_and_nothing_is_left_behind(engines: Engines)
     (guard,) = [p for p in psutil.Process().children() if "dapo_megatron.rollout.guard" in p.cmdline()]
     family = guard.children(recursive=True)
     assert len(family) >= 2
-    (listening,) = {c.laddr for p in family for c in p.net_connections("tcp") if c.status == psutil.CONN_LISTEN}
-    with pytest.raises(ConfigError, match="in use"):
-        check_port(*listening)
+    listening = {c.laddr for p in family for c in p.net_connections("tcp") if c.status == psutil.CONN_LISTEN}
+    assert listening
+    assert all(address.ip == "127.0.0.1" for address in listening)
+    for address in listening:
+        with pytest.raises(ConfigError, match="in use"):
+            check_port(*address)
 
     async def killed_meanwhile() -> None:
         asyncio.get_running_loop().call_later(0.3, family[-1].kill)
@@ -154,4 +174,5 @@ def test_a_killed_engine_is_noticed_and_nothing_is_left_behind(engines: Engines)
     engines.close()
     assert time.monotonic() - started < 8.0
     assert not [process for process in family if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
-    check_port(*listening)
+    for address in listening:
+        check_port(*address)

@@ -11,9 +11,12 @@ from typing import Any
 
 import torch
 
+_foreach: Any = torch
+"""torch's own `_foreach_*` functions, which one call applies to a list of tensors."""
+
 
 class FusedLayoutAdam(torch.optim.Optimizer):
-    """Adam (Kingma and Ba, 2015) with decoupled (Loshchilov and Hutter, 2019) or, where adam_w_mode is off, L2 decay."""
+    """Adam (Kingma and Ba, 2015); decay is decoupled (Loshchilov and Hutter, 2019), or L2 where adam_w_mode is off."""
 
     def __init__(
         self,
@@ -43,23 +46,23 @@ class FusedLayoutAdam(torch.optim.Optimizer):
         for param in params:
             if not self.state[param]:
                 self.state[param].update(exp_avg=torch.zeros_like(param), exp_avg_sq=torch.zeros_like(param))
-        grads = [param.grad for param in params]
+        grads: Any = [param.grad for param in params]
         first = [self.state[param]["exp_avg"] for param in params]
         second = [self.state[param]["exp_avg_sq"] for param in params]
         beta1, beta2 = group["betas"]
         lr, decay, step = group["lr"], group["weight_decay"], group["step"]
         if decay and self.adam_w_mode:
-            torch._foreach_mul_(params, 1 - lr * decay)
+            _foreach._foreach_mul_(params, 1 - lr * decay)
         elif decay:
-            grads = torch._foreach_add(grads, params, alpha=decay)
-        torch._foreach_lerp_(first, grads, 1 - beta1)
-        torch._foreach_mul_(second, beta2)
-        torch._foreach_addcmul_(second, grads, grads, 1 - beta2)
+            grads = _foreach._foreach_add(grads, params, alpha=decay)
+        _foreach._foreach_lerp_(first, grads, 1 - beta1)
+        _foreach._foreach_mul_(second, beta2)
+        _foreach._foreach_addcmul_(second, grads, grads, 1 - beta2)
         correction1, correction2 = (1 - beta1**step, 1 - beta2**step) if group["bias_correction"] else (1.0, 1.0)
-        denominator = torch._foreach_sqrt(second)
-        torch._foreach_div_(denominator, math.sqrt(correction2))
-        torch._foreach_add_(denominator, group["eps"])
-        torch._foreach_addcdiv_(params, first, denominator, -lr / correction1)
+        denominator = _foreach._foreach_sqrt(second)
+        _foreach._foreach_div_(denominator, math.sqrt(correction2))
+        _foreach._foreach_add_(denominator, group["eps"])
+        _foreach._foreach_addcdiv_(params, first, denominator, -lr / correction1)
 
 
 def install() -> None:

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
+from torch.nn import functional
 
 from dapo_megatron.actor.cpu.packing import plan_of
 
@@ -36,7 +36,8 @@ class PackedAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
-        self.cp_group = pg_collection.cp if pg_collection is not None else parallel_state.get_context_parallel_group()
+        group = pg_collection.cp if pg_collection is not None else parallel_state.get_context_parallel_group()
+        self.cp_group: dist.ProcessGroup = group
 
     def forward(
         self,
@@ -59,7 +60,7 @@ class PackedAttention(MegatronModule):
         values = _place(value, plan.key_places_T, sum(key_sizes)).split(key_sizes)
         outputs = []
         for bucket, q, k, v in zip(plan.buckets, queries, keys, values, strict=True):
-            output = F.scaled_dot_product_attention(
+            output = functional.scaled_dot_product_attention(
                 *(x.unflatten(0, (bucket.sequences, -1)).transpose(1, 2) for x in (q, k, v)),
                 attn_mask=bucket.mask,
                 is_causal=bucket.mask is None,

@@ -95,9 +95,7 @@ def _positions(length: int, cp_size: int, rank: int) -> Tensor:
         return torch.arange(length)
     chunk = length // (2 * cp_size)
     last = 2 * cp_size - 1 - rank
-    return torch.cat(
-        [torch.arange(rank * chunk, (rank + 1) * chunk), torch.arange(last * chunk, (last + 1) * chunk)]
-    )
+    return torch.cat([torch.arange(rank * chunk, (rank + 1) * chunk), torch.arange(last * chunk, (last + 1) * chunk)])
 
 
 def _buckets(lengths: Sequence[int]) -> list[list[int]]:

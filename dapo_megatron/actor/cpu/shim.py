@@ -18,21 +18,44 @@ from typing import Any
 
 import torch
 
-_FACTORIES = (
-    "tensor zeros ones empty full arange rand randn eye as_tensor empty_like zeros_like ones_like full_like"
-).split()
+_FACTORIES = ("tensor", "as_tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn", "eye")
+_FACTORIES += ("zeros_like", "ones_like", "empty_like", "full_like")
 
-_MODULES = """parallel_state utils timers
-tensor_parallel.mappings tensor_parallel.layers tensor_parallel.random tensor_parallel.utils
-pipeline_parallel.schedules pipeline_parallel.p2p_communication
-models.gpt.gpt_model models.gpt.gpt_layer_specs models.common.language_module.language_module
-models.common.embeddings.rotary_pos_embedding models.common.embeddings.rope_utils
-transformer.attention transformer.transformer_layer transformer.transformer_block transformer.utils
-distributed.distributed_data_parallel distributed.param_and_grad_buffer distributed.finalize_model_grads
-optimizer optimizer.optimizer optimizer.distrib_optimizer optimizer.clip_grads optimizer.grad_scaler
-dist_checkpointing dist_checkpointing.exchange_utils dist_checkpointing.strategies.torch
-dist_checkpointing.strategies.filesystem_async dist_checkpointing.strategies.state_dict_saver
-dist_checkpointing.strategies.async_utils dist_checkpointing.strategies.fully_parallel""".split()
+_MODULES = (
+    "parallel_state",
+    "utils",
+    "timers",
+    "tensor_parallel.mappings",
+    "tensor_parallel.layers",
+    "tensor_parallel.random",
+    "tensor_parallel.utils",
+    "pipeline_parallel.schedules",
+    "pipeline_parallel.p2p_communication",
+    "models.gpt.gpt_model",
+    "models.gpt.gpt_layer_specs",
+    "models.common.language_module.language_module",
+    "models.common.embeddings.rotary_pos_embedding",
+    "models.common.embeddings.rope_utils",
+    "transformer.attention",
+    "transformer.transformer_layer",
+    "transformer.transformer_block",
+    "transformer.utils",
+    "distributed.distributed_data_parallel",
+    "distributed.param_and_grad_buffer",
+    "distributed.finalize_model_grads",
+    "optimizer",
+    "optimizer.optimizer",
+    "optimizer.distrib_optimizer",
+    "optimizer.clip_grads",
+    "optimizer.grad_scaler",
+    "dist_checkpointing",
+    "dist_checkpointing.exchange_utils",
+    "dist_checkpointing.strategies.torch",
+    "dist_checkpointing.strategies.filesystem_async",
+    "dist_checkpointing.strategies.state_dict_saver",
+    "dist_checkpointing.strategies.async_utils",
+    "dist_checkpointing.strategies.fully_parallel",
+)
 
 
 def install() -> None:

@@ -1,0 +1,120 @@
+"""Samples and grades held-out prompts."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dapo_megatron.config import EvalConfig
+from dapo_megatron.errors import RolloutError
+from dapo_megatron.eval.statistics import accuracy, bootstrap_interval, majority, pass_at_k, standard_error
+from dapo_megatron.rollout.engine import Sampler, Sampling
+from dapo_megatron.types import Completion, FinishReason, Group, Prompt
+
+EXAMPLES = 3
+
+Judge = Callable[[Prompt, Sequence[Completion]], Awaitable[Group]]
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One graded response."""
+
+    prompt: str
+    answer: str
+    """The gold answer."""
+    response: str
+    """Untrusted: model output."""
+    extracted: str | None
+    """What the grader read as the answer. Untrusted: model output."""
+    correct: bool
+
+
+@dataclass(frozen=True, slots=True)
+class EvalResult:
+    """Accuracy on held-out prompts.
+
+    >>> EvalResult(prompts=30, samples=32, accuracy=0.5, standard_error=0.07, interval=(0.36, 0.64),
+    ...     pass_at_k={1: 0.5, 2: 0.58, 4: 0.65, 8: 0.7, 16: 0.75, 32: 0.8}, majority_at_k=0.6,
+    ...     mean_length=8412.0, truncated=0.03, examples=(first, second, third))  # doctest: +SKIP
+    """
+
+    prompts: int
+    samples: int
+    """Responses per prompt."""
+    accuracy: float
+    """avg@samples: mean over samples and prompts."""
+    standard_error: float
+    """Of the accuracy, over prompts. nan for a single one."""
+    interval: tuple[float, float]
+    """95% bootstrap interval of the accuracy, over prompts."""
+    pass_at_k: Mapping[int, float]
+    """k -> chance that one of k responses is right; k = 1, 2, 4, ..., samples."""
+    majority_at_k: float
+    """Share of prompts whose most frequent answer is right; k = samples."""
+    mean_length: float
+    """Tokens of a response, the end token included."""
+    truncated: float
+    """Share of responses that ran into the cap."""
+    examples: tuple[Example, ...]
+    """The first response to each of the first prompts: the same prompts every time."""
+
+
+async def evaluate(
+    engines: Sampler,
+    prompts: Sequence[Prompt],
+    judge: Judge,
+    config: EvalConfig,
+    *,
+    max_tokens: int,
+    stop_token_ids: tuple[int, ...],
+) -> EvalResult:
+    """Sample `config.samples` responses to every prompt and grade them.
+
+    Raises:
+        RolloutError: where the engine aborted a response.
+        EngineError: when an engine fails.
+    """
+    sampling = Sampling(config.temperature, config.top_p, max_tokens, stop_token_ids)
+
+    async def answer(prompt: Prompt) -> Group:
+        completions = await engines.generate(prompt, sampling, config.samples)
+        if any(completion.finish is FinishReason.ABORT for completion in completions):
+            raise RolloutError(f"evaluation: the engine aborted a response to prompt {prompt.uid}")
+        return await judge(prompt, completions)
+
+    async with asyncio.TaskGroup() as tasks:
+        answers = [tasks.create_task(answer(prompt)) for prompt in prompts]
+    return summarise([task.result() for task in answers])
+
+
+def summarise(groups: Sequence[Group]) -> EvalResult:
+    """The result from graded groups of equal size."""
+    correct_PK = [group.correct for group in groups]
+    samples = len(correct_PK[0])
+    completions = [completion for group in groups for completion in group.completions]
+    powers = [2**power for power in range(samples.bit_length())]
+    return EvalResult(
+        prompts=len(groups),
+        samples=samples,
+        accuracy=accuracy(correct_PK),
+        standard_error=standard_error(correct_PK),
+        interval=bootstrap_interval(correct_PK),
+        pass_at_k={k: pass_at_k(correct_PK, k) for k in sorted({*powers, samples})},
+        majority_at_k=majority([group.extracted for group in groups], correct_PK),
+        mean_length=float(np.mean([completion.length for completion in completions])),
+        truncated=float(np.mean([completion.truncated for completion in completions])),
+        examples=tuple(
+            Example(
+                group.prompt.text,
+                group.prompt.answer,
+                group.completions[0].text,
+                group.extracted[0],
+                group.correct[0],
+            )
+            for group in groups[:EXAMPLES]
+        ),
+    )

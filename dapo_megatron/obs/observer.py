@@ -1,0 +1,221 @@
+"""What the loop talks to about its progress."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
+from typing import Protocol
+
+from rich.text import Text
+
+from dapo_megatron.config import Config
+from dapo_megatron.obs.display import open_display
+from dapo_megatron.obs.metrics import PHASES, longest_response
+from dapo_megatron.obs.rollouts import RolloutWriter
+from dapo_megatron.obs.run_folder import LOG, open_run_folder
+from dapo_megatron.obs.sinks import open_sinks
+from dapo_megatron.obs.terminal import Diverted, printable
+from dapo_megatron.types import Group
+
+SHOWN_CHARACTERS = 400
+"""Of an example response, on the terminal."""
+
+
+class Example(Protocol):
+    @property
+    def prompt(self) -> str: ...
+    @property
+    def answer(self) -> str: ...
+    @property
+    def response(self) -> str: ...
+    @property
+    def correct(self) -> bool: ...
+
+
+class Evaluation(Protocol):
+    """What is shown of an evaluation (`eval.evaluate.EvalResult`)."""
+
+    @property
+    def accuracy(self) -> float: ...
+    @property
+    def interval(self) -> tuple[float, float]: ...
+    @property
+    def mean_length(self) -> float: ...
+    @property
+    def truncated(self) -> float: ...
+    @property
+    def examples(self) -> Sequence[Example]: ...
+
+
+class Observer(Protocol):
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """Measure and show what goes on inside. The phases of a step (`metrics.PHASES`) count towards its time."""
+        ...
+
+    def step(self, step: int, metrics: Mapping[str, float], groups: Sequence[Group]) -> None:
+        """Step number `step`, counted from 0, is done; it trained on `groups`."""
+        ...
+
+    def evaluation(self, when: str, result: Evaluation) -> None:
+        """Held-out prompts were measured; `when` is "before", "after", or whatever is to be shown."""
+        ...
+
+    def message(self, text: str) -> None: ...
+
+    def summary(self, values: Mapping[str, float | int | str]) -> None:
+        """The run is over; `values` go to summary.json."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class NullObserver:
+    """For ranks other than the leader: does nothing."""
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def step(self, step: int, metrics: Mapping[str, float], groups: Sequence[Group]) -> None: ...
+
+    def evaluation(self, when: str, result: Evaluation) -> None: ...
+
+    def message(self, text: str) -> None: ...
+
+    def summary(self, values: Mapping[str, float | int | str]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class RunObserver:
+    """Keeps the record of a run in its folder and shows it.
+
+    While it is open, standard output and error of this process go to log.txt: what libraries say does not disturb the
+    display. Warnings of this package are shown as well.
+
+    Raises:
+        ConfigError: where the folder cannot be opened, or a package for a sink is not installed.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._folder = open_run_folder(config)
+        self._done = 0
+        self._seconds: dict[str, float] = {}
+        self._step_started = 0.0
+        self._eval_seconds = 0.0
+        self._evaluations: dict[str, Evaluation] = {}
+        with ExitStack() as stack:
+            self._output = stack.enter_context(closing(Diverted(self._folder / LOG)))
+            self._sinks = [stack.enter_context(closing(sink)) for sink in open_sinks(config, self._folder)]
+            writer = RolloutWriter(self._folder / "rollouts.jsonl", config.run.sampled_groups)
+            self._rollouts = stack.enter_context(closing(writer))
+            display = open_display(self._output.terminal, config.run.name, config.train.steps)
+            self._display = stack.enter_context(closing(display))
+            relay = _Relay(self._display.show)
+            logging.getLogger("dapo_megatron").addHandler(relay)
+            stack.callback(logging.getLogger("dapo_megatron").removeHandler, relay)
+            self._open = stack.pop_all()
+        self.message(f"{self._folder}: metrics, responses and {LOG} of this run")
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        started = time.monotonic()
+        if name in PHASES and not self._seconds:
+            self._step_started = started
+        self._display.begin(name)
+        try:
+            yield
+        finally:
+            seconds = time.monotonic() - started
+            self._output.note(f"phase {printable(name)}: {seconds:.3f} s")
+            self._display.end(name, seconds)
+        if name in PHASES:
+            self._seconds[name] = self._seconds.get(name, 0.0) + seconds
+        else:
+            self._eval_seconds = seconds
+
+    def step(self, step: int, metrics: Mapping[str, float], groups: Sequence[Group]) -> None:
+        self._done = step + 1
+        row = {
+            **metrics,
+            "response_length_max": longest_response(groups),
+            **{f"seconds/{name}": seconds for name, seconds in self._seconds.items()},
+            "seconds/step": time.monotonic() - self._step_started if self._seconds else 0.0,
+        }
+        self._seconds = {}
+        self._log(row)
+        self._rollouts.write(self._done, groups)
+        self._display.step(self._done, row)
+
+    def evaluation(self, when: str, result: Evaluation) -> None:
+        self._evaluations[when] = result
+        low, high = result.interval
+        self._log(
+            {
+                "eval/accuracy": result.accuracy,
+                "eval/accuracy_low": low,
+                "eval/accuracy_high": high,
+                "eval/response_length": result.mean_length,
+                "eval/truncated": result.truncated,
+                "eval/seconds": self._eval_seconds,
+            }
+        )
+        self.message(f"held-out, {when}: {_result(result)}")
+
+    def message(self, text: str) -> None:
+        self._output.note(printable(text))
+        self._display.show(text)
+
+    def summary(self, values: Mapping[str, float | int | str]) -> None:
+        (self._folder / "summary.json").write_text(json.dumps(dict(values), indent=1) + "\n")
+        both = {when: self._evaluations[when] for when in ("before", "after") if when in self._evaluations}
+        text = Text()
+        for when, result in both.items():
+            text.append(f"\n{when} training\n", style="bold")
+            for example in result.examples:
+                text.append_text(_shown(example))
+        for when, result in both.items():
+            text.append(f"\nheld-out, {when}: {_result(result)}", style="bold")
+        if both:
+            self._output.note(text.plain)
+            self._display.show(text)
+        self.message(f"summary: {self._folder / 'summary.json'}")
+
+    def close(self) -> None:
+        """Close files and give the terminal back. Safe to call twice."""
+        self._open.close()
+
+    def _log(self, row: Mapping[str, float]) -> None:
+        for sink in self._sinks:
+            sink.log(self._done, row)
+
+
+class _Relay(logging.Handler):
+    """Shows warnings of this package, which are meant for the person who runs it."""
+
+    def __init__(self, show) -> None:
+        super().__init__(logging.WARNING)
+        self._show = show
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._show(record.getMessage())
+
+
+def _result(result: Evaluation) -> str:
+    low, high = result.interval
+    return (
+        f"accuracy {result.accuracy:.1%} (95% interval {low:.1%} to {high:.1%}), mean length "
+        f"{result.mean_length:.1f} tokens, {result.truncated:.1%} truncated"
+    )
+
+
+def _shown(example: Example) -> Text:
+    """Prompt and response on lines of their own, the response indented."""
+    mark, style = ("right", "green") if example.correct else ("wrong", "red")
+    text = Text(f"  {printable(example.prompt, SHOWN_CHARACTERS)}  ")
+    text.append(f"{mark}, {printable(example.answer, SHOWN_CHARACTERS)} expected\n", style=style)
+    for line in printable(example.response, SHOWN_CHARACTERS).split("\n"):
+        text.append(f"    {line}\n", style="dim")
+    return text

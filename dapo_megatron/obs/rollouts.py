@@ -1,0 +1,53 @@
+"""What the model wrote, for reading: a few groups of every step as JSON lines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from dapo_megatron.types import Group
+
+
+class RolloutWriter:
+    """Writes the first `groups` groups of a step, one a line.
+
+    >>> {"step": 3, "uid": "train.jsonl:12", "prompt": "7+3=", "answer": "10", "responses": [
+    ...     {"text": "10", "extracted": "10", "correct": True, "reward": 1.0, "length": 2, "finish": "stop",
+    ...      "versions": [{"version": 2, "start": 0, "end": 2}]}]}  # doctest: +SKIP
+    """
+
+    def __init__(self, path: Path, groups: int) -> None:
+        self._file = path.open("a", encoding="utf-8")
+        self._groups = groups
+
+    def write(self, step: int, groups: Sequence[Group]) -> None:
+        for group in groups[: self._groups]:
+            # ASCII only: model output may hold halves of surrogate pairs, which have no bytes in UTF-8.
+            self._file.write(json.dumps({"step": step, **_plain(group)}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _plain(group: Group) -> dict[str, object]:
+    responses = zip(group.completions, group.extracted, group.correct, group.rewards, strict=True)
+    return {
+        "uid": group.prompt.uid,
+        "prompt": group.prompt.text,
+        "answer": group.prompt.answer,
+        "responses": [
+            {
+                "text": completion.text,
+                "extracted": extracted,
+                "correct": correct,
+                "reward": reward,
+                "length": completion.length,
+                "finish": completion.finish.value,
+                "versions": [asdict(span) for span in completion.versions],
+            }
+            for completion, extracted, correct, reward in responses
+        ],
+    }

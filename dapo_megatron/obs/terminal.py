@@ -1,0 +1,63 @@
+"""Text that is safe to show, and a terminal that nothing else writes to."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import TextIO
+
+
+def printable(text: str, limit: int | None = None) -> str:
+    """`text` without anything that a terminal obeys: escape sequences, controls, marks that reverse the direction.
+
+    Each such character is spelled as Python does (`\\x1b`); new lines stay. Of a text longer than `limit` characters,
+    the end is shown: there is the answer.
+    """
+    if limit is not None and len(text) > limit:
+        text = "..." + text[len(text) - limit :]
+    return "".join(char if char.isprintable() or char == "\n" else _spelled(char) for char in text)
+
+
+def _spelled(char: str) -> str:
+    return char.encode("unicode_escape").decode("ascii")
+
+
+class Diverted:
+    """While open, what this process writes to standard output and error goes to `log`, C++ libraries and child
+    processes included; `terminal` is what standard output was. Log records and Python warnings go there with their time.
+    """
+
+    def __init__(self, log: Path) -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self._saved = (os.dup(1), os.dup(2))
+        encoding = getattr(sys.__stdout__, "encoding", None) or "utf-8"
+        self.terminal: TextIO = os.fdopen(os.dup(1), "w", encoding=encoding, errors="backslashreplace")
+        self._log = log.open("a", encoding="utf-8", errors="backslashreplace")
+        for descriptor in (1, 2):
+            os.dup2(self._log.fileno(), descriptor)
+        self._handler = logging.StreamHandler(self._log)
+        self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        logging.getLogger().addHandler(self._handler)
+        logging.captureWarnings(True)
+
+    def note(self, text: str) -> None:
+        """Write a line to the log only."""
+        self._log.write(text + "\n")
+        self._log.flush()
+
+    def close(self) -> None:
+        """Give standard output and error back. Safe to call twice."""
+        if self._log.closed:
+            return
+        sys.stdout.flush()
+        sys.stderr.flush()
+        logging.captureWarnings(False)
+        logging.getLogger().removeHandler(self._handler)
+        for descriptor, saved in zip((1, 2), self._saved, strict=True):
+            os.dup2(saved, descriptor)
+            os.close(saved)
+        self.terminal.close()
+        self._log.close()
