@@ -71,7 +71,8 @@ class Actor:
         self._chunks: list[torch.nn.Module] = list(build_chunks(hf_config, self._megatron_config))
         load_weights(self._chunks)
         dtype = DTYPES[config.model.dtype]
-        modules, self._forward_options = self._chunks, {}
+        modules: list[Any] = list(self._chunks)
+        self._forward_options: dict[str, Any] = {}
         if dtype is torch.bfloat16:
             modules = [Float16Module(self._megatron_config, chunk) for chunk in modules]
             self._forward_options = {"fp32_output": False}
@@ -85,7 +86,7 @@ class Actor:
         else:
             for module in modules:
                 module.requires_grad_(False)
-        self._modules: list[Any] = list(modules)
+        self._modules = modules
 
     @property
     def chunks(self) -> list[torch.nn.Module]:
@@ -228,12 +229,13 @@ class Actor:
         )
 
     def _logprobs(self, logits_1TV: Tensor, batch: MicroBatch, *, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
+        tp_group: Any = mpu.get_tensor_model_parallel_group()
         return vocab_parallel_logprobs(
             logits_1TV.squeeze(0),
             batch.labels_T,
             temperature=self._temperature,
             vocab_size=self._vocab_size,
-            tp_group=mpu.get_tensor_model_parallel_group(),
+            tp_group=tp_group,
             with_entropy=with_entropy,
         )
 
@@ -242,13 +244,14 @@ class Actor:
         cp, sizes = self._topology.cp, [batch.tokens for batch in batches]
         mine = torch.cat(local) if local else torch.empty(sum(sizes) // cp, device=self._topology.device)
         if self._topology.pp > 1:
-            last = mpu.get_pipeline_model_parallel_last_rank()
-            dist.broadcast(mine, src=last, group=mpu.get_pipeline_model_parallel_group())
+            pp_group: Any = mpu.get_pipeline_model_parallel_group()
+            dist.broadcast(mine, src=mpu.get_pipeline_model_parallel_last_rank(), group=pp_group)
         if cp == 1:
             whole = list(mine.split(sizes))
         else:
             parts = [torch.empty_like(mine) for _ in range(cp)]
-            dist.all_gather(parts, mine, group=mpu.get_context_parallel_group())
+            cp_group: Any = mpu.get_context_parallel_group()
+            dist.all_gather(parts, mine, group=cp_group)
             whole = [mine.new_empty(size) for size in sizes]
             for rank, part in enumerate(parts):
                 for batch, target_T, piece in zip(batches, whole, part.split([n // cp for n in sizes]), strict=True):

@@ -24,19 +24,20 @@ def token_means(parts: Sequence[dict[str, Tensor]], loss_tokens: int, device: to
         names = sorted(parts[0])
         maxima = [name for name in names if name.endswith("_max")]
         sums = [name for name in names if not name.endswith("_max")]
-        group: Any = mpu.get_data_parallel_group(with_context_parallel=True)
+        replicas: Any = mpu.get_data_parallel_group(with_context_parallel=True)
         if sums:
             total = _stacked(parts, sums, device).sum(0)
-            dist.all_reduce(total, group=group)
+            dist.all_reduce(total, group=replicas)
             means |= dict(zip(sums, (total / max(loss_tokens, 1)).tolist(), strict=True))
         if maxima:
             largest = _stacked(parts, maxima, device).amax(0)
-            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=replicas)
             means |= dict(zip(maxima, largest.tolist(), strict=True))
     if mpu.get_pipeline_model_parallel_world_size() > 1:
         box: list[Any] = [means]
         last = mpu.get_pipeline_model_parallel_last_rank()
-        dist.broadcast_object_list(box, src=last, group=mpu.get_pipeline_model_parallel_group(), device=device)
+        stages: Any = mpu.get_pipeline_model_parallel_group()
+        dist.broadcast_object_list(box, src=last, group=stages, device=device)
         means = box[0]
     return means
 

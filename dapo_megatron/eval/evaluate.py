@@ -86,9 +86,13 @@ async def evaluate(
             raise RolloutError(f"evaluation: the engine aborted a response to prompt {prompt.uid}")
         return await judge(prompt, completions)
 
-    async with asyncio.TaskGroup() as tasks:
-        answers = [tasks.create_task(answer(prompt)) for prompt in prompts]
-    return summarise([task.result() for task in answers])
+    tasks = [asyncio.ensure_future(answer(prompt)) for prompt in prompts]
+    try:
+        return summarise(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def summarise(groups: Sequence[Group]) -> EvalResult:

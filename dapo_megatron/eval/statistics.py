@@ -49,7 +49,7 @@ def _vote(answers: Sequence[str | None], grades: Sequence[bool]) -> float:
 
 
 def standard_error(correct_PK: Sequence[Sequence[bool]]) -> float:
-    """Of `accuracy`, over problems: unbiased standard deviation of the problems' means / sqrt(P). nan for one problem."""
+    """Of `accuracy`, over problems: unbiased standard deviation of their means / sqrt(P). nan for a single problem."""
     means_P = np.array([np.mean(row) for row in correct_PK])
     return float(means_P.std(ddof=1) / np.sqrt(len(means_P))) if len(means_P) > 1 else float("nan")
 

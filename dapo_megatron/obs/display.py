@@ -129,7 +129,6 @@ class LiveDisplay:
         self._console.print(Text(printable(text)) if isinstance(text, str) else text)
 
     def close(self) -> None:
-        self._phase = None
         self._live.stop()
 
     def _panel(self) -> RenderableType:
@@ -138,8 +137,8 @@ class LiveDisplay:
         rows.add_column(style="dim")
         rows.add_column()
         rows.add_column(style="cyan")
-        if self._phase:
-            phase, since = self._phase
+        if running := self._phase:
+            phase, since = running
             rows.add_row("now", Text(f"{printable(phase)}  {now - since:.0f} s"))
         shown = facts(metrics)
         for name, value in shown.items():

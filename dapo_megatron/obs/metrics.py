@@ -94,9 +94,7 @@ class SamplingStats(Protocol):
     def seconds(self) -> float: ...
 
 
-def step_metrics(
-    stats: SamplingStats, policy: Mapping[str, float], results: Sequence[StepResult]
-) -> dict[str, float]:
+def step_metrics(stats: SamplingStats, policy: Mapping[str, float], results: Sequence[StepResult]) -> dict[str, float]:
     """All metrics of one step but its lengths and times, which the observer adds.
 
     Args:
@@ -135,9 +133,7 @@ def _updates(results: Sequence[StepResult]) -> dict[str, float]:
     }
     for name in results[0].metrics:
         values = [result.metrics[name] for result in results]
-        metrics[_NAMES.get(name, name)] = (
-            max(values) if name.endswith("_max") else _token_mean(values, results, tokens)
-        )
+        metrics[_NAMES.get(name, name)] = max(values) if name.endswith("_max") else _token_mean(values, results, tokens)
     return metrics
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from typing import Protocol
 
@@ -125,12 +125,10 @@ class RunObserver:
         if name in PHASES and not self._seconds:
             self._step_started = started
         self._display.begin(name)
-        try:
-            yield
-        finally:
-            seconds = time.monotonic() - started
-            self._output.note(f"phase {printable(name)}: {seconds:.3f} s")
-            self._display.end(name, seconds)
+        yield
+        seconds = time.monotonic() - started
+        self._output.note(f"phase {printable(name)}: {seconds:.3f} s")
+        self._display.end(name, seconds)
         if name in PHASES:
             self._seconds[name] = self._seconds.get(name, 0.0) + seconds
         else:
@@ -195,7 +193,7 @@ class RunObserver:
 class _Relay(logging.Handler):
     """Shows warnings of this package, which are meant for the person who runs it."""
 
-    def __init__(self, show) -> None:
+    def __init__(self, show: Callable[[str], None]) -> None:
         super().__init__(logging.WARNING)
         self._show = show
 

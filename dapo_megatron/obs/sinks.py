@@ -39,8 +39,10 @@ def open_sinks(config: Config, folder: Path) -> list[Sink]:
 
 
 class JsonlSink:
-    """One JSON object per line: step, time (seconds since 1970) and the metrics. A number that JSON has no word for, such
-    as nan, is null. Every line is on disk when `log` returns."""
+    """One JSON object per line: step, time (seconds since 1970) and the metrics.
+
+    A number that JSON has no word for, such as nan, is null. Every line is flushed when `log` returns.
+    """
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("a", encoding="utf-8")
@@ -93,7 +95,9 @@ class MlflowSink:
         try:
             import mlflow  # pyright: ignore[reportMissingImports]
         except ImportError as error:
-            raise ConfigError(_missing("mlflow", "run.mlflow_uri=null", "pip install 'dapo_megatron[mlflow]'")) from error
+            raise ConfigError(
+                _missing("mlflow", "run.mlflow_uri=null", "pip install 'dapo_megatron[mlflow]'")
+            ) from error
         self._mlflow: Any = mlflow
         mlflow.set_tracking_uri(uri)
         mlflow.start_run(run_name=name)

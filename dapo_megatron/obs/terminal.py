@@ -25,8 +25,10 @@ def _spelled(char: str) -> str:
 
 
 class Diverted:
-    """While open, what this process writes to standard output and error goes to `log`, C++ libraries and child
-    processes included; `terminal` is what standard output was. Log records and Python warnings go there with their time.
+    """While open, what this process writes to standard output and error goes to `log`.
+
+    C++ libraries and child processes are included; log records and Python warnings get a time. `terminal` is what
+    standard output was.
     """
 
     def __init__(self, log: Path) -> None:

@@ -50,4 +50,5 @@ def block_spec(config: TransformerConfig, vp_stage: int | None = None) -> Transf
     layer.submodules.self_attention.submodules.core_attention = PackedAttention
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
     layers = get_num_layers_to_build(config, vp_stage=vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm)
+    norm: Any = RMSNorm
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=norm)

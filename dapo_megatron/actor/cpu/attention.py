@@ -36,7 +36,7 @@ class PackedAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
-        group = pg_collection.cp if pg_collection is not None else parallel_state.get_context_parallel_group()
+        group: Any = pg_collection.cp if pg_collection is not None else parallel_state.get_context_parallel_group()
         self.cp_group: dist.ProcessGroup = group
 
     def forward(

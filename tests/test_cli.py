@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from dapo_megatron import __version__, cli, config_file
+from tests.helpers.checkpoint import values, write_prompts
+
+
+def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "dapo_megatron", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(values(tmp_path)))
+    return path
+
+
+def nothing(folder: Path) -> None: ...
+
+
+def empty_data(folder: Path) -> None:
+    (folder / "train.jsonl").write_text("")
+
+
+def broken_data(folder: Path) -> None:
+    (folder / "train.jsonl").write_text('{"prompt": "1+2=", "answer": "3"}\n{"prompt": "2+\n')
+
+
+def long_prompt(folder: Path) -> None:
+    write_prompts(folder / "train.jsonl", "1+2=", "1+2+3+4+5=")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "damage", "messages"),
+    [
+        (["train.step=5"], nothing, ["unknown key train.step", "did you mean train.steps?"]),
+        (["train.steps=many"], nothing, ["train.steps = 'many'", "integer"]),
+        (["model.path=nowhere"], nothing, ["model.path nowhere is not a folder"]),
+        (
+            ["launch.processes=3", "parallel.tp=2"],
+            nothing,
+            ["tp(2) x pp(1) x cp(1) = 2 does not divide world size 3"],
+        ),
+        (["rollout.responses=1"], nothing, ["rollout.responses = 1", "greater than or equal to 2"]),
+        ([], long_prompt, ["train.jsonl:2 with 10 tokens", "data.max_prompt_tokens(8)"]),
+        ([], empty_data, ["train.jsonl holds no rows"]),
+        ([], broken_data, ["train.jsonl:2 is not JSON"]),
+    ],
+)
+def test_input_that_cannot_work(
+    config: Path, overrides: Sequence[str], damage: Callable[[Path], None], messages: Sequence[str]
+) -> None:
+    damage(config.parent)
+    done = run("train", config, *overrides)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("dapo-megatron: error: ")
+    assert all(message in done.stderr for message in messages), done.stderr
+    assert "Traceback" not in done.stderr
+    assert not done.stdout
+    assert not (config.parent / "runs").exists()
+
+
+def test_a_port_in_use(config: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        done = run("train", config, f"engine.port={port}")
+    assert done.returncode == 2
+    assert f"cannot listen on 127.0.0.1:{port}" in done.stderr
+    assert not (config.parent / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["tain"], ["train"], ["config"], ["train", "--schema", "x"], ["config", "--sch"]]
+)
+def test_usage_errors(arguments: Sequence[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main(arguments)
+    assert exit_info.value.code == 2
+
+
+def test_config_prints_what_it_would_run(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["config", str(config), "optimizer.lr=1e-5"]) == 0
+    printed = config.with_name("resolved.yaml")
+    printed.write_text(capsys.readouterr().out)
+    assert config_file.load(printed) == config_file.load(config, ["optimizer.lr=1e-5"])
+
+
+def test_schema_tells_every_key(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["config", "--schema"]) == 0
+    schema = json.loads(capsys.readouterr().out)
+    clip_high = schema["$defs"]["AlgoConfig"]["properties"]["clip_high"]
+    assert clip_high["default"] == 0.28
+    assert "clip-higher" in clip_high["description"]
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main(["--version"])
+    assert exit_info.value.code == 0
+    assert capsys.readouterr().out == f"dapo-megatron {__version__}\n"
+
+
+def test_it_starts_without_heavy_libraries(config: Path) -> None:
+    code = (
+        "import sys; from dapo_megatron import cli; cli.main(['config', sys.argv[1]])\n"
+        "print([name for name in ('torch', 'transformers', 'numpy', 'rich') if name in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, config], capture_output=True, text=True, check=True)
+    assert done.stderr == "[]\n"
+
+
+def test_eval_without_data_is_refused(config: Path) -> None:
+    done = run("eval", config, "eval.data=null")
+    assert done.returncode == 2
+    assert "eval.data is null" in done.stderr
+
+
+def launch(folder: Path, code: str, ranks: int = 1) -> subprocess.Popen[str]:
+    """`cli._launch` on ranks that run `code`."""
+    (folder / "job.py").write_text(code)
+    program = f"import sys; from dapo_megatron import cli; sys.exit(cli._launch({ranks}, ['job']))"
+    environment = {**os.environ, "PYTHONPATH": f"{folder}:{Path.cwd()}"}
+    return subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+
+
+@pytest.mark.multiproc
+@pytest.mark.parametrize("code", [0, 1, 2, 130])
+def test_the_exit_code_of_the_ranks_is_ours_and_torchrun_adds_nothing(tmp_path: Path, code: int) -> None:
+    job = launch(tmp_path, f"import sys; print('said', file=sys.stderr); sys.exit({code})")
+    _, errors = job.communicate(timeout=60)
+    assert (job.returncode, errors) == (code, "said\n")
+
+
+@pytest.mark.multiproc
+def test_a_rank_that_is_killed_is_named(tmp_path: Path) -> None:
+    code = "import os, signal, time\nif os.environ['RANK'] == '1': os.kill(os.getpid(), 9)\ntime.sleep(60)"
+    job = launch(tmp_path, code, ranks=2)
+    _, errors = job.communicate(timeout=60)
+    assert job.returncode == 1
+    assert "rank 1 was ended by SIGKILL" in errors
+
+
+@pytest.mark.multiproc
+def test_an_interrupt_reaches_the_ranks(tmp_path: Path) -> None:
+    code = (
+        "import sys, time\n"
+        "try:\n print('ready', flush=True); time.sleep(60)\n"
+        "except KeyboardInterrupt:\n print('told'); sys.exit(130)"
+    )
+    job = launch(tmp_path, code)
+    assert job.stdout
+    assert job.stdout.readline() == "ready\n"
+    ranks = psutil.Process(job.pid).children(recursive=True)
+    started = time.monotonic()
+    job.send_signal(2)
+    output, errors = job.communicate(timeout=60)
+    assert (job.returncode, output, errors) == (130, "told\n", "")
+    assert time.monotonic() - started < 20
+    assert not [rank for rank in ranks if rank.is_running()]

@@ -1,0 +1,112 @@
+"""Who may import whom (docs/architecture.md, "Rooms"), imports inside functions included."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import dapo_megatron
+
+PACKAGE = Path(dapo_megatron.__file__).parent
+NAME = PACKAGE.name
+VOCABULARY = {"types", "config", "errors"}
+HEAVY = {"megatron", "mbridge", "vllm", "sglang", "torch.distributed", "ray"}
+
+ROOMS: dict[str, set[str]] = {
+    "types": set(),
+    "config": {"errors"},
+    "errors": set(),
+    "config_file": VOCABULARY,
+    "algo": VOCABULARY,
+    "data": VOCABULARY,
+    "pack": VOCABULARY,
+    "reward": VOCABULARY,
+    "obs": {*VOCABULARY, "config_file"},
+    "rollout": VOCABULARY,
+    "actor": VOCABULARY,
+    "weights": VOCABULARY,
+    "eval": {*VOCABULARY, "rollout.engine"},
+    "preflight": {*VOCABULARY, "actor.layout", "data", "obs.run_folder", "rollout.server"},
+}
+"""Room -> modules of this package that it may import besides its own. Other rooms may import everything."""
+
+ALLOWED_HEAVY: dict[str, set[str]] = {
+    "actor": {"megatron", "torch.distributed"},
+    "weights": {"megatron", "mbridge", "torch.distributed"},
+    "weights.vllm_worker": {"vllm", "torch.distributed"},
+    "train": {"torch.distributed"},
+    "cli": {"torch.distributed"},
+}
+"""Module or room -> heavy libraries that it may import. The longest name that fits counts; others may import none."""
+
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def module_name(path: Path) -> str:
+    """`dapo_megatron/algo/loss.py` -> `algo.loss`; a package is its folder's name."""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__").replace("__init__", "")
+
+
+def imports(tree: ast.AST, module: str) -> Iterator[str]:
+    """Every name that an import statement may bring in: `from a import b` gives a.b, which may be a module."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def within(name: str, place: str) -> bool:
+    return name == place or name.startswith(f"{place}.")
+
+
+def violations(source: str, module: str) -> list[str]:
+    room = module.split(".")[0]
+    longest = max((place for place in ALLOWED_HEAVY if within(module, place)), key=len, default="")
+    heavy_here = ALLOWED_HEAVY.get(longest, set())
+    found = []
+    for name in imports(ast.parse(source), module):
+        if within(name, NAME):
+            inner = name.removeprefix(NAME).removeprefix(".")
+            allowed = {*ROOMS.get(room, {""}), room, "__version__"}
+            ok = room not in ROOMS or any(within(inner, place) for place in allowed)
+        else:
+            ok = not any(within(name, library) and library not in heavy_here for library in HEAVY)
+        if not ok:
+            found.append(f"{module} imports {name}")
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=[module_name(path) or NAME for path in MODULES])
+def test_imports_keep_to_the_rooms(path: Path) -> None:
+    assert violations(path.read_text(), module_name(path)) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("algo.loss", "import megatron.core"),
+        ("algo.loss", "def f():\n    from torch import distributed"),
+        ("pack.bins", "import torch.distributed as dist"),
+        ("rollout.vllm", "import vllm"),
+        ("rollout.vllm", "from dapo_megatron.weights.gloo import BACKEND"),
+        ("weights.gloo", "from vllm import LLM"),
+        ("actor.actor", "from dapo_megatron.rollout import engine"),
+        ("actor.actor", "import mbridge"),
+        ("data.stream", "from dapo_megatron import train"),
+        ("obs.observer", "from dapo_megatron.eval.evaluate import EvalResult"),
+        ("leader", "from megatron.core import parallel_state"),
+    ],
+)
+def test_a_violation_is_seen(module: str, source: str) -> None:
+    assert len(violations(source, module)) == 1
+
+
+def test_every_room_has_a_rule() -> None:
+    composers = {"", "__main__", "cli", "leader", "train"}
+    rooms = {module_name(path).split(".")[0] for path in MODULES}
+    assert rooms - composers == set(ROOMS)

@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import json
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dapo_megatron import config_file
+from dapo_megatron.config import Config
+from dapo_megatron.errors import ConfigError
+from dapo_megatron.preflight import preflight
+from tests.helpers.checkpoint import values, write_checkpoint, write_prompts
+
+
+def changed(folder: Path, **sections: dict[str, Any]) -> Config:
+    given = values(folder)
+    for name, section in sections.items():
+        given[name] = {**given.get(name, {}), **section}
+    return config_file.parse(given)
+
+
+def refused(config: Config, world_size: int = 1) -> str:
+    with pytest.raises(ConfigError) as error:
+        preflight(config, world_size)
+    return str(error.value)
+
+
+def test_a_run_that_can_work(tmp_path: Path) -> None:
+    checked = preflight(changed(tmp_path), 2)
+    assert (checked.data_parallel, checked.train_prompts, checked.eval_prompts, checked.longest_prompt) == (2, 2, 1, 4)
+    assert checked.model["num_hidden_layers"] == 2
+    assert not (tmp_path / "runs").exists()
+
+
+def test_it_imports_no_heavy_library(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(config_file.dump(changed(tmp_path)))
+    code = (
+        "import sys; from pathlib import Path; from dapo_megatron import config_file, preflight\n"
+        "preflight.preflight(config_file.load(Path(sys.argv[1])), 1)\n"
+        "print([name for name in sys.modules if name.split('.')[0] in ('megatron', 'vllm', 'mbridge')])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "config.yaml")], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("sections", "world_size", "message"),
+    [
+        ({"parallel": {"tp": 2, "pp": 2}}, 6, r"tp\(2\) x pp\(2\) x cp\(1\) = 4 does not divide world size 6"),
+        ({"parallel": {"tp": 4}}, 4, r"tp\(4\) does not divide the model's num_key_value_heads\(2\)"),
+        ({"parallel": {"pp": 3}}, 3, r"pp\(3\) does not divide the model's num_hidden_layers\(2\)"),
+        ({"engine": {"tensor_parallel": 3}}, 1, r"engine.tensor_parallel\(3\) .* num_attention_heads\(4\)"),
+        (
+            {"rollout": {"max_response_tokens": 60}, "train": {"micro_batch_tokens": 68}},
+            1,
+            r"\(8\) \+ .*\(60\) = 68 is more than the model's max_position_embeddings\(64\)",
+        ),
+        ({"data": {"max_prompt_tokens": 3}}, 1, r"2 of 2 prompts .* longer than data.max_prompt_tokens\(3\)"),
+        ({"eval": {"temperature": 0.0, "samples": 4}}, 1, r"eval.samples\(4\) at eval.temperature=0"),
+        ({"engine": {"port": 65_535, "replicas": 2}}, 1, r"65535\) \+ engine.replicas\(2\) - 1 = 65536"),
+        ({"run": {"wandb_project": "x"}}, 1, r"wandb is not installed, .*\[wandb\].*run.wandb_project=null"),
+        ({"rollout": {"stop_token_ids": [99]}}, 1, r"\[99\] are not among the tokenizer's \d+ tokens"),
+    ],
+)
+def test_settings_that_cannot_work(
+    tmp_path: Path, sections: dict[str, Any], world_size: int, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dapo_megatron.preflight.find_spec", without("wandb"))
+    config = changed(tmp_path, **{name: dict(section) for name, section in sections.items()})
+    assert_matches(message, refused(config, world_size))
+
+
+def assert_matches(pattern: str, text: str) -> None:
+    assert re.search(pattern, text), text
+
+
+def without(missing: str) -> Callable[[str], Any]:
+    from importlib.util import find_spec
+
+    return lambda name: None if name == missing else find_spec(name)
+
+
+def test_an_engine_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dapo_megatron.preflight.find_spec", without("vllm"))
+    assert refused(changed(tmp_path)).startswith(
+        "vllm is not installed, but this run needs it: pip install -e '.[cpu]'"
+    )
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda model: (model / "config.json").unlink(), "has no config.json"),
+        (lambda model: (model / "model.safetensors").unlink(), r"has no \*.safetensors"),
+        (lambda model: (model / "config.json").write_text("{"), "cannot read .*config.json"),
+        (lambda model: [path.unlink() for path in model.glob("tokenizer*")], "no tokenizer in"),
+        (lambda model: (model / "tokenizer.json").write_text("{}"), "cannot load the tokenizer"),
+        (lambda model: [path.unlink() for path in model.iterdir()] and model.rmdir(), "is not a folder"),
+    ],
+)
+def test_a_checkpoint_that_is_not_whole(tmp_path: Path, damage: Callable[[Path], object], message: str) -> None:
+    config = changed(tmp_path)
+    damage(tmp_path / "model")
+    assert_matches(message, refused(config))
+
+
+def test_other_checkpoints(tmp_path: Path) -> None:
+    config = changed(tmp_path)
+    for name, changes, message in (
+        ("llama", {"model_type": "llama"}, "architecture 'llama' is not supported"),
+        ("small", {"vocab_size": 4}, r"train.jsonl:1 holds token 12, but the model has a vocabulary of 4"),
+        ("endless", {"end_token": False}, "no end token"),
+    ):
+        model = config.model.model_copy(update={"path": write_checkpoint(tmp_path / name, **changes)})
+        assert_matches(message, refused(config.model_copy(update={"model": model})))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "train.jsonl holds no rows"),
+        ('{"prompt": "1+2=", "answer": "3"}\n{"prompt": \n', "train.jsonl:2 is not JSON"),
+        ('{"question": "1+2=", "answer": "3"}\n', "train.jsonl:1: no field 'prompt'"),
+    ],
+)
+def test_data_that_cannot_be_read(tmp_path: Path, content: str, message: str) -> None:
+    config = changed(tmp_path)
+    (tmp_path / "train.jsonl").write_text(content)
+    assert_matches(message, refused(config))
+
+
+def test_held_out_data_is_read_too(tmp_path: Path) -> None:
+    config = changed(tmp_path)
+    (tmp_path / "heldout.jsonl").unlink()
+    assert_matches("heldout.jsonl: there is no such file", refused(config))
+
+
+def test_dropped_prompts_are_not_counted_and_not_announced_twice(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = changed(tmp_path, data={"max_prompt_tokens": 5, "long_prompts": "drop"})
+    write_prompts(tmp_path / "train.jsonl", "1+2=", "1+2+3=")
+    assert preflight(config, 1).train_prompts == 1
+    assert not caplog.records
+
+
+def test_a_port_in_use(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        assert_matches(f"cannot listen on 127.0.0.1:{port}", refused(changed(tmp_path, engine={"port": port})))
+
+
+def test_a_run_folder_that_is_there(tmp_path: Path) -> None:
+    config = changed(tmp_path)
+    config.run.folder.mkdir(parents=True)
+    assert "run.existing=rename" in refused(config)
+    preflight(changed(tmp_path / "other", run={"dir": str(tmp_path / "runs"), "existing": "rename"}), 1)
+
+
+def test_counts_are_plain_values(tmp_path: Path) -> None:
+    json.dumps(preflight(changed(tmp_path), 1).model)
