@@ -55,7 +55,7 @@ def main(folder: Path, steps: int, seed: int) -> None:
             use_cpu=True,
             bf16=False,
             seed=seed,
-            learning_rate=5e-5,
+            learning_rate=1e-4,
             lr_scheduler_type="constant_with_warmup",
             warmup_steps=5 * UPDATES,
             weight_decay=0.0,

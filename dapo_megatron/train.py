@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -80,6 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     path, *overrides = sys.argv[1:] if argv is None else argv
     signal.signal(signal.SIGTERM, _terminate)
     leads = int(os.environ.get("RANK", "0")) == 0
+    if not leads:  # the leader's go to its log, and say the same
+        warnings.simplefilter("ignore")
     try:
         config = config_file.load(Path(path), overrides)
         if leads:

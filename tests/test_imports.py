@@ -72,8 +72,8 @@ def violations(source: str, module: str) -> list[str]:
     for name in imports(ast.parse(source), module):
         if within(name, NAME):
             inner = name.removeprefix(NAME).removeprefix(".")
-            allowed = {*ROOMS.get(room, {""}), room, "__version__"}
-            ok = room not in ROOMS or any(within(inner, place) for place in allowed)
+            allowed = {*ROOMS.get(room, set()), room, "__version__"}
+            ok = room not in ROOMS or not inner or any(within(inner, place) for place in allowed)
         else:
             ok = not any(within(name, library) and library not in heavy_here for library in HEAVY)
         if not ok:

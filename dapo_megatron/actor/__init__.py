@@ -1,1 +1,6 @@
 """The policy on Megatron-core: topology, model, log-probs, optimizer steps."""
+
+import warnings
+
+# Apex is optional everywhere and Transformer Engine on CPU: nothing to warn about, on every rank, at every import.
+warnings.filterwarnings("ignore", message=r"(Transformer Engine and )?Apex (is|are) not installed")

@@ -10,6 +10,7 @@ import json
 import random
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -94,6 +95,7 @@ def rate(step: int) -> float:
 
 def main(folder: Path, seed: int) -> None:
     started = time.monotonic()
+    warnings.simplefilter("ignore")
     config = parse(
         {
             "model": {"path": str(folder / "untrained"), "dtype": "float32"},

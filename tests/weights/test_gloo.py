@@ -22,8 +22,8 @@ from dapo_megatron.weights.gloo import GlooPublisher
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, max_tokens=32, stop_token_ids=())
-# Longer than a cache block, so that the prefix cache has something to keep.
-PROMPT = Prompt("p", tuple(3 + 7 * i % 60 for i in range(50)), "", "")
+# Longer than a cache block (128 tokens on CPU), so that the prefix cache has something to keep.
+PROMPT = Prompt("p", tuple(3 + 7 * i % 60 for i in range(300)), "", "")
 BUCKET_BYTES = 40_000
 """Less than the largest tensor, more than the smallest."""
 
@@ -37,7 +37,7 @@ def make_model(seed: int) -> Any:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=256,
+        max_position_embeddings=512,
         tie_word_embeddings=False,
         initializer_range=0.1,
     )
@@ -60,7 +60,7 @@ def engines(first: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[En
     first.save_pretrained(folder)
     values = {
         "model": {"path": str(folder), "dtype": "float32"},
-        "data": {"train": "unused.jsonl", "max_prompt_tokens": 64},
+        "data": {"train": "unused.jsonl", "max_prompt_tokens": 400},
         "rollout": {"prompts": 4, "responses": 4, "max_response_tokens": 64},
         "train": {"mini_batch": 16, "micro_batch_tokens": 1024},
         "reward": {"overlong": {"punishment": False}},

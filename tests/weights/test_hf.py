@@ -27,6 +27,7 @@ def round_trip(path: Path, parallel: dict[str, Any], saved: Path) -> dict[str, T
     tensors: dict[str, Tensor] = {}
     for name in ("tied", "untied"):
         for key, tensor in _load_and_save(path / name, parallel, saved / name):
+            assert f"{name}:{key}" not in tensors
             tensors[f"{name}:{key}"] = tensor
     topology.shutdown()
     return tensors if topo.rank == topo.world_size - 1 else {}

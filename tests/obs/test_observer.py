@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dapo_megatron import config_file
+from dapo_megatron.config import Config
+from dapo_megatron.eval.evaluate import EvalResult, Example
+from dapo_megatron.obs.observer import NullObserver, RunObserver
+from dapo_megatron.types import Completion, FinishReason, Group, Prompt, VersionSpan
+
+EVIL = "3\x1b[2J\n[bold]Answer: 3"
+
+GROUP = Group(
+    Prompt("train.jsonl:1", (1, 2), "1+2=", "3"),
+    (
+        Completion((3, 0), (-0.1, -0.2), FinishReason.STOP, EVIL, (VersionSpan(4, 0, 2),)),
+        Completion((9, 9, 9), (-1.0, -1.0, -1.0), FinishReason.LENGTH, "999\ud83d", (VersionSpan(4, 0, 3),)),
+    ),
+    ("3", None),
+    (True, False),
+    (1.0, -1.5),
+)
+
+RESULT = EvalResult(
+    prompts=1,
+    samples=1,
+    accuracy=0.25,
+    standard_error=0.1,
+    interval=(0.125, 0.375),
+    pass_at_k={1: 0.25},
+    majority_at_k=0.25,
+    mean_length=12.5,
+    truncated=0.0,
+    examples=(Example("1+2=", "3", EVIL, "3", True),),
+)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    run = {"dir": str(tmp_path), "name": "test", "tensorboard": False, "sampled_groups": 1}
+    return config_file.parse({"model": {"path": "x"}, "data": {"train": "x"}, "train": {"steps": 2}, "run": run})
+
+
+@pytest.fixture
+def observer(config: Config, capfd: pytest.CaptureFixture[str]) -> Iterator[RunObserver]:
+    observer = RunObserver(config)
+    yield observer
+    observer.close()
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_run(observer: RunObserver, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "test"
+    with observer.phase("starting engines"):
+        time.sleep(0.05)
+    observer.evaluation("before", RESULT)
+    for step in range(2):
+        with observer.phase("rollout"):
+            time.sleep(0.02)
+        time.sleep(0.01)
+        with observer.phase("update"):
+            pass
+        observer.step(step, {"accuracy": 0.5 + step}, [GROUP, GROUP])
+    observer.evaluation("after", replace(RESULT, accuracy=0.75))
+    observer.summary({"final_accuracy": 0.75, "seed": 0})
+    observer.close()
+
+    before, first, second, after = rows(folder / "metrics.jsonl")
+    assert [row["step"] for row in (before, first, second, after)] == [0, 1, 2, 2]
+    assert (before["eval/accuracy"], after["eval/accuracy"]) == (0.25, 0.75)
+    assert (before["eval/accuracy_low"], before["eval/response_length"]) == (0.125, 12.5)
+    assert (first["accuracy"], second["accuracy"]) == (0.5, 1.5)
+    assert first["response_length_max"] == 3
+    for row in (first, second):
+        assert 0.02 <= row["seconds/rollout"] < 0.03 + row["seconds/update"] + 0.01 <= row["seconds/step"] + 0.02
+        assert row["seconds/step"] < 0.06  # neither the engines' start nor the step before
+    assert "seconds/step" not in before
+
+    sampled = rows(folder / "rollouts.jsonl")
+    assert [row["step"] for row in sampled] == [1, 2]
+    assert sampled[0]["answer"] == "3"
+    assert sampled[0]["responses"] == [
+        {
+            "text": EVIL,
+            "extracted": "3",
+            "correct": True,
+            "reward": 1.0,
+            "length": 2,
+            "finish": "stop",
+            "versions": [{"version": 4, "start": 0, "end": 2}],
+        },
+        {
+            "text": "999\ud83d",
+            "extracted": None,
+            "correct": False,
+            "reward": -1.5,
+            "length": 3,
+            "finish": "length",
+            "versions": [{"version": 4, "start": 0, "end": 3}],
+        },
+    ]
+    assert json.loads((folder / "summary.json").read_text()) == {"final_accuracy": 0.75, "seed": 0}
+
+    shown = capfd.readouterr().out
+    for line in (
+        "starting engines ...",
+        "step 2/2  accuracy 1.500",
+        "held-out, before: accuracy 25.0%",
+        "before training",
+    ):
+        assert line in shown
+    assert r"3\x1b[2J" in shown
+    assert "[bold]Answer: 3" in shown
+    assert "\x1b" not in shown
+
+
+def test_warnings_of_this_package_are_shown_and_others_are_not(
+    observer: RunObserver, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    logging.getLogger("dapo_megatron.data.prompts").warning("3 of 8 prompts are left out")
+    logging.getLogger("transformers").warning("chatter")
+    observer.close()
+    shown = capfd.readouterr()
+    assert "3 of 8 prompts are left out" in shown.out
+    assert "chatter" not in shown.out + shown.err
+    log = (tmp_path / "test/log.txt").read_text()
+    assert "3 of 8 prompts are left out" in log
+    assert "chatter" in log
+
+
+def test_output_comes_back_after_a_failure(
+    config: Config, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("no sinks")
+
+    monkeypatch.setattr("dapo_megatron.obs.observer.open_sinks", fail)
+    with pytest.raises(RuntimeError, match="no sinks"):
+        RunObserver(config)
+    print("still here")
+    assert "still here" in capfd.readouterr().out
+
+
+def test_other_ranks_show_and_write_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    observer = NullObserver()
+    with observer.phase("rollout"):
+        observer.message("hello")
+    observer.step(0, {}, [GROUP])
+    observer.evaluation("before", RESULT)
+    observer.summary({})
+    observer.close()
+    assert capfd.readouterr() == ("", "")
+    assert not list(tmp_path.iterdir())

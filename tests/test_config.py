@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dapo_megatron import config_file
+from dapo_megatron.config import Config
+from dapo_megatron.errors import ConfigError
+
+MINIMAL = "model: {path: some/model}\ndata: {train: train.jsonl}\n"
+
+
+def load(folder: Path, text: str = MINIMAL, *overrides: str) -> Config:
+    path = folder / "config.yaml"
+    path.write_text(text)
+    return config_file.load(path, overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["rollout.respones=8"], "unknown key rollout.respones; did you mean rollout.responses?"),
+        (["algo.clip_hihg=0.3"], "unknown key algo.clip_hihg; did you mean algo.clip_high?"),
+        (["reward.overlong.cach=8"], "unknown key reward.overlong.cach; did you mean reward.overlong.cache?"),
+        (["modle.path=x"], "unknown key modle; did you mean model?"),
+        (
+            ["train.learning_rate=1"],
+            "unknown key train.learning_rate; train knows micro_batch_tokens, mini_batch, seed",
+        ),
+        (["algo.mini_batch=4"], "unknown key algo.mini_batch; did you mean train.mini_batch?"),
+        (["train.steps=ten"], "train.steps = 'ten': input should be a valid integer"),
+        (["train.steps=1.5"], "train.steps = 1.5: input should be a valid integer"),
+        (["rollout.responses=1"], "rollout.responses = 1: input should be greater than or equal to 2"),
+        (["rollout.temperature=0"], "rollout.temperature = 0: input should be greater than 0"),
+        (["optimizer.lr=.nan"], "optimizer.lr = nan: input should be a finite number"),
+        (["reward.rule=exact"], "reward.rule = 'exact': input should be 'dapo', 'lenient' or 'math_verify'"),
+        (["run.name=../elsewhere"], "run.name = '../elsewhere': string should match pattern"),
+        (
+            ["rollout.prompts=3", "rollout.responses=4", "train.mini_batch=8"],
+            "train.mini_batch(8) does not divide rollout.prompts(3) x rollout.responses(4) = 12",
+        ),
+        (
+            ["reward.overlong.cache=30000"],
+            "reward.overlong.cache(30000) is more than rollout.max_response_tokens(20480)",
+        ),
+        (
+            ["train.micro_batch_tokens=2048"],
+            "data.max_prompt_tokens(2048) + rollout.max_response_tokens(20480) = 22528",
+        ),
+        (["parallel.sequence_parallel=true"], "parallel: sequence_parallel splits between tensor-parallel ranks"),
+        (["data.template=Solve this."], "data: template must hold {problem}"),
+        (["reward.right=-1"], "reward: right (-1.0) must be more than wrong (-1.0)"),
+        (["train.steps"], "override 'train.steps' is not of the form section.key=value"),
+        (["model.path.x=1"], "override 'model.path.x=1': path is a value, not a section"),
+        (["train.steps=[1"], "override 'train.steps=[1' is not YAML"),
+    ],
+)
+def test_values_that_cannot_work(tmp_path: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load(tmp_path, MINIMAL, *overrides)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("data: {train: x.jsonl}", "model is missing, and it has no default"),
+        ("model: {}\ndata: {train: x.jsonl}", "model.path is missing, and it has no default"),
+        ("model: [", "config.yaml is not YAML"),
+        ("- model", "expected sections such as model: and data:, got list"),
+        ("", "expected sections such as model: and data:, got NoneType"),
+        ("model: {path: !!python/object:os.system x}", "config.yaml is not YAML"),
+    ],
+)
+def test_files_that_cannot_work(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load(tmp_path, text)
+    assert message in str(error.value)
+
+
+def test_a_file_that_is_not_there() -> None:
+    with pytest.raises(ConfigError, match=r"cannot read the config nowhere\.yaml: No such file"):
+        config_file.load(Path("nowhere.yaml"))
+
+
+def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"(?s)train\.steps.*rollout\.respones"):
+        load(tmp_path, MINIMAL, "train.steps=x", "rollout.respones=8")
+
+
+def test_dump_and_load_are_inverse(tmp_path: Path) -> None:
+    config = load(tmp_path, MINIMAL, "optimizer.lr=3e-7", "algo.dual_clip=10", "optimizer.betas=[0.9,0.95]")
+    assert load(tmp_path, config_file.dump(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("optimizer.lr=1e-6", 1e-6),
+        ("optimizer.lr=2.5E-5", 2.5e-5),
+        ("train.steps=0", 0),
+        ("eval.data=null", None),
+        ("eval.data=held out.jsonl", "held out.jsonl"),
+        ("engine.extra_args=[--a, b]", ["--a", "b"]),
+        ("data.template='Q: {problem}\nA: x=1'", "Q: {problem} A: x=1"),
+        ("model.path=a=b", Path("a=b")),
+    ],
+)
+def test_overrides_are_yaml(tmp_path: Path, override: str, expected: object) -> None:
+    section, name = override.split("=")[0].split(".")
+    assert getattr(getattr(load(tmp_path, MINIMAL, override), section), name) == expected
+
+
+def test_later_overrides_win(tmp_path: Path) -> None:
+    assert load(tmp_path, MINIMAL + "train: {steps: 3}", "train.steps=4", "train.steps=5").train.steps == 5
+
+
+def test_defaults_are_the_published_run(tmp_path: Path) -> None:
+    config = load(tmp_path)
+    assert (config.algo.clip_low, config.algo.clip_high, config.algo.kl.coef) == (0.2, 0.28, 0.0)
+    assert (config.rollout.batch_size, config.updates_per_step) == (512 * 16, 16)
+    assert (config.rollout.max_response_tokens, config.reward.overlong.cache) == (20_480, 4096)
+    assert (config.optimizer.lr, config.optimizer.weight_decay) == (1e-6, 0.1)
+
+
+def test_every_key_of_the_schema_has_its_meaning_or_a_plain_name() -> None:
+    schema: dict[str, Any] = Config.model_json_schema()
+    unexplained = {
+        name
+        for section in schema["$defs"].values()
+        for name, key in section["properties"].items()
+        if "description" not in key and "$ref" not in key
+    }
+    assert unexplained == PLAIN
+
+
+PLAIN = {
+    "kind",
+    "weight",
+    "right",
+    "wrong",
+    "advantage_eps",
+    "seed",
+    "betas",
+    "eps",
+    "weight_decay",
+    "temperature",
+    "top_p",
+    "tensorboard",
+}
+
+
+@pytest.mark.parametrize(("world", "copies"), [(4, 1), (8, 2), (12, 3)])
+def test_data_parallel(tmp_path: Path, world: int, copies: int) -> None:
+    assert load(tmp_path, MINIMAL, "parallel.tp=2", "parallel.pp=2").parallel.data_parallel(world) == copies
+
+
+def test_layout_that_does_not_divide(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"tp\(4\) x pp\(2\) x cp\(1\) = 8 does not divide world size 12"):
+        load(tmp_path, MINIMAL, "parallel.tp=4", "parallel.pp=2").parallel.data_parallel(12)
+
+
+def test_the_quick_start_is_valid() -> None:
+    for path in sorted(Path(__file__).parents[1].glob("configs/*.yaml")):
+        config_file.load(path)
+
+
+@pytest.mark.parametrize(("every", "steps"), [(0, []), (2, [2, 4])])
+def test_evaluation_is_due(tmp_path: Path, every: int, steps: list[int]) -> None:
+    evaluation = load(tmp_path, MINIMAL, "eval.data=x.jsonl", f"eval.every={every}").eval
+    assert [step for step in range(1, 6) if evaluation.due(step)] == steps
