@@ -20,6 +20,7 @@ from dapo_megatron.errors import DapoError
 from dapo_megatron.leader import Leader
 from dapo_megatron.obs.observer import NullObserver, Observer, RunObserver
 from dapo_megatron.preflight import preflight
+from dapo_megatron.processes import end_with_parent
 from dapo_megatron.weights.hf import HfCheckpoint
 from dapo_megatron.weights.publish import drain
 
@@ -80,7 +81,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point under torchrun. Returns the exit code: 2 for input that cannot work, 1 for a run that failed."""
     path, *overrides = sys.argv[1:] if argv is None else argv
     signal.signal(signal.SIGTERM, _terminate)
-    leads = int(os.environ.get("RANK", "0")) == 0
+    end_with_parent()
+    rank = int(os.environ.get("RANK", "0"))
+    leads = rank == 0
     if not leads:  # the leader's go to its log, and say the same
         warnings.simplefilter("ignore")
     try:
@@ -93,6 +96,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if leads:
             print(f"dapo-megatron: error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
+    except RuntimeError as error:
+        # What gloo raises when another rank is gone; that rank has said why.
+        if leads or "Connection" not in str(error):
+            raise
+        print(f"dapo-megatron: rank {rank}: lost the connection to another rank", file=sys.stderr, flush=True)
+        return 1
     except KeyboardInterrupt:
         if leads:
             print("dapo-megatron: interrupted", file=sys.stderr, flush=True)

@@ -136,14 +136,12 @@ class LiveDisplay:
         rows = Table.grid(padding=(0, 2))
         rows.add_column(style="dim")
         rows.add_column()
-        rows.add_column(style="cyan")
         if running := self._phase:
             phase, since = running
             rows.add_row("now", Text(f"{printable(phase)}  {now - since:.0f} s"))
-        shown = facts(metrics)
-        for name, value in shown.items():
-            trend = self._trends.get({"length": "response_length"}.get(name, name), [])
-            rows.add_row(name, Text(value), Text(sparkline(trend)))
+        for name, value in facts(metrics).items():
+            trend = self._trends.get("response_length" if name == "length" else name)
+            rows.add_row(name, Text(f"{value:<8}").append(sparkline(trend), style="cyan") if trend else Text(value))
         if "seconds/step" in metrics:
             parts = [f"{phase} {metrics.get(f'seconds/{phase}', 0):.2f}" for phase in PHASES]
             rows.add_row("last step", Text(f"{metrics['seconds/step']:.2f} s  ({', '.join(parts)})"))

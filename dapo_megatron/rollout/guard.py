@@ -9,7 +9,6 @@ engine outlives it: not its workers, and not what those left behind when they di
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
@@ -21,10 +20,10 @@ from types import FrameType
 
 import psutil
 
+from dapo_megatron.processes import adopt_orphans, end_with_parent
+
 GRACE_SECONDS = 3.0
 """Between SIGTERM and SIGKILL."""
-_PR_SET_PDEATHSIG = 1
-_PR_SET_CHILD_SUBREAPER = 36
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     parent = os.getppid()
     # Orphaned grandchildren become our children instead of init's, so that they can be found.
-    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    adopt_orphans()
     stop = threading.Event()
 
     def on_terminate(signum: int, frame: FrameType | None) -> None:
@@ -93,12 +92,7 @@ def _signal(process: psutil.Process, number: signal.Signals) -> None:
 def _before_exec() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     # Should someone kill the guard, the engine still hears of it.
-    _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def _prctl(option: int, value: int) -> None:
-    if ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    end_with_parent()
 
 
 def _wait_for_end_of_input(stop: threading.Event) -> None:

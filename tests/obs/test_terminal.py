@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import subprocess
 import sys
 import warnings
@@ -63,6 +62,10 @@ def test_chatter_goes_to_the_log_and_the_terminal_comes_back(tmp_path: Path) -> 
 
 
 def test_nothing_stays_behind(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    before = os.listdir("/proc/self/fd"), list(logging.getLogger().handlers), warnings.showwarning
+    def state() -> tuple[object, ...]:
+        descriptors = sorted(path.name for path in Path("/proc/self/fd").iterdir())
+        return descriptors, list(logging.getLogger().handlers), warnings.showwarning
+
+    before = state()
     Diverted(tmp_path / "log.txt").close()
-    assert (os.listdir("/proc/self/fd"), list(logging.getLogger().handlers), warnings.showwarning) == before
+    assert state() == before

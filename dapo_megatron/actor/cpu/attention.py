@@ -1,8 +1,9 @@
 """Causal attention over packed sequences with torch's SDPA, context parallel included.
 
-Sequences of about the same length go through one padded SDPA call: on CPU this is several times faster than one call
-per sequence when sequences are short, and than one call with a block-diagonal mask when they are not. Padding stands
-at the end, where a causal mask hides it from every real slot.
+Sequences of about the same length go through one padded SDPA call. With 128 sequences of up to 39 slots this takes two
+thirds of the time of one call per sequence, and with eight of 128 to 512 slots about as long; one call with a
+block-diagonal mask takes several times longer. Padding stands at the end, where a causal mask hides it from every real
+slot.
 """
 
 from __future__ import annotations

@@ -99,14 +99,14 @@ def _positions(length: int, cp_size: int, rank: int) -> Tensor:
 
 
 def _buckets(lengths: Sequence[int]) -> list[list[int]]:
-    """Indices grouped so that no sequence is padded by more than a quarter, or 32 slots where that is more.
+    """Indices grouped so that no sequence is padded by more than a sixteenth, or 4 slots where that is more.
 
-    Below that, the cost of one more attention call is greater than that of the padding.
+    Wider groups lose more to padding than they save in attention calls.
     """
     buckets: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         longest = lengths[buckets[-1][0]] if buckets else None
-        if longest is not None and longest - lengths[index] <= max(32, longest // 4):
+        if longest is not None and longest - lengths[index] <= max(4, longest // 16):
             buckets[-1].append(index)
         else:
             buckets.append([index])
