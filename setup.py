@@ -1,4 +1,4 @@
-"""Packaging. Apex is not listed anywhere: PyPI's `apex` is another project, and Megatron-core does not need NVIDIA's."""
+"""Packaging. Apex is not listed: PyPI's `apex` is another project, and Megatron-core does not need NVIDIA's."""
 
 import re
 from pathlib import Path

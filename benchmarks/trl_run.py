@@ -1,7 +1,7 @@
-"""DAPO by TRL's GRPOTrainer on the quick-start's problem; prints one JSON line of seconds per rollout step.
+"""DAPO by TRL's GRPOTrainer on the quick-start's problem; prints seconds per rollout step as one JSON line.
 
-Runs in TRL's own environment, started by `against_trl.py`: `trl_run.py FOLDER STEPS SEED`, FOLDER being the quick-start's
-base model and data. As close to configs/quickstart_cpu.yaml as TRL allows; it has no dynamic sampling.
+Runs in TRL's own environment, started by `against_trl.py`: `trl_run.py FOLDER STEPS SEED`, FOLDER being the
+quick-start's base model and data. As close to configs/quickstart_cpu.yaml as TRL allows; it has no dynamic sampling.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -90,7 +91,7 @@ def main(folder: Path, steps: int, seed: int) -> None:
     print(
         json.dumps(
             {
-                "seconds": [b - a for a, b in zip(ends, ends[1:], strict=False)],
+                "seconds": [b - a for a, b in pairwise(ends)],
                 "reward": [row["reward"] for row in history],
                 "length": [row["completions/mean_length"] for row in history],
             }

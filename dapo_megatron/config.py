@@ -82,9 +82,9 @@ class LaunchConfig(Section):
 
 class DataConfig(Section):
     train: str
-    """Prompts to train on: a .jsonl or .parquet file, or hub:NAME[/SPLIT] for a data set of the Hugging Face hub."""
+    """Prompts to train on: a .jsonl or .parquet file, or hub:OWNER/NAME[/SPLIT] on the Hugging Face hub."""
     prompt_field: str = "prompt"
-    """Where a row keeps its question; dots reach into nested objects. Of a list of chat messages, the last user turn."""
+    """Where a row keeps its question; dots reach into nested objects. Of chat messages, the last user turn."""
     answer_field: str = "answer"
     """Where a row keeps the gold answer; dots reach into nested objects (reward_model.ground_truth)."""
     template: str = "{problem}"
@@ -218,7 +218,7 @@ class AlgoConfig(Section):
     clip_high: PositiveFloat = 0.28
     """Ratios above 1 + clip_high give no gradient where the advantage is positive (clip-higher)."""
     dual_clip: Annotated[float, Field(gt=1)] | None = None
-    """Floor the objective at dual_clip x advantage where the advantage is negative. Null as in the paper; its code: 10."""
+    """Floor the objective at dual_clip x advantage where the advantage is negative. Paper: null; its code: 10."""
     loss_scope: Literal["token", "prompt", "sample"] = "token"
     """What weighs the same in the mean: every token of the mini-batch, every prompt, or every response (GRPO)."""
     advantage_std: Literal["unbiased", "population", "none"] = "unbiased"

@@ -1,7 +1,7 @@
 """Trains the base model of the quick-start by supervised steps, through the same actor that DAPO uses.
 
-Run on every rank: `torchrun --nproc-per-node 2 -m examples.quickstart.base FOLDER SEED`. Leaves in FOLDER a Hugging Face
-checkpoint `base/`, `train.jsonl`, `heldout.jsonl`, and `base.json` with what it was made from and how long it took.
+Run on every rank: `torchrun --nproc-per-node 2 -m examples.quickstart.base FOLDER SEED`. Leaves in FOLDER a Hugging
+Face checkpoint `base/`, `train.jsonl`, `heldout.jsonl`, and `base.json`: what it was made from, and the seconds.
 """
 
 from __future__ import annotations

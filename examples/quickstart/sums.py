@@ -1,4 +1,4 @@
-"""The problem of the quick-start: sums of a few one-digit numbers, a tokenizer for them, and two habits of answering."""
+"""The problem of the quick-start: sums of one-digit numbers, a tokenizer for them, and two habits of answering."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ BUCKET_BYTES = 40_000
 """Less than the largest tensor, more than the smallest."""
 
 
-def make_model(seed: int) -> Any:
+def make_model(seed: int, tied: bool) -> Any:
     torch.manual_seed(seed)
     config = Qwen2Config(
         vocab_size=80,
@@ -38,20 +38,31 @@ def make_model(seed: int) -> Any:
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,
-        tie_word_embeddings=False,
+        tie_word_embeddings=tied,
         initializer_range=0.1,
     )
     return Qwen2ForCausalLM(config).float().eval()
 
 
-@pytest.fixture(scope="module")
-def first() -> Any:
-    return make_model(0)
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def tied(request: pytest.FixtureRequest) -> bool:
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def second() -> Any:
-    return make_model(1)
+def first(tied: bool) -> Any:
+    return make_model(0, tied)
+
+
+@pytest.fixture(scope="module")
+def second(tied: bool) -> Any:
+    return make_model(1, tied)
+
+
+def weights_of(model: Any) -> dict[str, torch.Tensor]:
+    """As the actor exports them: a tied model has no output layer of its own."""
+    tied = model.config.tie_word_embeddings
+    return {name: tensor for name, tensor in model.state_dict().items() if not (tied and name == "lm_head.weight")}
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +115,7 @@ def test_log_probs_follow_the_weights(engines: Engines, publisher: GlooPublisher
     assert worst_error(first, before) <= 2e-5
     assert before[0][0].versions == (VersionSpan(0, 0, 32),)
 
-    publisher.push(second.state_dict().items(), version=1)
+    publisher.push(weights_of(second).items(), version=1)
     # The prompt is the same, so its keys and values were cached under the old weights.
     after = generate(engines)
     assert worst_error(second, after) <= 2e-5
@@ -114,7 +125,7 @@ def test_log_probs_follow_the_weights(engines: Engines, publisher: GlooPublisher
 
 def test_strided_tensors_arrive_whole(engines: Engines, publisher: GlooPublisher, first: Any) -> None:
     weights = {
-        name: tensor.T.contiguous().T if tensor.dim() == 2 else tensor for name, tensor in first.state_dict().items()
+        name: tensor.T.contiguous().T if tensor.dim() == 2 else tensor for name, tensor in weights_of(first).items()
     }
     assert not all(tensor.is_contiguous() for tensor in weights.values())
     publisher.push(weights.items(), version=2)
@@ -129,7 +140,7 @@ def test_a_killed_engine_ends_the_push(engines: Engines, publisher: GlooPublishe
     family = guards[1].children(recursive=True)
 
     def weights() -> Iterator[tuple[str, torch.Tensor]]:
-        for index, (name, tensor) in enumerate(first.state_dict().items()):
+        for index, (name, tensor) in enumerate(weights_of(first).items()):
             if index == 5:
                 for process in family:
                     process.kill()
