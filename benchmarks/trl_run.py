@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportMissingImports] in its own environment
 
 from dapo_megatron.reward.math import grade
 from dapo_megatron.reward.overlong import soft_punishment

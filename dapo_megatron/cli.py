@@ -190,7 +190,7 @@ def _measure(config: Config, source: str) -> EvalResult:
     from contextlib import ExitStack, closing
 
     from dapo_megatron.data.prompts import load_prompts
-    from dapo_megatron.data.tokenizer import end_token_ids, load_tokenizer
+    from dapo_megatron.data.tokenizer import decoder, end_token_ids, load_tokenizer
     from dapo_megatron.eval.evaluate import evaluate
     from dapo_megatron.reward.judge import Judge
     from dapo_megatron.rollout.engines import Engines
@@ -200,12 +200,9 @@ def _measure(config: Config, source: str) -> EvalResult:
     ends = end_token_ids(tokenizer, config.rollout.stop_token_ids)
     prompts = load_prompts(config.data, tokenizer, source)
 
-    def decode(ids: Sequence[int]) -> str:
-        return str(tokenizer.decode(list(ids), skip_special_tokens=True))
-
     with ExitStack() as stack:
         judge = stack.enter_context(closing(Judge(config.reward, max_tokens)))
-        engines = stack.enter_context(closing(Engines(config, config.run.folder, decode)))
+        engines = stack.enter_context(closing(Engines(config, config.run.folder, decoder(tokenizer))))
         engines.wait_ready()
         work = evaluate(engines, prompts, judge, config.eval, max_tokens=max_tokens, stop_token_ids=ends)
         return engines.run(work)

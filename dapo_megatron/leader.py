@@ -13,7 +13,7 @@ from dapo_megatron.algo.samples import to_samples
 from dapo_megatron.config import Config
 from dapo_megatron.data.prompts import load_prompts
 from dapo_megatron.data.stream import PromptStream
-from dapo_megatron.data.tokenizer import end_token_ids, load_tokenizer
+from dapo_megatron.data.tokenizer import decoder, end_token_ids, load_tokenizer
 from dapo_megatron.eval.evaluate import EvalResult, evaluate
 from dapo_megatron.obs.metrics import step_metrics
 from dapo_megatron.obs.observer import Observer
@@ -43,7 +43,7 @@ class Leader:
         self._carried: Sequence[Group] = ()
         self._rollout: Rollout | None = None
         self.judge = Judge(config.reward, config.rollout.max_response_tokens)
-        self.engines = Engines(config, config.run.folder, lambda ids: tokenizer.decode(ids, skip_special_tokens=True))
+        self.engines = Engines(config, config.run.folder, decoder(tokenizer))
         self._publisher: GlooPublisher | None = None
 
     def wait_for_engines(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,3 +48,8 @@ def end_token_ids(tokenizer: PreTrainedTokenizerBase, extra: Iterable[int]) -> t
     if unknown := [token for token in ends if not 0 <= token < len(tokenizer)]:
         raise ConfigError(f"rollout.stop_token_ids: {unknown} are not among the tokenizer's {len(tokenizer)} tokens")
     return ends
+
+
+def decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[Sequence[int]], str]:
+    """Token ids to text, without special tokens."""
+    return lambda token_ids: str(tokenizer.decode(list(token_ids), skip_special_tokens=True))

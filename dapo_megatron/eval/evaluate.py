@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from dapo_megatron.config import EvalConfig
-from dapo_megatron.errors import RolloutError
 from dapo_megatron.eval.statistics import accuracy, bootstrap_interval, majority, pass_at_k, standard_error
+from dapo_megatron.rollout.collect import Judge, sample_groups
 from dapo_megatron.rollout.engine import Sampler, Sampling
-from dapo_megatron.types import Completion, FinishReason, Group, Prompt
+from dapo_megatron.types import Group, Prompt
 
 EXAMPLES = 3
-
-Judge = Callable[[Prompt, Sequence[Completion]], Awaitable[Group]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,20 +76,7 @@ async def evaluate(
         EngineError: when an engine fails.
     """
     sampling = Sampling(config.temperature, config.top_p, max_tokens, stop_token_ids)
-
-    async def answer(prompt: Prompt) -> Group:
-        completions = await engines.generate(prompt, sampling, config.samples)
-        if any(completion.finish is FinishReason.ABORT for completion in completions):
-            raise RolloutError(f"evaluation: the engine aborted a response to prompt {prompt.uid}")
-        return await judge(prompt, completions)
-
-    tasks = [asyncio.ensure_future(answer(prompt)) for prompt in prompts]
-    try:
-        return summarise(await asyncio.gather(*tasks))
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+    return summarise(await sample_groups(engines, prompts, judge, sampling, config.samples))
 
 
 def summarise(groups: Sequence[Group]) -> EvalResult:

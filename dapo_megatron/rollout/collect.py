@@ -85,14 +85,14 @@ async def collect(
     """
     started = time.monotonic()
     if not config.dynamic_sampling:
-        groups = await _generate(engines, take(config.prompts), judge, config, sampling)
+        groups = await sample_groups(engines, take(config.prompts), judge, sampling, config.responses)
         return Rollout(groups, (), _stats(groups, is_mixed, 1, 0, started))
 
     graded: list[Group] = []
     kept = list(carried)
     batches = 0
     while len(kept) < config.prompts and batches < config.max_generation_batches:
-        groups = await _generate(engines, take(config.draw), judge, config, sampling)
+        groups = await sample_groups(engines, take(config.draw), judge, sampling, config.responses)
         batches += 1
         graded += groups
         kept += (group for group in groups if is_mixed(group.correct))
@@ -105,13 +105,20 @@ async def collect(
     return Rollout(chosen, surplus if carry else (), stats)
 
 
-async def _generate(
-    engines: Sampler, prompts: Sequence[Prompt], judge: Judge, config: RolloutConfig, sampling: Sampling
+async def sample_groups(
+    engines: Sampler, prompts: Sequence[Prompt], judge: Judge, sampling: Sampling, responses: int
 ) -> tuple[Group, ...]:
-    """One graded group per prompt, in the order of `prompts`. A failure cancels what is still being generated."""
+    """One graded group of `responses` per prompt, in the order of `prompts`, each graded as soon as it is there.
+
+    A failure cancels what is still being generated.
+
+    Raises:
+        RolloutError: where the engine aborted a response.
+        EngineError: when an engine fails.
+    """
 
     async def answer(prompt: Prompt) -> Group:
-        completions = await engines.generate(prompt, sampling, config.responses)
+        completions = await engines.generate(prompt, sampling, responses)
         aborted = sum(completion.finish is FinishReason.ABORT for completion in completions)
         if aborted:
             raise RolloutError(f"the engine aborted {aborted} of {len(completions)} responses to prompt {prompt.uid}")

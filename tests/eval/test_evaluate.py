@@ -72,7 +72,7 @@ def test_examples_are_the_first_prompts_whichever_is_done_first() -> None:
 
 
 def test_an_aborted_response_is_an_error() -> None:
-    with pytest.raises(RolloutError, match="aborted a response to prompt x:"):
+    with pytest.raises(RolloutError, match="aborted 1 of 1 responses to prompt x:"):
         measure(Scripted("1!"))
 
 
