@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from rich.progress import track
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from dapo_megatron.actor import topology
 from dapo_megatron.actor.actor import Actor
@@ -96,6 +97,7 @@ def rate(step: int) -> float:
 def main(folder: Path, seed: int) -> None:
     started = time.monotonic()
     warnings.simplefilter("ignore")
+    disable_progress_bar()
     config = parse(
         {
             "model": {"path": str(folder / "untrained"), "dtype": "float32"},
