@@ -140,6 +140,7 @@ class RolloutConfig(Section):
 
 class EngineConfig(Section):
     kind: Literal["vllm"] = "vllm"
+    """What serves the policy for sampling."""
     replicas: PositiveInt = 1
     """Engine processes, each with its own copy of the model; requests go to them in turn."""
     tensor_parallel: PositiveInt = 1
@@ -177,6 +178,7 @@ class OverlongConfig(Section):
     cache: PositiveInt = 4096
     """Tokens before the cap over which the punishment grows."""
     weight: NonNegativeFloat = 1.0
+    """Punishment of a response that uses the whole cap."""
     filter: bool = False
     """Overlong filtering: tokens of truncated responses leave the loss, numerator and denominator alike."""
 
@@ -185,7 +187,9 @@ class RewardConfig(Section):
     rule: Literal["dapo", "lenient", "math_verify"] = "dapo"
     """How answers are judged: the published string rule, a forgiving one, or symbolic comparison."""
     right: float = 1.0
+    """Reward of a right answer."""
     wrong: float = -1.0
+    """Reward of a wrong one, and of none."""
     format: Literal["none", "r1"] = "none"
     """Extra reward for <think>...</think><answer>...</answer>, as in R1."""
     format_weight: NonNegativeFloat = 0.5
@@ -193,6 +197,7 @@ class RewardConfig(Section):
     truncated_is_wrong: bool = False
     """Grade a truncated response as wrong even where its answer is right. The published run did not."""
     overlong: OverlongConfig = OverlongConfig()
+    """What becomes of responses near the cap."""
     workers: PositiveInt = 2
     """Processes that grade; one is killed and replaced when an answer takes too long."""
     timeout_seconds: PositiveFloat = 5.0
@@ -224,7 +229,9 @@ class AlgoConfig(Section):
     advantage_std: Literal["unbiased", "population", "none"] = "unbiased"
     """What group-centred rewards are divided by."""
     advantage_eps: NonNegativeFloat = 1e-6
+    """Added to that divisor."""
     kl: KlConfig = KlConfig()
+    """Distance to a frozen reference."""
 
 
 class TrainConfig(Section):
@@ -235,15 +242,20 @@ class TrainConfig(Section):
     micro_batch_tokens: PositiveInt = 32_768
     """Packed tokens of one forward pass at the most, per context-parallel group."""
     seed: int = 0
+    """Of the order of prompts, of mini-batches and of the engines."""
 
 
 class OptimizerConfig(Section):
     lr: PositiveFloat = 1e-6
+    """Learning rate after the warm-up; constant from there on."""
     warmup_steps: NonNegativeInt = 10
     """Rollout steps of linear warm-up: step k runs at lr x (k+1)/warmup_steps."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    """Adam's decay of the first and the second moment."""
     eps: PositiveFloat = 1e-8
+    """Added to the root of Adam's second moment."""
     weight_decay: NonNegativeFloat = 0.1
+    """Decoupled, on matrices only."""
     clip_grad: NonNegativeFloat = 1.0
     """Clip the global gradient norm to this; 0 is off."""
 
@@ -256,7 +268,9 @@ class EvalConfig(Section):
     samples: PositiveInt = 1
     """Responses per prompt; the accuracy is their mean."""
     temperature: NonNegativeFloat = 1.0
+    """Sampling temperature; 0 is greedy."""
     top_p: Fraction = 1.0
+    """Nucleus sampling; 1 is off. The paper's evaluation used 0.7."""
 
     def due(self, step: int) -> bool:
         """Whether to evaluate after `step` steps are done."""
@@ -267,6 +281,7 @@ class RunConfig(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
     """Results go to dir/name."""
     dir: Path = Path("runs")
+    """Folder that runs are kept in."""
     existing: Literal["refuse", "rename"] = "refuse"
     """When dir/name is there already: stop, or move it aside to dir/name.1, .2, ..."""
     save_hf: bool = True
@@ -274,6 +289,7 @@ class RunConfig(Section):
     sampled_groups: NonNegativeInt = 4
     """Groups per step whose responses are written to rollouts.jsonl."""
     tensorboard: bool = True
+    """Write TensorBoard events to dir/name."""
     wandb_project: str | None = None
     """Also log to Weights & Biases (needs the wandb extra)."""
     mlflow_uri: str | None = None

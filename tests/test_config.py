@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import BaseModel
 
 from dapo_megatron import config_file
 from dapo_megatron.config import Config
@@ -152,3 +153,15 @@ def test_the_quick_start_is_valid() -> None:
 def test_evaluation_is_due(tmp_path: Path, every: int, steps: list[int]) -> None:
     evaluation = load(tmp_path, MINIMAL, "eval.data=x.jsonl", f"eval.every={every}").eval
     assert [step for step in range(1, 6) if evaluation.due(step)] == steps
+
+
+def test_every_key_says_what_it_means() -> None:
+    sections = [info.annotation for info in Config.model_fields.values()]
+    silent = [
+        f"{section.__name__}.{name}"
+        for section in sections
+        if isinstance(section, type) and issubclass(section, BaseModel)
+        for name, info in section.model_fields.items()
+        if not info.description
+    ]
+    assert not silent

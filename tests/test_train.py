@@ -1,0 +1,170 @@
+"""Whole runs from the command line: real ranks, a real engine, live weight pushes."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from examples.quickstart import sums
+from examples.quickstart.base import untrained
+
+pytestmark = [pytest.mark.vllm, pytest.mark.multiproc, pytest.mark.slow]
+
+LIMIT_SECONDS = 150
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that has learned nothing, and sums to train and to be measured on."""
+    folder = tmp_path_factory.mktemp("material")
+    untrained(seed=0).save_pretrained(folder / "base")
+    sums.tokenizer().save_pretrained(folder / "base")
+    held_out, train = sums.split(seed=0, held_out=8, train=64)
+    sums.write(folder / "heldout.jsonl", held_out)
+    sums.write(folder / "train.jsonl", train)
+    return folder
+
+
+def command(material: Path, folder: Path, *overrides: str) -> list[str]:
+    """A run whose reward is the length punishment alone: an untrained model has no right answers to learn from."""
+    values = {
+        "model": {"path": str(material / "base"), "dtype": "float32"},
+        "launch": {"processes": 2},
+        "data": {"train": str(material / "train.jsonl"), "max_prompt_tokens": 16},
+        "rollout": {"prompts": 4, "responses": 8, "max_response_tokens": 32, "dynamic_sampling": False},
+        "reward": {"overlong": {"cache": 32}, "workers": 1},
+        "train": {"steps": 2, "mini_batch": 16, "micro_batch_tokens": 512},
+        "optimizer": {"lr": 1e-3, "warmup_steps": 0, "weight_decay": 0.0},
+        "eval": {"data": str(material / "heldout.jsonl")},
+        "run": {"dir": str(folder), "name": "run"},
+    }
+    config = folder / "config.yaml"
+    config.write_text(yaml.safe_dump(values))
+    return [sys.executable, "-m", "dapo_megatron", "train", str(config), *overrides]
+
+
+def run(material: Path, folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(material, folder, *overrides), capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False
+    )
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    """The steps in metrics.jsonl."""
+    path = folder / "run/metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [row for row in map(json.loads, lines) if "loss" in row]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        pytest.param([], id="dp2"),
+        pytest.param(["parallel.tp=2", "parallel.sequence_parallel=true"], id="tp2"),
+        pytest.param(["parallel.pp=2"], id="pp2"),
+        pytest.param(["parallel.cp=2"], id="cp2"),
+        pytest.param(["algo.kl.coef=0.05", "algo.loss_scope=sample", "algo.clip_high=0.2"], id="grpo"),
+    ],
+)
+def test_a_run_trains_and_the_engine_follows(material: Path, tmp_path: Path, overrides: Sequence[str]) -> None:
+    done = run(material, tmp_path, *overrides)
+    assert done.returncode == 0, done.stdout + done.stderr
+    first, second = rows(tmp_path)
+    # The engine samples the second step with the weights that the first one made.
+    for row in (first, second):
+        assert row["mismatch/abs_max"] <= 2e-5
+        assert row["grad_norm"] > 0
+    assert first["ratio/max"] > 1, "the second update of a step is off-policy"
+    if "algo.kl.coef=0.05" in overrides:
+        assert first["kl/ref"] > 0
+
+    before = load_file(material / "base/model.safetensors")
+    after = load_file(tmp_path / "run/hf/model.safetensors")
+    assert set(before) == set(after)
+    assert all(not before[name].equal(after[name]) for name in before)
+
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert set(summary) >= {"base_accuracy", "final_accuracy", "base_length", "final_length", "seconds", "seed"}
+    for name in ("config.yaml", "versions.json", "rollouts.jsonl", "log.txt", "engine0.log"):
+        assert (tmp_path / "run" / name).stat().st_size > 0, name
+    assert list((tmp_path / "run").rglob("events.out.tfevents*"))
+
+
+def test_too_few_mixed_groups_end_the_run_with_the_counts(material: Path, tmp_path: Path) -> None:
+    done = run(material, tmp_path, "rollout.dynamic_sampling=true", "rollout.max_generation_batches=2")
+    assert done.returncode == 1
+    assert "0 groups to train on, 4 wanted" in done.stderr
+    assert "8 all wrong" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+Family = list[psutil.Process]
+
+
+@pytest.fixture
+def running(material: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], Family]]:
+    """A run that has done its first step, with all of its processes; whatever is left of it is killed."""
+    process = subprocess.Popen(
+        command(material, tmp_path, "train.steps=10000"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    family: Family = []
+    try:
+        deadline = time.monotonic() + LIMIT_SECONDS
+        while not rows(tmp_path):
+            assert process.poll() is None, process.stdout and process.stdout.read()
+            assert time.monotonic() < deadline, "no step was done in time"
+            time.sleep(0.1)
+        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        yield process, family
+    finally:
+        for member in family:
+            if member.is_running():
+                member.kill()
+        process.kill()
+
+
+def engine(family: Family) -> Family:
+    return [member for member in family if any("vllm.entrypoints" in part for part in member.cmdline())]
+
+
+def ranks(family: Family) -> Family:
+    return [member for member in family if member.environ().get("RANK") and "dapo_megatron.train" in member.cmdline()]
+
+
+@pytest.mark.parametrize(
+    ("act", "code", "says"),
+    [
+        pytest.param(lambda family: family[0].send_signal(signal.SIGINT), 130, "interrupted", id="ctrl_c"),
+        pytest.param(lambda family: family[0].terminate(), 143, "", id="sigterm"),
+        pytest.param(lambda family: ranks(family)[1].kill(), 1, "rank 1 was ended by SIGKILL", id="dead_rank"),
+        pytest.param(lambda family: engine(family)[-1].kill(), 1, "engine 0", id="dead_engine"),
+        pytest.param(lambda family: family[0].kill(), -signal.SIGKILL, "", id="killed_launcher"),
+    ],
+)
+def test_however_a_run_ends_nothing_is_left(
+    running: tuple[subprocess.Popen[str], Family], act: Callable[[Family], None], code: int, says: str
+) -> None:
+    process, family = running
+    assert engine(family) and len(ranks(family)) == 2
+    act(family)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == code, output
+    assert says in output
+    assert "Traceback" not in output
+    _, left = psutil.wait_procs(family[1:], timeout=30)
+    assert not left, [member.cmdline() for member in left]
