@@ -17,7 +17,7 @@ METRICS = {
     "response_length": "mean length of the same responses in tokens, the end token included",
     "truncated": "share of the same responses that ran into rollout.max_response_tokens",
     "response_length_max": "longest response in the groups that are trained on",
-    "groups/kept": "mixed groups (neither all right nor all wrong) that were sampled and not discarded",
+    "groups/kept": "groups that are trained on: mixed ones, where dynamic sampling is on",
     "groups/all_right": "groups without a wrong response",
     "groups/all_wrong": "groups without a right response",
     "groups/discarded": "mixed groups beyond rollout.prompts",
@@ -77,8 +77,6 @@ class SamplingStats(Protocol):
     @property
     def all_wrong(self) -> int: ...
     @property
-    def mixed(self) -> int: ...
-    @property
     def discarded(self) -> int: ...
     @property
     def accuracy(self) -> float: ...
@@ -107,7 +105,6 @@ def step_metrics(stats: SamplingStats, policy: Mapping[str, float], results: Seq
         "reward": stats.reward,
         "response_length": stats.length,
         "truncated": stats.truncated,
-        "groups/kept": stats.mixed - stats.discarded,
         "groups/all_right": stats.all_right,
         "groups/all_wrong": stats.all_wrong,
         "groups/discarded": stats.discarded,

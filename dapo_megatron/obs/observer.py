@@ -138,6 +138,7 @@ class RunObserver:
         self._done = step + 1
         row = {
             **metrics,
+            "groups/kept": len(groups),
             "response_length_max": longest_response(groups),
             **{f"seconds/{name}": seconds for name, seconds in self._seconds.items()},
             "seconds/step": time.monotonic() - self._step_started if self._seconds else 0.0,
