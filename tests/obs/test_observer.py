@@ -126,7 +126,7 @@ def test_warnings_of_this_package_are_shown_and_others_are_not(
 ) -> None:
     observer = RunObserver(config)
     logging.getLogger("dapo_megatron.data.prompts").warning("3 of 8 prompts are left out")
-    logging.getLogger("transformers").warning("chatter")
+    logging.getLogger("some_library").warning("chatter")
     observer.close()
     shown = capfd.readouterr()
     assert "3 of 8 prompts are left out" in shown.out
