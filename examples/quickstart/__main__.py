@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from dapo_megatron import config_file
+from examples.quickstart.recipe import RECIPE
 
 ROOT = Path(__file__).parents[2]
 
@@ -40,8 +41,6 @@ def main() -> int:
 
 def make_base(folder: Path, seed: int) -> float:
     """Train the base model unless the cached one was made from the same recipe. Returns the seconds that took."""
-    from examples.quickstart.base import RECIPE
-
     record = ROOT / folder / "base.json"
     if record.exists():
         made_from = json.loads(record.read_text())

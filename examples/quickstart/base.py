@@ -27,23 +27,7 @@ from dapo_megatron.pack import pack
 from dapo_megatron.types import TrainSample
 from dapo_megatron.weights.hf import HfCheckpoint
 from examples.quickstart import sums
-
-STEPS = 900
-BATCH = 128
-RATE = 2e-3
-WARMUP = 50
-TRAIN_PROBLEMS = 8192
-HELD_OUT_PROBLEMS = 512
-
-RECIPE = {
-    "steps": STEPS,
-    "batch": BATCH,
-    "rate": RATE,
-    "problems": [TRAIN_PROBLEMS, HELD_OUT_PROBLEMS],
-    "guesses": sums.GUESSES,
-    "guess_error": sums.GUESS_ERROR,
-    "slips": sums.SLIPS,
-}
+from examples.quickstart.recipe import BATCH, HELD_OUT_PROBLEMS, RATE, RECIPE, STEPS, TRAIN_PROBLEMS, WARMUP
 
 
 def untrained(seed: int) -> Qwen2ForCausalLM:

@@ -10,15 +10,10 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from examples.quickstart.recipe import GUESS_ERROR, GUESSES, SLIPS
+
 END = "<|endoftext|>"
 VOCABULARY = [END, "Answer:", " ", "\n", "+", "=", ",", *"0123456789"]
-
-GUESSES = 0.6
-"""Share of demonstrations that guess at once."""
-GUESS_ERROR = 3
-"""Guesses are off by up to this much either way, evenly: right one time in seven."""
-SLIPS = 0.06
-"""Share of the steps of worked demonstrations that go wrong."""
 
 Numbers = tuple[int, ...]
 
