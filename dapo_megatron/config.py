@@ -53,6 +53,16 @@ class ParallelConfig(Section):
         """Ranks that hold one copy of the model."""
         return self.tp * self.pp * self.cp
 
+    @property
+    def sequence_multiple(self) -> int:
+        """Slots of a packed sequence are a multiple of this: each context-parallel rank takes two chunks of it."""
+        return 2 * self.cp if self.cp > 1 else 1
+
+    @property
+    def total_multiple(self) -> int:
+        """Slots of a micro-batch on one context-parallel rank are a multiple of this."""
+        return self.tp if self.sequence_parallel else 1
+
     @model_validator(mode="after")
     def _sequence_parallel_needs_tp(self) -> ParallelConfig:
         if self.sequence_parallel and self.tp == 1:
@@ -340,10 +350,15 @@ class Config(Section):
                 f"({rollout.max_response_tokens}): the punishment would start before the first token; "
                 f"set a smaller cache or reward.overlong.punishment=false"
             )
-        if train.micro_batch_tokens < self.max_sequence_tokens:
+        # A sequence of L tokens fills L-1 slots; `pack` rounds those up and the budget down.
+        slots = -(-(self.max_sequence_tokens - 1) // self.parallel.sequence_multiple) * self.parallel.sequence_multiple
+        unit = self.parallel.sequence_multiple * self.parallel.total_multiple
+        budget = train.micro_batch_tokens // unit * unit
+        if budget < slots:
             raise ValueError(
-                f"train.micro_batch_tokens({train.micro_batch_tokens}) cannot hold the longest sequence: "
-                f"data.max_prompt_tokens({self.data.max_prompt_tokens}) + rollout.max_response_tokens"
-                f"({rollout.max_response_tokens}) = {self.max_sequence_tokens}"
+                f"train.micro_batch_tokens({train.micro_batch_tokens}) holds {budget} slots in multiples of {unit}; "
+                f"the longest sequence, data.max_prompt_tokens({self.data.max_prompt_tokens}) + "
+                f"rollout.max_response_tokens({rollout.max_response_tokens}) = {self.max_sequence_tokens} tokens, "
+                f"fills {slots}"
             )
         return self

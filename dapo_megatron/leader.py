@@ -74,8 +74,8 @@ class Leader:
             data_parallel=self.topo.dp,
             scope=config.algo.loss_scope,
             seed=config.train.seed + step,
-            sequence_multiple=2 * self.topo.cp if self.topo.cp > 1 else 1,
-            total_multiple=self.topo.tp if config.parallel.sequence_parallel else 1,
+            sequence_multiple=config.parallel.sequence_multiple,
+            total_multiple=config.parallel.total_multiple,
         )
 
     def publish(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:

@@ -19,6 +19,7 @@ from dapo_megatron.config import Config, OptimizerConfig
 from dapo_megatron.errors import DapoError
 from dapo_megatron.leader import Leader
 from dapo_megatron.obs.observer import NullObserver, Observer, RunObserver
+from dapo_megatron.obs.terminal import printable
 from dapo_megatron.preflight import preflight
 from dapo_megatron.processes import end_with_parent
 from dapo_megatron.weights.hf import HfCheckpoint
@@ -31,6 +32,7 @@ def train(config: Config, obs: Observer) -> None:
         topo = topology.initialize(config.parallel)
         stack.callback(topology.shutdown)
         leader = stack.enter_context(closing(Leader(config, topo, obs))) if topo.is_leader else None
+        stack.push(_finish_undisturbed)
 
         with obs.phase("building the actor"):
             checkpoint = HfCheckpoint(config.model.path, trust_remote_code=config.model.trust_remote_code)
@@ -86,6 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     leads = rank == 0
     if not leads:  # the leader's go to its log, and say the same
         warnings.simplefilter("ignore")
+    says = "dapo-megatron: error:" if leads else f"dapo-megatron: rank {rank}: error:"
     try:
         config = config_file.load(Path(path), overrides)
         if leads:
@@ -93,8 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with closing(RunObserver(config) if leads else NullObserver()) as obs:
             train(config, obs)
     except DapoError as error:
-        if leads:
-            print(f"dapo-megatron: error: {error}", file=sys.stderr, flush=True)
+        print(says, printable(str(error)), file=sys.stderr, flush=True)
         return error.exit_code
     except RuntimeError as error:
         # What gloo raises when another rank is gone; that rank has said why.
@@ -107,6 +109,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("dapo-megatron: interrupted", file=sys.stderr, flush=True)
         return 130
     return 0
+
+
+def _finish_undisturbed(kind: type[BaseException] | None, *_: object) -> None:
+    """After a failure torchrun sends SIGTERM as soon as one rank is gone: do not let that replace the reason."""
+    if kind is not None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _terminate(signum: int, frame: FrameType | None) -> None:

@@ -165,3 +165,12 @@ def test_every_key_says_what_it_means() -> None:
         if not info.description
     ]
     assert not silent
+
+
+def test_the_budget_of_a_micro_batch_counts_the_padding_of_the_layout(tmp_path: Path) -> None:
+    sizes = ["data.max_prompt_tokens=200", "rollout.max_response_tokens=800", "reward.overlong.cache=100"]
+    layout = ["parallel.cp=2", "parallel.tp=4", "parallel.sequence_parallel=true"]
+    load(tmp_path, MINIMAL, *sizes, "train.micro_batch_tokens=1000")
+    load(tmp_path, MINIMAL, *sizes, *layout, "train.micro_batch_tokens=1008")
+    with pytest.raises(ConfigError, match=r"holds 992 slots in multiples of 16; .* = 1000 tokens, fills 1000"):
+        load(tmp_path, MINIMAL, *sizes, *layout, "train.micro_batch_tokens=1000")

@@ -60,6 +60,8 @@ class Engines:
                         workers=engine.tensor_parallel,
                         decode=decode,
                         request_seconds=engine.request_seconds,
+                        # A request is one sequence at least, so more would only queue over there.
+                        connections=engine.max_sequences,
                     )
                 )
         except BaseException:

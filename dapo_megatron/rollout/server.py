@@ -17,6 +17,8 @@ from dapo_megatron.errors import ConfigError, EngineError
 LOG_LINES = 20
 """Lines of the log shown when an engine fails."""
 _CLOSE_SECONDS = 10.0
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""Engines are asked directly, whatever http_proxy says."""
 _POLL_SECONDS = 0.05
 
 
@@ -54,7 +56,7 @@ def answers(url: str) -> Callable[[], bool]:
 
     def check() -> bool:
         try:
-            with urllib.request.urlopen(url, timeout=5) as response:
+            with _DIRECT.open(url, timeout=5) as response:
                 return response.status == 200
         except (urllib.error.URLError, OSError):
             return False

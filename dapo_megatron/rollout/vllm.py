@@ -121,7 +121,8 @@ class VllmEngine:
         url: where it answers.
         workers: its processes that hold weights.
         decode: token ids to text, for `Completion.text`.
-        request_seconds: limit on one request.
+        request_seconds: limit on one request, from when it is sent; the engine may queue it.
+        connections: requests sent at once; more wait here.
     """
 
     def __init__(
@@ -132,6 +133,7 @@ class VllmEngine:
         workers: int,
         decode: Callable[[Sequence[int]], str],
         request_seconds: float,
+        connections: int = 512,
     ) -> None:
         self.name = server.name
         self.workers = workers
@@ -139,6 +141,7 @@ class VllmEngine:
         self._url = url
         self._decode = decode
         self._request_seconds = request_seconds
+        self._connections = connections
         self._session: aiohttp.ClientSession | None = None
         self._version = 0
 
@@ -223,8 +226,9 @@ class VllmEngine:
             # One connection per request: a kept one may be closed by the server just as we use it again.
             self._session = aiohttp.ClientSession(
                 self._url,
-                connector=aiohttp.TCPConnector(limit=0, force_close=True),
-                timeout=aiohttp.ClientTimeout(total=self._request_seconds),
+                connector=aiohttp.TCPConnector(limit=self._connections, force_close=True),
+                # Counted from when a request is sent: waiting for a connection is no fault of the engine.
+                timeout=aiohttp.ClientTimeout(total=None, sock_read=self._request_seconds),
             )
         try:
             async with self._session.request(method, path, json=body) as response:

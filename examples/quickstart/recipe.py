@@ -20,6 +20,7 @@ RECIPE = {
     "steps": STEPS,
     "batch": BATCH,
     "rate": RATE,
+    "warmup": WARMUP,
     "problems": [TRAIN_PROBLEMS, HELD_OUT_PROBLEMS],
     "guesses": GUESSES,
     "guess_error": GUESS_ERROR,

@@ -3,7 +3,9 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import threading
 import time
+from http.server import HTTPServer, SimpleHTTPRequestHandler
 from pathlib import Path
 
 import psutil
@@ -94,3 +96,14 @@ def test_reserved_ports_differ() -> None:
     assert len({one.getsockname()[1] for one in reserved}) == 20
     for one in reserved:
         one.close()
+
+
+def test_engines_are_asked_directly_where_a_proxy_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    with HTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            assert answers(f"http://127.0.0.1:{server.server_port}/")()
+        finally:
+            server.shutdown()
