@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
+import shutil
 import signal
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dapo_megatron import __version__, config_file
-from dapo_megatron.config import Config, RunConfig
-from dapo_megatron.errors import ConfigError, DapoError
+from dapo_megatron.config import Config
+from dapo_megatron.errors import DapoError
 
 if TYPE_CHECKING:
     from dapo_megatron.eval.evaluate import EvalResult
@@ -115,26 +119,29 @@ def _config(arguments: argparse.Namespace) -> int:
 def _train(arguments: argparse.Namespace) -> int:
     config = config_file.load(arguments.config, arguments.overrides)
     ranks = config.launch.processes
-    checked = _preflight(config, ranks)
-    print(
-        f"dapo-megatron: {checked.train_prompts:,} prompts, {checked.eval_prompts:,} held out; {ranks} ranks = "
-        f"tp({config.parallel.tp}) x pp({config.parallel.pp}) x cp({config.parallel.cp}) x dp({checked.data_parallel})",
-        flush=True,
-    )
-    for name, value in _thread_settings(config.launch.threads).items():
-        os.environ.setdefault(name, value)
+    print(f"dapo-megatron: {_check(config, ranks)}", flush=True)
+    _set_threads(config.launch.threads)
     return _launch(ranks, ["dapo_megatron.train", str(arguments.config), *arguments.overrides])
 
 
-def _preflight(config: Config, world_size: int) -> Checked:
+def _check(config: Config, ranks: int) -> str:
+    """What will run, in a line. The prompts are let go: the leader reads its own, and says what is worth a warning."""
     from dapo_megatron.preflight import preflight
 
-    return preflight(config, world_size)
+    checked, parallel = preflight(config, ranks), config.parallel
+    return (
+        f"{len(checked.train):,} prompts, {len(checked.held_out):,} held out; {ranks} ranks = tp({parallel.tp}) x "
+        f"pp({parallel.pp}) x cp({parallel.cp}) x dp({parallel.data_parallel(ranks)})"
+    )
 
 
-def _thread_settings(threads: int) -> dict[str, str]:
-    """Ranks and engines take turns on the same cores: threads that spin while they wait would stop the others."""
-    return {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
+def _set_threads(threads: int) -> None:
+    """The config decides on the number, the environment on the rest."""
+    # torch takes the number of MKL's threads where one is given.
+    os.environ.update(OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads))
+    # Ranks and engines take turns on the same cores: threads that spin while they wait would stop the others.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("KMP_BLOCKTIME", "0")
 
 
 def _launch(ranks: int, module: Sequence[str]) -> int:
@@ -161,53 +168,73 @@ def _launch(ranks: int, module: Sequence[str]) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from dataclasses import asdict
-    from tempfile import TemporaryDirectory
+    from dapo_megatron.preflight import preflight_eval
 
     config = config_file.load(arguments.config, arguments.overrides)
-    source = config.eval.data
-    if source is None:
-        raise ConfigError("eval.data is null: there is nothing to evaluate on; set eval.data=FILE")
-    with TemporaryDirectory(prefix="dapo-megatron-eval-") as folder:
-        # The engine's log is all that goes to the run folder.
-        config = config.model_copy(update={"run": RunConfig(dir=Path(folder), name="eval", tensorboard=False)})
-        checked = _preflight(config, config.parallel.model_size)
-        print(
-            f"dapo-megatron: {checked.eval_prompts:,} prompts x {config.eval.samples} responses; starting engines ...",
-            file=sys.stderr,
-            flush=True,
-        )
-        result = _measure(config, source)
-    row = asdict(result)
+    checked = preflight_eval(config)
+    for warning in checked.warnings:
+        _say(f"warning: {warning}")
+    _say(f"{len(checked.held_out):,} prompts x {config.eval.samples} responses; starting engines ...")
+    with _kept_on_failure("dapo-megatron-eval-") as folder:
+        result = _measure(config, checked, folder)
+    row = _plain(result)
     for name, value in row.items():
         if name != "examples":
             print(f"{name:>16}  {value}", file=sys.stderr)
-    print(json.dumps(row, indent=1))
+    print(json.dumps(row, indent=1, allow_nan=False))
     return 0
 
 
-def _measure(config: Config, source: str) -> EvalResult:
+@contextmanager
+def _kept_on_failure(prefix: str) -> Iterator[Path]:
+    """A temporary folder for logs. It stays, and its place is told, where something fails after they were begun."""
+    folder = Path(tempfile.mkdtemp(prefix=prefix))
+    keep = False
+    try:
+        yield folder
+    except Exception:
+        keep = any(folder.iterdir())
+        if keep:
+            _say(f"the logs of the engines are kept in {folder}")
+        raise
+    finally:
+        if not keep:
+            shutil.rmtree(folder)
+
+
+def _measure(config: Config, checked: Checked, folder: Path) -> EvalResult:
     from contextlib import ExitStack, closing
 
-    from dapo_megatron.data.prompts import load_prompts
-    from dapo_megatron.data.tokenizer import decoder, end_token_ids, load_tokenizer
+    from dapo_megatron.data.tokenizer import decoder
     from dapo_megatron.eval.evaluate import evaluate
     from dapo_megatron.reward.judge import Judge
     from dapo_megatron.rollout.engines import Engines
 
-    max_tokens = config.rollout.max_response_tokens
-    tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
-    ends = end_token_ids(tokenizer, config.rollout.stop_token_ids)
-    prompts = load_prompts(config.data, tokenizer, source)
-
+    max_tokens, ends = config.rollout.max_response_tokens, checked.stop_token_ids
     with ExitStack() as stack:
         judge = stack.enter_context(closing(Judge(config.reward, max_tokens)))
-        engines = stack.enter_context(closing(Engines(config, config.run.folder, decoder(tokenizer))))
+        engines = stack.enter_context(closing(Engines(config, folder, decoder(checked.tokenizer), ranks=0)))
         engines.wait_ready()
-        work = evaluate(engines, prompts, judge, config.eval, max_tokens=max_tokens, stop_token_ids=ends)
+        work = evaluate(engines, checked.held_out, judge, config.eval, max_tokens=max_tokens, stop_token_ids=ends)
         return engines.run(work)
 
 
+def _plain(result: EvalResult) -> dict[str, Any]:
+    """For JSON, which has no word for nan: null stands for it."""
+    from dataclasses import asdict
+
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in asdict(result).items()
+    }
+
+
 def _fail(message: str, code: int) -> int:
-    print(f"dapo-megatron: error: {message}" if code != INTERRUPTED else f"dapo-megatron: {message}", file=sys.stderr)
+    _say(message if code == INTERRUPTED else f"error: {message}")
     return code
+
+
+def _say(message: str) -> None:
+    from dapo_megatron.obs.terminal import printable
+
+    print(f"dapo-megatron: {printable(message)}", file=sys.stderr, flush=True)

@@ -41,12 +41,16 @@ class ParallelConfig(Section):
     """Tensor-parallel size of the actor."""
     pp: PositiveInt = 1
     """Pipeline-parallel size of the actor."""
+    vpp: PositiveInt = 1
+    """Model chunks of each pipeline stage (virtual pipeline, interleaved 1F1B); 1 is the plain 1F1B schedule."""
     cp: PositiveInt = 1
     """Context-parallel size of the actor."""
     sequence_parallel: bool = False
     """Split activations along the sequence between tensor-parallel ranks."""
     distributed_optimizer: bool = True
     """Split the optimizer state over the data-parallel ranks."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients bucket by bucket while the backward pass still runs."""
 
     @property
     def model_size(self) -> int:
@@ -63,10 +67,17 @@ class ParallelConfig(Section):
         """Slots of a micro-batch on one context-parallel rank are a multiple of this."""
         return self.tp if self.sequence_parallel else 1
 
+    @property
+    def micro_batch_multiple(self) -> int:
+        """Micro-batches of an update are a multiple of this: the interleaved schedule sends them in rounds of pp."""
+        return self.pp if self.vpp > 1 else 1
+
     @model_validator(mode="after")
-    def _sequence_parallel_needs_tp(self) -> ParallelConfig:
+    def _sizes_make_sense(self) -> ParallelConfig:
         if self.sequence_parallel and self.tp == 1:
             raise ValueError("sequence_parallel splits between tensor-parallel ranks, but tp is 1; set tp=2 or more")
+        if self.vpp > 1 and self.pp == 1:
+            raise ValueError(f"vpp({self.vpp}) splits pipeline stages into chunks, but pp is 1; set pp=2 or more")
         return self
 
     def data_parallel(self, world_size: int) -> int:
@@ -87,7 +98,7 @@ class LaunchConfig(Section):
     processes: PositiveInt = 1
     """Ranks that `dapo-megatron train` starts on this machine. Under torchrun, torchrun decides."""
     threads: PositiveInt = 1
-    """CPU threads of each rank."""
+    """CPU threads of each rank that `dapo-megatron train` starts, whatever OMP_NUM_THREADS it was started with."""
 
 
 class DataConfig(Section):
@@ -136,6 +147,18 @@ class RolloutConfig(Section):
     """When that is not enough: end the run with the counts, or train on the groups there are."""
     surplus_groups: Literal["discard", "carry"] = "discard"
     """Mixed groups beyond `prompts`: thrown away as published, or trained on in the next step, off-policy."""
+
+    @model_validator(mode="after")
+    def _filling_needs_dynamic_sampling(self) -> RolloutConfig:
+        filling = ("generation_batch", "max_generation_batches", "too_few_groups", "surplus_groups")
+        defaults = {name: type(self).model_fields[name].default for name in filling}
+        idle = [f"{name}={value!r}" for name in filling if (value := getattr(self, name)) != defaults[name]]
+        if idle and not self.dynamic_sampling:
+            raise ValueError(
+                f"{', '.join(idle)} would do nothing: with dynamic_sampling=false one batch of `prompts` is taken as "
+                f"it comes; leave out what fills a batch, or set dynamic_sampling=true"
+            )
+        return self
 
     @property
     def batch_size(self) -> int:
@@ -223,8 +246,30 @@ class RewardConfig(Section):
 class KlConfig(Section):
     coef: NonNegativeFloat = 0.0
     """Weight of the KL term in the loss. 0 keeps no reference model in memory."""
-    estimator: Literal["k1", "k2", "k3"] = "k3"
-    """Estimator of KL(policy || reference) from the sampled tokens (Schulman, 2020)."""
+    estimator: Literal["k2", "k3"] = "k3"
+    """Estimator of KL(policy || reference) from the sampled tokens (Schulman, 2020). k1 is no choice: on the policy's
+    own samples its gradient is 0 on average, and the term would only add noise."""
+    offload_reference: bool = False
+    """Keep the reference in host memory between its uses, one per rollout."""
+
+
+class CorrectionConfig(Section):
+    """The engine samples from slightly other probabilities than the trainer computes; importance = trainer / engine."""
+
+    kind: Literal["none", "truncated", "masked"] = "none"
+    """Measure only; or weigh tokens by their importance up to `cap`; or weigh those inside `band` and mask the rest."""
+    level: Literal["token", "sequence"] = "token"
+    """Importance of each token by itself, or of the whole response (product over its tokens)."""
+    cap: PositiveFloat = 2.0
+    """Of kind "truncated": importance above this counts as this."""
+    band: tuple[PositiveFloat, PositiveFloat] = (0.5, 5.0)
+    """Of kind "masked": importance below the first or above the second leaves numerator and denominator."""
+
+    @model_validator(mode="after")
+    def _band_has_two_ends(self) -> CorrectionConfig:
+        if self.band[0] >= self.band[1]:
+            raise ValueError(f"band must rise: {self.band[0]} is not below {self.band[1]}")
+        return self
 
 
 class AlgoConfig(Section):
@@ -242,6 +287,8 @@ class AlgoConfig(Section):
     """Added to that divisor."""
     kl: KlConfig = KlConfig()
     """Distance to a frozen reference."""
+    correction: CorrectionConfig = CorrectionConfig()
+    """What to do about the difference between the engine's probabilities and the trainer's."""
 
 
 class TrainConfig(Section):
@@ -251,6 +298,8 @@ class TrainConfig(Section):
     """Responses per optimizer step."""
     micro_batch_tokens: PositiveInt = 32_768
     """Packed tokens of one forward pass at the most, per context-parallel group."""
+    max_skipped_updates: PositiveInt = 3
+    """Updates with a loss, ratio or gradient that is not finite are skipped; this many in a row end the run."""
     seed: int = 0
     """Of the order of prompts, of mini-batches and of the engines."""
 
@@ -268,6 +317,15 @@ class OptimizerConfig(Section):
     """Decoupled, on matrices only."""
     clip_grad: NonNegativeFloat = 1.0
     """Clip the global gradient norm to this; 0 is off."""
+
+    @model_validator(mode="after")
+    def _decay_leaves_something(self) -> OptimizerConfig:
+        if self.lr * self.weight_decay >= 1:
+            raise ValueError(
+                f"lr({self.lr:g}) x weight_decay({self.weight_decay:g}) = {self.lr * self.weight_decay:g}: a step "
+                f"would take all of a weight away; the product must be below 1"
+            )
+        return self
 
 
 class EvalConfig(Section):

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import asdict
 
 from torch import Tensor
 
+from dapo_megatron.actor.layout import attention_tokens, read_hf_config
 from dapo_megatron.actor.topology import Topology
 from dapo_megatron.algo.filter import is_mixed
 from dapo_megatron.algo.samples import to_samples
 from dapo_megatron.config import Config
-from dapo_megatron.data.prompts import load_prompts
 from dapo_megatron.data.stream import PromptStream
-from dapo_megatron.data.tokenizer import decoder, end_token_ids, load_tokenizer
+from dapo_megatron.data.tokenizer import decoder
 from dapo_megatron.eval.evaluate import EvalResult, evaluate
 from dapo_megatron.obs.metrics import step_metrics
 from dapo_megatron.obs.observer import Observer
-from dapo_megatron.pack import pack
+from dapo_megatron.obs.skipped import save_skipped
+from dapo_megatron.pack import PackStats, pack
+from dapo_megatron.preflight import Checked
 from dapo_megatron.reward.judge import Judge
 from dapo_megatron.rollout.collect import Rollout, collect
 from dapo_megatron.rollout.engine import Sampling
@@ -30,26 +34,35 @@ class Leader:
     """Draws prompts, samples and grades responses, packs them for the ranks, and keeps the record.
 
     Engines start in the background while the ranks build the actor; call `wait_for_engines` before anything else.
+
+    Args:
+        checked: what `preflight` read: prompts and tokenizer.
     """
 
-    def __init__(self, config: Config, topo: Topology, obs: Observer) -> None:
+    def __init__(self, config: Config, topo: Topology, obs: Observer, checked: Checked) -> None:
         self.config, self.topo, self.obs = config, topo, obs
         self._started = time.monotonic()
-        tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
-        self._stop = end_token_ids(tokenizer, config.rollout.stop_token_ids)
-        self._prompts = PromptStream(load_prompts(config.data, tokenizer, config.data.train), config.train.seed)
-        self._held_out = load_prompts(config.data, tokenizer, config.eval.data) if config.eval.data else []
+        self._stop = checked.stop_token_ids
+        self._prompts = PromptStream(checked.train, config.train.seed)
+        self._held_out = checked.held_out
         self._evaluations: dict[str, EvalResult] = {}
         self._carried: Sequence[Group] = ()
         self._rollout: Rollout | None = None
-        self.judge = Judge(config.reward, config.rollout.max_response_tokens)
-        self.engines = Engines(config, config.run.folder, decoder(tokenizer))
+        self._packing: PackStats | None = None
+        model = config.model
+        self._attention_tokens = attention_tokens(read_hf_config(model.path, trust_remote_code=model.trust_remote_code))
+        with ExitStack() as stack:
+            self.judge = stack.enter_context(closing(Judge(config.reward, config.rollout.max_response_tokens)))
+            engines = Engines(config, config.run.folder, decoder(checked.tokenizer))
+            self.engines = stack.enter_context(closing(engines))
+            self._open = stack.pop_all()
         self._publisher: GlooPublisher | None = None
 
     def wait_for_engines(self) -> None:
         with self.obs.phase("starting engines"):
             self.engines.wait_ready()
-            self._publisher = GlooPublisher(self.engines, bucket_bytes=self.config.weights.bucket_mib << 20)
+            publisher = GlooPublisher(self.engines, bucket_bytes=self.config.weights.bucket_mib << 20)
+            self._publisher = self._open.enter_context(closing(publisher))
 
     def collect(self, step: int) -> list[list[Update]]:
         """Sample until there are enough groups to train on; returns the updates of every data-parallel rank."""
@@ -67,24 +80,38 @@ class Leader:
         )
         self._carried = self._rollout.carried
         samples = to_samples(self._rollout.groups, config.algo, filter_truncated=config.reward.overlong.filter)
-        return pack(
+        ranks = pack(
             samples,
             mini_batch=config.train.mini_batch,
             micro_batch_tokens=config.train.micro_batch_tokens,
             data_parallel=self.topo.dp,
-            scope=config.algo.loss_scope,
-            seed=config.train.seed + step,
+            seed=f"{config.train.seed}:{step}",
             sequence_multiple=config.parallel.sequence_multiple,
             total_multiple=config.parallel.total_multiple,
+            micro_batch_multiple=config.parallel.micro_batch_multiple,
+            attention_tokens=self._attention_tokens,
         )
+        self._packing = PackStats.of(samples, ranks, self._attention_tokens)
+        return ranks
 
     def publish(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         assert self._publisher, "wait_for_engines comes first"
         self._publisher.push(weights, version)
 
     def log(self, step: int, policy: Mapping[str, float], results: Sequence[StepResult]) -> None:
-        assert self._rollout, "collect comes first"
-        self.obs.step(step, step_metrics(self._rollout.stats, policy, results), self._rollout.groups)
+        assert self._rollout and self._packing, "collect comes first"
+        packing = {f"pack/{name}": value for name, value in asdict(self._packing).items()}
+        metrics = step_metrics(self._rollout.stats, {**packing, **policy}, results)
+        self.obs.step(step, metrics, self._rollout.groups)
+
+    def keep_skipped(self, step: int, index: int, reason: str, ranks: Sequence[Update]) -> None:
+        """Save the mini-batch of an update that was skipped, the share of every data-parallel rank, and say so."""
+        try:
+            path = save_skipped(self.config.run.folder, step, index, reason, ranks)
+            where = f"its mini-batch is {path}" if path else "and not kept, for skipped/ holds enough of its kind"
+        except OSError as error:  # the other ranks wait, and the file is only there to be looked at
+            where = f"and could not be kept: {error}"
+        self.obs.message(f"step {step}: {reason}; the update was skipped, {where}")
 
     def evaluate(self, when: str) -> None:
         """Measure accuracy on the held-out prompts, where the config has any."""
@@ -119,7 +146,4 @@ class Leader:
 
     def close(self) -> None:
         """End engines and graders. Safe to call at any point, also after a failure."""
-        if self._publisher:
-            self._publisher.close()
-        self.engines.close()
-        self.judge.close()
+        self._open.close()

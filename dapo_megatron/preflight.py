@@ -5,88 +5,126 @@ Imports neither megatron nor vllm nor torch.distributed.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import socket
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from ipaddress import ip_address
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dapo_megatron.actor.layout import check_layout
-from dapo_megatron.config import Config, EvalConfig
+from dapo_megatron.actor.layout import check_layout, read_hf_config
+from dapo_megatron.config import Config, EngineConfig, EvalConfig, RunConfig
 from dapo_megatron.data.prompts import load_prompts
 from dapo_megatron.data.tokenizer import end_token_ids, load_tokenizer
 from dapo_megatron.errors import ConfigError
 from dapo_megatron.obs.run_folder import check_run_folder
-from dapo_megatron.rollout.server import check_port
+from dapo_megatron.rollout.server import check_gpus, check_port
 from dapo_megatron.types import Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_EXTRAS = "pip install -e '.[cpu]' or '.[gpu]' in the checkout"
 
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """What the checks found.
+    """What was read to be checked, so that it need not be read again: tokenizing takes a while.
 
-    >>> Checked(model={"model_type": "qwen2", ...}, data_parallel=2, train_prompts=8192, eval_prompts=512,
-    ...     longest_prompt=10)  # doctest: +SKIP
+    >>> Checked(tokenizer, stop_token_ids=(151_645,), train=[first, second, ...], held_out=[other, ...],
+    ...     warnings=("3 of 17917 prompts of train.jsonl are longer than ...; they are left out",))  # doctest: +SKIP
     """
 
-    model: dict[str, Any]
-    """The checkpoint's config.json."""
-    data_parallel: int
-    train_prompts: int
-    eval_prompts: int
-    longest_prompt: int
-    """Tokens."""
+    tokenizer: PreTrainedTokenizerBase
+    stop_token_ids: tuple[int, ...]
+    """The tokenizer's end token and those of the config."""
+    train: Sequence[Prompt]
+    """Empty for an evaluation."""
+    held_out: Sequence[Prompt]
+    """Empty where eval.data is null."""
+    warnings: tuple[str, ...]
+    """What works, but should be known to the person who runs it."""
 
 
-def preflight(config: Config, world_size: int) -> Checked:
-    """Check files, sizes, ports and packages for a run of `world_size` ranks.
+def preflight(config: Config, world_size: int, local_ranks: int | None = None) -> Checked:
+    """Check files, sizes, ports, GPUs and packages for a run of `world_size` ranks.
+
+    Args:
+        local_ranks: ranks on this machine, where the engines will be; None means all of them.
 
     Raises:
         ConfigError: for the first thing that cannot work. Cheap checks come first.
     """
-    data_parallel = config.parallel.data_parallel(world_size)
-    _check_packages(config)
+    config.parallel.data_parallel(world_size)
+    _check_packages({"megatron.core": _EXTRAS} | _engine_packages(config) | _sink_packages(config.run))
     check_run_folder(config.run)
+    hf_config = _check_sampling(config)
+    check_layout(hf_config, config.parallel)
+    _check_gpus(config.engine, world_size if local_ranks is None else local_ranks)
+    return _read(config, hf_config, config.data.train)
+
+
+def preflight_eval(config: Config) -> Checked:
+    """Check what it takes to sample and grade eval.data, and nothing that only training needs.
+
+    Raises:
+        ConfigError: as `preflight`, and where there is no eval.data.
+    """
+    if config.eval.data is None:
+        raise ConfigError("eval.data is null: there is nothing to evaluate on; set eval.data=FILE")
+    _check_packages(_engine_packages(config))
+    hf_config = _check_sampling(config)
+    _check_gpus(config.engine, ranks=0)
+    return _read(config, hf_config, train=None)
+
+
+def _check_sampling(config: Config) -> Any:
+    """Whether engines can serve the model; returns its configuration."""
     _check_eval(config.eval)
-    _check_ports(config)
+    _check_ports(config.engine)
     _check_checkpoint(config.model.path)
     hf_config = _read_hf_config(config)
-    check_layout(hf_config, config.parallel)
     _check_engine_layout(hf_config, config)
     _check_context(hf_config, config)
+    return hf_config
 
+
+def _read(config: Config, hf_config: Any, train: str | None) -> Checked:
     tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
     ends = end_token_ids(tokenizer, config.rollout.stop_token_ids)
     _check_vocabulary("the end tokens hold", ends, hf_config)
-    with _without_warnings("dapo_megatron.data"):
-        train = load_prompts(config.data, tokenizer, config.data.train)
-        held_out = load_prompts(config.data, tokenizer, config.eval.data) if config.eval.data else []
-    for prompt in (*train, *held_out):
+    warnings = list(_exposure(config.engine))
+
+    def prompts(source: str | None) -> list[Prompt]:
+        return load_prompts(config.data, tokenizer, source, warnings.append) if source else []
+
+    checked = Checked(tokenizer, ends, prompts(train), prompts(config.eval.data), tuple(warnings))
+    for prompt in (*checked.train, *checked.held_out):
         _check_vocabulary(f"{prompt.uid} holds", prompt.token_ids, hf_config)
-    return Checked(
-        model=hf_config.to_dict(),
-        data_parallel=data_parallel,
-        train_prompts=len(train),
-        eval_prompts=len(held_out),
-        longest_prompt=_longest((*train, *held_out)),
-    )
+    return checked
 
 
-def _check_packages(config: Config) -> None:
-    needed = {
-        "megatron.core": "pip install -e '.[cpu]' or '.[gpu]' in the checkout",
-        config.engine.kind: "pip install -e '.[cpu]' or '.[gpu]' in the checkout",
-    }
-    if config.run.tensorboard:
-        needed["tensorboard"] = "pip install tensorboard, or set run.tensorboard=false"
-    if config.run.wandb_project is not None:
-        needed["wandb"] = "pip install -e '.[wandb]', or set run.wandb_project=null"
-    if config.run.mlflow_uri is not None:
-        needed["mlflow"] = "pip install -e '.[mlflow]', or set run.mlflow_uri=null"
+def _engine_packages(config: Config) -> dict[str, str]:
+    """What sampling and grading import: package -> how to come by it."""
+    needed = {config.engine.kind: _EXTRAS}
     if config.reward.rule == "math_verify":
         needed["math_verify"] = "pip install math-verify, or set another reward.rule"
+    return needed
+
+
+def _sink_packages(run: RunConfig) -> dict[str, str]:
+    needed = {}
+    if run.tensorboard:
+        needed["tensorboard"] = "pip install tensorboard, or set run.tensorboard=false"
+    if run.wandb_project is not None:
+        needed["wandb"] = "pip install -e '.[wandb]', or set run.wandb_project=null"
+    if run.mlflow_uri is not None:
+        needed["mlflow"] = "pip install -e '.[mlflow]', or set run.mlflow_uri=null"
+    return needed
+
+
+def _check_packages(needed: Mapping[str, str]) -> None:
     for package, remedy in needed.items():
         if not _installed(package):
             raise ConfigError(f"{package} is not installed, but this run needs it: {remedy}")
@@ -109,9 +147,9 @@ def _check_eval(config: EvalConfig) -> None:
         )
 
 
-def _check_ports(config: Config) -> None:
-    engine = config.engine
+def _check_ports(engine: EngineConfig) -> None:
     if engine.port is None:
+        check_port(engine.host, 0)
         return
     last = engine.port + engine.replicas - 1
     if last > 65_535:
@@ -121,6 +159,26 @@ def _check_ports(config: Config) -> None:
         )
     for port in range(engine.port, last + 1):
         check_port(engine.host, port)
+
+
+def _exposure(engine: EngineConfig) -> Iterable[str]:
+    """A warning, where others than this machine can talk to the engines."""
+    addresses = {info[4][0] for info in socket.getaddrinfo(engine.host, None)}
+    if not all(ip_address(address).is_loopback for address in addresses):
+        yield (
+            f"engine.host={engine.host}: engines ask nobody for a password. Whoever reaches this address can read the "
+            f"prompts, sample from the model and replace its weights; set engine.host=127.0.0.1, or have a firewall "
+            f"keep others out"
+        )
+
+
+def _check_gpus(engine: EngineConfig, ranks: int) -> None:
+    # torch is what ranks and engines count with: it heeds CUDA_VISIBLE_DEVICES and containers, which nvidia-smi does
+    # not, finds none where its build has no use for them, and only asks the driver. Reading the model loaded it.
+    import torch
+
+    if gpus := torch.cuda.device_count():
+        check_gpus(engine, ranks, gpus)
 
 
 def _check_checkpoint(folder: Path) -> None:
@@ -138,11 +196,9 @@ def _check_checkpoint(folder: Path) -> None:
 
 
 def _read_hf_config(config: Config) -> Any:
-    from transformers import AutoConfig
-
     model = config.model
     try:
-        return AutoConfig.from_pretrained(model.path, local_files_only=True, trust_remote_code=model.trust_remote_code)
+        return read_hf_config(model.path, trust_remote_code=model.trust_remote_code)
     except Exception as error:  # a broken config.json raises whatever the parser beneath it has
         raise ConfigError(f"cannot read {model.path / 'config.json'}: {error}") from error
 
@@ -172,19 +228,3 @@ def _check_vocabulary(what: str, tokens: Sequence[int], hf_config: Any) -> None:
             f"{what} token {max(tokens)}, but the model has a vocabulary of {hf_config.vocab_size}: "
             f"tokenizer and model do not belong together"
         )
-
-
-def _longest(prompts: Sequence[Prompt]) -> int:
-    return max(len(prompt.token_ids) for prompt in prompts)
-
-
-@contextmanager
-def _without_warnings(name: str) -> Iterator[None]:
-    """The run loads its data again, and then says what is worth saying."""
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

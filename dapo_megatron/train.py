@@ -14,24 +14,30 @@ from types import FrameType
 from dapo_megatron import config_file
 from dapo_megatron.actor import topology
 from dapo_megatron.actor.actor import Actor
-from dapo_megatron.algo.objective import DapoLoss, sampler_mismatch
+from dapo_megatron.algo.objective import DapoLoss
+from dapo_megatron.algo.sampler import weigh
 from dapo_megatron.config import Config, OptimizerConfig
 from dapo_megatron.errors import DapoError
 from dapo_megatron.leader import Leader
 from dapo_megatron.obs.observer import NullObserver, Observer, RunObserver
 from dapo_megatron.obs.terminal import printable
-from dapo_megatron.preflight import preflight
+from dapo_megatron.preflight import Checked, preflight
 from dapo_megatron.processes import end_with_parent
+from dapo_megatron.skips import SkipWatch
 from dapo_megatron.weights.hf import HfCheckpoint
 from dapo_megatron.weights.publish import drain
 
 
-def train(config: Config, obs: Observer) -> None:
-    """Run `config` to its end. Called on every rank of the job; only the leader's `obs` shows anything."""
+def train(config: Config, obs: Observer, checked: Checked | None) -> None:
+    """Run `config` to its end. Called on every rank of the job; only the leader's `obs` shows anything.
+
+    Args:
+        checked: on the leader, what `preflight` read; None elsewhere.
+    """
     with ExitStack() as stack:
         topo = topology.initialize(config.parallel)
         stack.callback(topology.shutdown)
-        leader = stack.enter_context(closing(Leader(config, topo, obs))) if topo.is_leader else None
+        leader = stack.enter_context(closing(Leader(config, topo, obs, checked))) if checked else None
         stack.push(_finish_undisturbed)
 
         with obs.phase("building the actor"):
@@ -41,6 +47,8 @@ def train(config: Config, obs: Observer) -> None:
             if config.algo.kl.coef > 0:
                 reference = Actor(config, topo, load_weights=checkpoint.load, trainable=False)
         loss = DapoLoss(config.algo)
+        replicas = topology.Replicas(topo)
+        skips = SkipWatch(config.train.max_skipped_updates, topo, leader)
 
         if leader:
             leader.wait_for_engines()
@@ -49,16 +57,21 @@ def train(config: Config, obs: Observer) -> None:
             with obs.phase("rollout"):
                 updates = topology.scatter(leader.collect(step) if leader else None, topo)
             with obs.phase("logprobs"):
-                updates, policy = actor.with_old_logprobs(updates, sampler_mismatch)
+                updates, policy = actor.with_old_logprobs(updates)
+                updates, sampler = weigh(updates, config.algo, replicas)
                 if reference:
                     updates = reference.with_ref_logprobs(updates)
             with obs.phase("update"):
-                results = [actor.step(update, loss, lr=learning_rate(config.optimizer, step)) for update in updates]
+                lr = learning_rate(config.optimizer, step)
+                results = [
+                    skips.seen(step, index, update, actor.step(update, loss, lr=lr))
+                    for index, update in enumerate(updates)
+                ]
             with obs.phase("publish"):
                 weights = checkpoint.export(actor.chunks)
                 leader.publish(weights, version=step + 1) if leader else drain(weights)
             if leader:
-                leader.log(step, policy, results)
+                leader.log(step, {**policy, **sampler}, results)
                 if config.eval.due(step + 1) and step + 1 < config.train.steps:
                     leader.evaluate(f"step {step + 1}")
 
@@ -91,10 +104,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     says = "dapo-megatron: error:" if leads else f"dapo-megatron: rank {rank}: error:"
     try:
         config = config_file.load(Path(path), overrides)
+        checked = None
         if leads:
-            preflight(config, int(os.environ.get("WORLD_SIZE", "1")))
+            world_size = int(os.environ.get("WORLD_SIZE", "1"))
+            checked = preflight(config, world_size, int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
         with closing(RunObserver(config) if leads else NullObserver()) as obs:
-            train(config, obs)
+            for warning in checked.warnings if checked else ():
+                obs.message(f"warning: {warning}")
+            train(config, obs, checked)
     except DapoError as error:
         print(says, printable(str(error)), file=sys.stderr, flush=True)
         return error.exit_code

@@ -43,7 +43,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class VersionSpan:
-    """Tokens [start, end) of a completion were sampled by weights `version` (optimizer steps of the policy so far)."""
+    """Tokens [start, end) of a completion were sampled by weights `version` (how often weights had been published)."""
 
     version: int
     start: int
@@ -95,6 +95,10 @@ class Group:
     """Right or wrong, before any shaping. Dynamic sampling looks at this and nothing else."""
     rewards: tuple[float, ...]
     """What the advantage is made of: accuracy, format and length penalty together."""
+    timed_out: int = 0
+    """Responses whose grading ran out of time. They count as wrong."""
+    truncated_right: int = 0
+    """Truncated responses whose answer is right, also where `correct` is False because they are truncated."""
 
     def __post_init__(self) -> None:
         sizes = {len(self.completions), len(self.extracted), len(self.correct), len(self.rewards)}
@@ -152,9 +156,11 @@ class MicroBatch:
     >>> MicroBatch(
     ...     tokens_T=torch.tensor([7, 10, 3, 11, 10]), labels_T=torch.tensor([10, 3, 11, 10, 2]),
     ...     positions_T=torch.tensor([0, 1, 2, 3, 4]), cu_seqlens=torch.tensor([0, 5], dtype=torch.int32),
+    ...     scored_T=torch.tensor([False, False, False, True, True]),
     ...     loss_mask_T=torch.tensor([False, False, False, True, True]),
     ...     advantages_T=torch.full((5,), 0.87), weights_T=torch.ones(5),
-    ...     rollout_logprobs_T=torch.tensor([0.0, 0.0, 0.0, -0.11, -0.01]))  # doctest: +SKIP
+    ...     rollout_logprobs_T=torch.tensor([0.0, 0.0, 0.0, -0.11, -0.01]),
+    ...     groups_S=torch.tensor([3]))  # doctest: +SKIP
     """
 
     tokens_T: Tensor
@@ -165,19 +171,24 @@ class MicroBatch:
     """int64 [T]: 0, 1, 2, ... starting again with every sequence."""
     cu_seqlens: Tensor
     """int32 [S+1]: sequence s fills slots cu_seqlens[s] to cu_seqlens[s+1], its own padding included."""
+    scored_T: Tensor
+    """bool [T]: the log-prob of this slot's label is computed; the other slots skip the output layer. Fixed when
+    packing, so that every pass over the micro-batch runs the same kernels on the same shapes."""
     loss_mask_T: Tensor
-    """bool [T]: the label of this slot is trained on."""
+    """bool [T]: the label of this slot is trained on. Never where scored_T is False."""
     advantages_T: Tensor
     """float32 [T]."""
     weights_T: Tensor
-    """float32 [T]: weight of a token in the loss. All 1 for the token-level loss; for other scopes (see
-    `pack.weights`) scaled so that the weights of a mini-batch's loss tokens sum to their number."""
+    """float32 [T]: weight of a token in the loss: that of its scope (`algo.scope`), times that of its correction
+    (`algo.correction`). Does not change the denominator."""
     rollout_logprobs_T: Tensor
     """float32 [T], nats."""
+    groups_S: Tensor
+    """int64 [S]: the group that each sequence belongs to (`TrainSample.group`); -1 for a segment of padding."""
     old_logprobs_T: Tensor | None = None
-    """float32 [T], nats: the policy at the start of the step, computed by the trainer."""
+    """float32 [T], nats: the policy at the start of the step, computed by the trainer; 0 where not scored."""
     ref_logprobs_T: Tensor | None = None
-    """float32 [T], nats: the frozen reference, where the loss asks for one."""
+    """float32 [T], nats: the frozen reference, where the loss asks for one; 0 where not scored."""
 
     @property
     def tokens(self) -> int:
@@ -217,7 +228,9 @@ class StepResult:
     lr: float
     loss_tokens: int
     metrics: dict[str, float] = field(default_factory=dict)
-    """Exact token means over the mini-batch; names that end in `_max` are maxima."""
+    """Exact token means over the mini-batch; names that end in `_max` are maxima, others that hold a `/` are norms."""
+    skipped: str | None = None
+    """What was not finite, where the update was skipped for that: the parameters are those of before."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -15,6 +18,9 @@ import yaml
 
 from dapo_megatron import __version__, cli, config_file
 from dapo_megatron.config import Config
+from dapo_megatron.errors import EngineError
+from dapo_megatron.eval.evaluate import EvalResult, Example
+from dapo_megatron.preflight import Checked
 from tests.helpers.checkpoint import values, write_prompts
 
 
@@ -119,6 +125,90 @@ def test_it_starts_without_heavy_libraries(config: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code, config], capture_output=True, text=True, check=True)
     assert done.stderr == "[]\n"
+
+
+@pytest.mark.parametrize("inherited", [{}, {"OMP_NUM_THREADS": "7", "MKL_NUM_THREADS": "6", "KMP_BLOCKTIME": "5"}])
+def test_the_config_decides_on_the_threads_of_the_ranks(
+    config: Path, monkeypatch: pytest.MonkeyPatch, inherited: dict[str, str]
+) -> None:
+    seen: dict[str, str] = {}
+
+    def launch(*_: object) -> int:
+        seen.update(os.environ)
+        return 0
+
+    monkeypatch.setattr(cli, "_launch", launch)
+    monkeypatch.setattr(os, "environ", inherited.copy())
+    assert cli.main(["train", str(config), "launch.threads=3"]) == 0
+    assert (seen["OMP_NUM_THREADS"], seen["MKL_NUM_THREADS"]) == ("3", "3")
+    assert (seen["OMP_WAIT_POLICY"], seen["KMP_BLOCKTIME"]) == ("PASSIVE", inherited.get("KMP_BLOCKTIME", "0"))
+
+
+RESULT = EvalResult(
+    prompts=1,
+    samples=2,
+    accuracy=0.5,
+    standard_error=math.nan,
+    interval=(0.5, 0.5),
+    pass_at_k={1: 0.5, 2: 1.0},
+    majority_at_k=0.5,
+    mean_length=2.0,
+    truncated=0.0,
+    examples=(Example("1+1=", "2", "2\ud800", "2", True),),
+)
+
+
+def refuse(constant: str) -> None:
+    raise AssertionError(f"{constant} is not JSON")
+
+
+def test_eval_prints_json_also_where_there_is_no_standard_error(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders: list[Path] = []
+
+    def measure(config: Config, checked: Checked, folder: Path) -> EvalResult:
+        assert [prompt.text for prompt in checked.held_out] == ["1+1="]
+        (folder / "engine0.log").write_text("fine\n")
+        folders.append(folder)
+        return RESULT
+
+    monkeypatch.setattr(cli, "_measure", measure)
+    (config.parent / "train.jsonl").unlink()
+    assert cli.main(["eval", str(config)]) == 0
+    shown = capsys.readouterr()
+    row = json.loads(shown.out, parse_constant=refuse)
+    assert (row["standard_error"], row["accuracy"], row["pass_at_k"]) == (None, 0.5, {"1": 0.5, "2": 1.0})
+    assert "1 prompts x 1 responses" in shown.err
+    assert not folders[0].exists()
+    assert "kept" not in shown.err
+
+
+def test_the_log_of_an_engine_that_fails_in_an_evaluation_is_kept(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [sys.executable, "-c", r"print('out of \x1b[2J memory'); raise SystemExit(3)"]
+    monkeypatch.setattr("dapo_megatron.rollout.engines.vllm_command", lambda *_: command)
+    assert cli.main(["eval", str(config)]) == 1
+    errors = capsys.readouterr().err
+    assert "engine 0 ended with exit status 3" in errors
+    assert "\x1b" not in errors
+    (place,) = re.findall(r"logs of the engines are kept in (\S+)", errors)
+    assert (Path(place) / "engine0.log").read_text() == "out of \x1b[2J memory\n"
+    shutil.rmtree(place)
+
+
+def test_an_evaluation_that_starts_nothing_leaves_nothing(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = config.parent / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+
+    def fail(*_: object) -> EvalResult:
+        raise EngineError("no")
+
+    monkeypatch.setattr(cli, "_measure", fail)
+    assert cli.main(["eval", str(config)]) == 1
+    assert not list(folder.iterdir())
 
 
 def test_eval_without_data_is_refused(config: Path) -> None:

@@ -28,12 +28,18 @@ def load(folder: Path, text: str = MINIMAL, *overrides: str) -> Config:
         (["modle.path=x"], "unknown key modle; did you mean model?"),
         (
             ["train.learning_rate=1"],
-            "unknown key train.learning_rate; train knows micro_batch_tokens, mini_batch, seed",
+            "unknown key train.learning_rate; train knows max_skipped_updates, micro_batch_tokens, mini_batch, seed",
         ),
         (["algo.mini_batch=4"], "unknown key algo.mini_batch; did you mean train.mini_batch?"),
         (["train.steps=ten"], "train.steps = 'ten': input should be a valid integer"),
         (["train.steps=1.5"], "train.steps = 1.5: input should be a valid integer"),
         (["rollout.responses=1"], "rollout.responses = 1: input should be greater than or equal to 2"),
+        (
+            ["rollout.dynamic_sampling=false", "rollout.generation_batch=64", "rollout.surplus_groups=carry"],
+            "rollout: generation_batch=64, surplus_groups='carry' would do nothing: with dynamic_sampling=false",
+        ),
+        (["rollout.dynamic_sampling=false", "rollout.max_generation_batches=3"], "max_generation_batches=3 would do"),
+        (["rollout.dynamic_sampling=false", "rollout.too_few_groups=train"], "too_few_groups='train' would do"),
         (["rollout.temperature=0"], "rollout.temperature = 0: input should be greater than 0"),
         (["optimizer.lr=.nan"], "optimizer.lr = nan: input should be a finite number"),
         (["reward.rule=exact"], "reward.rule = 'exact': input should be 'dapo', 'lenient' or 'math_verify'"),
@@ -93,6 +99,8 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
 
 def test_dump_and_load_are_inverse(tmp_path: Path) -> None:
     config = load(tmp_path, MINIMAL, "optimizer.lr=3e-7", "algo.dual_clip=10", "optimizer.betas=[0.9,0.95]")
+    assert load(tmp_path, config_file.dump(config)) == config
+    config = load(tmp_path, MINIMAL, "rollout.dynamic_sampling=false")
     assert load(tmp_path, config_file.dump(config)) == config
 
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import re
 import socket
 import subprocess
@@ -14,7 +13,7 @@ import pytest
 from dapo_megatron import config_file
 from dapo_megatron.config import Config
 from dapo_megatron.errors import ConfigError
-from dapo_megatron.preflight import preflight
+from dapo_megatron.preflight import Checked, preflight, preflight_eval
 from tests.helpers.checkpoint import values, write_checkpoint, write_prompts
 
 
@@ -25,17 +24,80 @@ def changed(folder: Path, **sections: dict[str, Any]) -> Config:
     return config_file.parse(given)
 
 
-def refused(config: Config, world_size: int = 1) -> str:
+def refused(config: Config, world_size: int = 1, check: Callable[..., Checked] = preflight) -> str:
     with pytest.raises(ConfigError) as error:
-        preflight(config, world_size)
+        check(config, *([] if check is preflight_eval else [world_size]))
     return str(error.value)
 
 
 def test_a_run_that_can_work(tmp_path: Path) -> None:
     checked = preflight(changed(tmp_path), 2)
-    assert (checked.data_parallel, checked.train_prompts, checked.eval_prompts, checked.longest_prompt) == (2, 2, 1, 4)
-    assert checked.model["num_hidden_layers"] == 2
+    assert [prompt.text for prompt in checked.train] == ["1+2=", "2+2="]
+    assert [(prompt.text, len(prompt.token_ids)) for prompt in checked.held_out] == [("1+1=", 4)]
+    assert (checked.stop_token_ids, checked.warnings) == ((0,), ())
+    assert checked.train[0].token_ids == tuple(checked.tokenizer("1+2=")["input_ids"])
     assert not (tmp_path / "runs").exists()
+
+
+def test_an_evaluation_needs_nothing_that_only_training_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dapo_megatron.preflight.find_spec", without("wandb", "megatron"))
+    config = changed(tmp_path, parallel={"tp": 8}, run={"wandb_project": "x"})
+    (tmp_path / "train.jsonl").unlink()
+    config.run.folder.mkdir(parents=True)
+    checked = preflight_eval(config)
+    assert (list(checked.train), [prompt.text for prompt in checked.held_out]) == ([], ["1+1="])
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"eval": {"data": None}}, "eval.data is null"),
+        ({"eval": {"data": "nowhere.jsonl"}}, "nowhere.jsonl: there is no such file"),
+        ({"eval": {"temperature": 0.0, "samples": 4}}, r"eval.samples\(4\) at eval.temperature=0"),
+        ({"model": {"path": "nowhere"}}, "model.path nowhere is not a folder"),
+        ({"engine": {"tensor_parallel": 3}}, r"engine.tensor_parallel\(3\)"),
+        ({"data": {"max_prompt_tokens": 3}}, r"1 of 1 prompts .*heldout.jsonl are longer"),
+    ],
+)
+def test_evaluations_that_cannot_work(tmp_path: Path, sections: dict[str, Any], message: str) -> None:
+    assert_matches(message, refused(changed(tmp_path, **sections), check=preflight_eval))
+
+
+@pytest.mark.parametrize(
+    ("check", "gpus", "message"),
+    [
+        (lambda config: preflight(config, 2), 0, None),
+        (lambda config: preflight(config, 2), 6, None),
+        (lambda config: preflight(config, 4, local_ranks=2), 6, None),
+        (
+            lambda config: preflight(config, 2),
+            5,
+            r"ranks\(2\) \+ engine.replicas\(2\) x engine.tensor_parallel\(2\) = 6 GPUs, but 5 are visible",
+        ),
+        (lambda config: preflight(config, 4), 6, r"ranks\(4\) \+ .* = 8 GPUs, but 6 are visible"),
+        (preflight_eval, 4, None),
+        (preflight_eval, 3, r"ranks\(0\) \+ .* = 4 GPUs, but 3 are visible"),
+    ],
+)
+def test_ranks_and_engines_have_gpus_of_their_own_where_there_are_any(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, check: Callable[[Config], Checked], gpus: int, message: str | None
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    config = changed(tmp_path, engine={"replicas": 2, "tensor_parallel": 2})
+    if message is None:
+        check(config)
+        return
+    with pytest.raises(ConfigError) as error:
+        check(config)
+    assert_matches(message, str(error.value))
+
+
+@pytest.mark.parametrize(("host", "exposed"), [("127.0.0.1", 0), ("localhost", 0), ("0.0.0.0", 1)])
+def test_engines_that_others_can_reach_are_warned_of(tmp_path: Path, host: str, exposed: int) -> None:
+    config = changed(tmp_path, engine={"host": host})
+    for warnings in (preflight(config, 1).warnings, preflight_eval(config).warnings):
+        assert len(warnings) == exposed
+        assert all(f"engine.host={host}: engines ask nobody for a password" in warning for warning in warnings)
 
 
 def test_it_imports_no_heavy_library(tmp_path: Path) -> None:
@@ -82,10 +144,10 @@ def assert_matches(pattern: str, text: str) -> None:
     assert re.search(pattern, text), text
 
 
-def without(missing: str) -> Callable[[str], Any]:
+def without(*missing: str) -> Callable[[str], Any]:
     from importlib.util import find_spec
 
-    return lambda name: None if name == missing else find_spec(name)
+    return lambda name: None if name in missing else find_spec(name)
 
 
 def test_an_engine_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,12 +207,13 @@ def test_held_out_data_is_read_too(tmp_path: Path) -> None:
     assert_matches("heldout.jsonl: there is no such file", refused(config))
 
 
-def test_dropped_prompts_are_not_counted_and_not_announced_twice(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_dropped_prompts_are_left_to_the_caller_to_announce(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     config = changed(tmp_path, data={"max_prompt_tokens": 5, "long_prompts": "drop"})
     write_prompts(tmp_path / "train.jsonl", "1+2=", "1+2+3=")
-    assert preflight(config, 1).train_prompts == 1
+    checked = preflight(config, 1)
+    assert len(checked.train) == 1
+    (warning,) = checked.warnings
+    assert_matches("1 of 2 prompts .*train.jsonl are longer .*; they are left out", warning)
     assert not caplog.records
 
 
@@ -160,12 +223,12 @@ def test_a_port_in_use(tmp_path: Path) -> None:
         assert_matches(f"cannot listen on 127.0.0.1:{port}", refused(changed(tmp_path, engine={"port": port})))
 
 
+def test_an_address_of_another_machine(tmp_path: Path) -> None:
+    assert_matches("cannot listen on 192.0.2.1:", refused(changed(tmp_path, engine={"host": "192.0.2.1"})))
+
+
 def test_a_run_folder_that_is_there(tmp_path: Path) -> None:
     config = changed(tmp_path)
     config.run.folder.mkdir(parents=True)
     assert "run.existing=rename" in refused(config)
     preflight(changed(tmp_path / "other", run={"dir": str(tmp_path / "runs"), "existing": "rename"}), 1)
-
-
-def test_counts_are_plain_values(tmp_path: Path) -> None:
-    json.dumps(preflight(changed(tmp_path), 1).model)

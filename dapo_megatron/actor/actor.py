@@ -9,34 +9,42 @@ N that the mini-batch was built with.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state as mpu
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
-from dapo_megatron.actor.layout import check_layout
-from dapo_megatron.actor.logprobs import vocab_parallel_logprobs
-from dapo_megatron.actor.model import DTYPES, build_chunks, read_hf_config, transformer_config
-from dapo_megatron.actor.optimizer import GradientError, build_optimizer, data_parallel, optimizer_step
+from dapo_megatron.actor.head import RowSelection
+from dapo_megatron.actor.layout import check_layout, read_hf_config
+from dapo_megatron.actor.logprobs import TokenLogprobs, vocab_parallel_logprobs
+from dapo_megatron.actor.model import DTYPES, build_chunks, transformer_config
+from dapo_megatron.actor.norms import ParameterNorms
+from dapo_megatron.actor.optimizer import (
+    apply_gradient,
+    build_optimizer,
+    data_parallel,
+    gradient_norm,
+    gradients_as_weights,
+)
 from dapo_megatron.actor.reduce import token_means
-from dapo_megatron.actor.shard import Shard, make_shard, slots_of
-from dapo_megatron.actor.topology import Topology
+from dapo_megatron.actor.shard import LayoutError, Shard, make_shard, slots_of
+from dapo_megatron.actor.topology import Topology, process_groups
 from dapo_megatron.config import Config
 from dapo_megatron.errors import DapoError
 from dapo_megatron.types import MicroBatch, StepResult, TokenLoss, Update
 
 Loss = Callable[[Tensor, MicroBatch], TokenLoss]
-"""(logprobs_T, micro_batch) -> sums. Under context parallel both hold this rank's slots only."""
-Measure = Callable[[Tensor, MicroBatch], dict[str, Tensor]]
-"""(logprobs_T, micro_batch) -> 0-d sums over loss tokens; names ending in `_max` are maxima."""
+"""(logprobs_T, micro_batch) -> sums. Both hold the scored slots only, under context parallel those of this rank."""
 
 
 class TokenCountError(DapoError, RuntimeError):
@@ -63,15 +71,18 @@ class Actor:
         trainable: bool = True,
     ) -> None:
         self._config, self._topology = config, topology
+        self._groups = process_groups()
         hf_config = read_hf_config(config.model.path, trust_remote_code=config.model.trust_remote_code)
         check_layout(hf_config, config.parallel)
         self._vocab_size: int = hf_config.vocab_size
         self._temperature = config.rollout.temperature
         self._megatron_config: Any = transformer_config(hf_config, config.model, config.parallel)
-        self._chunks: list[torch.nn.Module] = list(build_chunks(hf_config, self._megatron_config))
+        chunks = build_chunks(hf_config, self._megatron_config, self._groups)
+        self._chunks: list[torch.nn.Module] = list(chunks)
         load_weights(self._chunks)
+        self._heads = [RowSelection(chunk) for chunk in chunks if chunk.post_process]
         dtype = DTYPES[config.model.dtype]
-        modules: list[Any] = list(self._chunks)
+        modules: list[Any] = list(chunks)
         self._forward_options: dict[str, Any] = {}
         if dtype is torch.bfloat16:
             modules = [Float16Module(self._megatron_config, chunk) for chunk in modules]
@@ -80,76 +91,85 @@ class Actor:
         """Megatron's optimizer, for checkpoints; None where not trainable."""
         self._divisor: Tensor | None = None
         if trainable:
-            modules = data_parallel(self._megatron_config, config.parallel, modules)
-            self.optimizer = build_optimizer(config.optimizer, config.parallel, dtype, modules)
+            modules = data_parallel(self._megatron_config, config.parallel, modules, self._groups)
+            self.optimizer = build_optimizer(config.optimizer, config.parallel, dtype, modules, self._groups)
+            self._norms = ParameterNorms(self.optimizer, self._chunks)
             self._megatron_config.finalize_model_grads_func = self._finalize
         else:
             for module in modules:
                 module.requires_grad_(False)
         self._modules = modules
+        self._offloaded = not trainable and config.algo.kl.offload_reference
+        if self._offloaded:
+            self._move(torch.device("cpu"))
 
     @property
     def chunks(self) -> list[torch.nn.Module]:
         """The bare GPTModels of this rank: several where pipeline stages are virtual."""
         return self._chunks
 
-    def with_old_logprobs(
-        self, updates: Sequence[Update], measure: Measure | None = None
-    ) -> tuple[list[Update], dict[str, float]]:
+    def with_old_logprobs(self, updates: Sequence[Update]) -> tuple[list[Update], dict[str, float]]:
         """Fill old_logprobs_T, through the same micro-batches and kernels as `step`: the first ratio is exactly 1.
 
-        Args:
-            measure: more to sum while the log-probs are at hand, such as the distance from the sampler's.
-
         Returns:
-            The updates, and means over all their loss tokens: entropy (nats), and what `measure` sums.
+            The updates, and means over all their loss tokens: entropy (nats) of the policy's next-token distribution,
+            and top_prob, the probability of its most likely token.
         """
 
-        def sums(logprobs_T: Tensor, entropy_T: Tensor | None, batch: MicroBatch) -> dict[str, Tensor]:
-            assert entropy_T is not None
+        def sums(scores: TokenLogprobs, batch: MicroBatch) -> dict[str, Tensor]:
+            assert scores.entropy_T is not None and scores.top_prob_T is not None
             return {
-                "entropy": (entropy_T * batch.loss_mask_T).sum(),
-                **(measure(logprobs_T, batch) if measure else {}),
+                "entropy": (scores.entropy_T * batch.loss_mask_T).sum(),
+                "top_prob": (scores.top_prob_T * batch.loss_mask_T).sum(),
             }
 
         logprobs, means = self._evaluate(updates, sums)
-        filled = iter(logprobs)
-        return [
-            replace(
-                update,
-                micro_batches=tuple(replace(batch, old_logprobs_T=next(filled)) for batch in update.micro_batches),
-            )
-            for update in updates
-        ], means
+        return _filled(updates, "old_logprobs_T", logprobs), means
 
     def with_ref_logprobs(self, updates: Sequence[Update]) -> list[Update]:
         """Fill ref_logprobs_T with the log-probs of this model, which is the frozen reference."""
-        filled = iter(self._evaluate(updates, None)[0])
-        return [
-            replace(
-                update,
-                micro_batches=tuple(replace(batch, ref_logprobs_T=next(filled)) for batch in update.micro_batches),
-            )
-            for update in updates
-        ]
+        return _filled(updates, "ref_logprobs_T", self._evaluate(updates, None)[0])
 
     def step(self, update: Update, loss: Loss, *, lr: float) -> StepResult:
         """One optimizer step on a mini-batch. A mini-batch without loss tokens changes nothing.
 
+        Where the loss, a metric of it (the ratio among them) or the gradient is not finite, on whatever rank, no rank
+        changes anything, and the result says so in `skipped`.
+
         Returns:
-            The same on every rank.
+            The same on every rank. Besides what the loss measures, its metrics hold grad_norm/KIND, weight_norm/KIND
+            and update_ratio/KIND for the kinds of parameters (`norms.KINDS`).
 
         Raises:
             TokenCountError: where the ranks' loss tokens do not add up to `update.loss_tokens`.
-            GradientError: where the gradient is not finite. Nothing has been changed then.
+        """
+        metrics = self.gradient(update, loss)
+        loss_mean = metrics.pop("loss")
+        if not update.loss_tokens:
+            return StepResult(loss_mean, 0.0, lr, 0, metrics)
+        grad_norm = gradient_norm(self.optimizer)
+        metrics |= self._norms.gradients()
+        skipped = self._agreed(_not_finite({"loss": loss_mean, **metrics, "grad_norm": grad_norm}))
+        if not skipped:
+            apply_gradient(self.optimizer, self._config.optimizer, lr=lr, grad_norm=grad_norm)
+            metrics |= self._norms.updates()
+        return StepResult(loss_mean, grad_norm, lr, update.loss_tokens, metrics, skipped)
+
+    def gradient(self, update: Update, loss: Loss) -> dict[str, float]:
+        """The gradient of a mini-batch, left in Megatron's buffers: `step` without the step.
+
+        Returns:
+            Exact token means of the loss ("loss") and its metrics; the same on every rank.
+
+        Raises:
+            TokenCountError: as `step`.
         """
         for module in self._modules:
             module.zero_grad_buffer()
         self.optimizer.zero_grad()
 
-        def reduce(shard: Shard, logits_1TV: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            logprobs_T, _ = self._logprobs(logits_1TV, shard.batch, with_entropy=False)
-            result = loss(logprobs_T, shard.batch)
+        def reduce(shard: Shard, logits_1RV: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            result = loss(self._score(logits_1RV, shard.batch).logprobs_T, shard.batch)
             return result.loss_sum, result.loss_tokens, {"loss": result.loss_sum.detach(), **result.metrics}
 
         self._divisor = None
@@ -161,15 +181,17 @@ class Actor:
                 f"micro-batches, but the mini-batch was built with {update.loss_tokens}; either a mask changed after "
                 f"packing or ranks hold micro-batches of different mini-batches"
             )
-        metrics = token_means(parts, update.loss_tokens, self._topology.device)
-        loss_mean = metrics.pop("loss")
-        grad_norm = 0.0
-        if update.loss_tokens:
-            try:
-                grad_norm = optimizer_step(self.optimizer, self._config.optimizer, lr)
-            except GradientError as error:
-                raise GradientError(f"{error}; this step: loss {loss_mean}, lr {lr}, {metrics}") from error
-        return StepResult(loss_mean, grad_norm, lr, update.loss_tokens, metrics)
+        return token_means(parts, update.loss_tokens, self._groups, self._topology.device)
+
+    def gradients_as_weights(self) -> AbstractContextManager[None]:
+        """Inside, `chunks` hold the gradient of the last `gradient` in the place of their weights, to be exported."""
+        return gradients_as_weights(self._modules)
+
+    def _agreed(self, problem: str | None) -> str | None:
+        """A problem of any rank is one of all ranks, which must go on or stay together."""
+        flag = torch.tensor(int(problem is not None), device=self._topology.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return (problem or "something on another rank is not finite") if flag else None
 
     def _finalize(self, model: list[Any], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
         """Megatron's own, keeping the count that it divided by: it all-reduces that in place."""
@@ -179,33 +201,53 @@ class Actor:
     def _evaluate(
         self,
         updates: Sequence[Update],
-        sums: Callable[[Tensor, Tensor | None, MicroBatch], dict[str, Tensor]] | None,
+        sums: Callable[[TokenLogprobs, MicroBatch], dict[str, Tensor]] | None,
     ) -> tuple[list[Tensor], dict[str, float]]:
         """Log-probs of every micro-batch (whole, on its own device) and means of what `sums` adds up."""
 
-        def collect(shard: Shard, logits_1TV: Tensor, non_loss_data: bool) -> tuple[Tensor, dict[str, Tensor]]:
-            logprobs_T, entropy_T = self._logprobs(logits_1TV, shard.batch, with_entropy=sums is not None)
-            return logprobs_T, sums(logprobs_T, entropy_T, shard.batch) if sums else {}
+        def collect(shard: Shard, logits_1RV: Tensor, non_loss_data: bool) -> tuple[Tensor, dict[str, Tensor]]:
+            scores = self._score(logits_1RV, shard.batch, with_stats=sums is not None)
+            return shard.spread(scores.logprobs_T), sums(scores, shard.batch) if sums else {}
 
         batches = [batch for update in updates for batch in update.micro_batches]
-        with torch.no_grad():
+        with torch.no_grad(), self._at_hand():
             outputs = self._run(batches, collect, forward_only=True)
-            logprobs = self._whole([logprobs_T for logprobs_T, _ in outputs], batches)
+            logprobs = self._whole([logprobs_t for logprobs_t, _ in outputs], batches)
             loss_tokens = sum(update.loss_tokens for update in updates)
             parts = [part for _, part in outputs]
-            means = token_means(parts, loss_tokens, self._topology.device) if sums else {}
+            means = token_means(parts, loss_tokens, self._groups, self._topology.device) if sums else {}
         return logprobs, means
+
+    @contextmanager
+    def _at_hand(self) -> Iterator[None]:
+        """A model that is kept in host memory comes to the device for as long as it is used."""
+        if not self._offloaded:
+            yield
+            return
+        self._move(self._topology.device)
+        try:
+            yield
+        finally:
+            self._move(torch.device("cpu"))
+
+    def _move(self, device: torch.device) -> None:
+        for chunk in self._chunks:
+            chunk.to(device)
 
     def _run(self, batches: Sequence[MicroBatch], on_output: Callable[..., Any], *, forward_only: bool) -> list[Any]:
         """Send micro-batches through the pipeline; what `on_output` gave for each, on the last stage."""
-        topology = self._topology
-        ranks = topology.tp if self._config.parallel.sequence_parallel else 1
+        topology, parallel = self._topology, self._config.parallel
+        if len(batches) % parallel.micro_batch_multiple:
+            raise LayoutError(
+                f"{len(batches)} micro-batches do not divide into rounds of pp({parallel.pp}), which virtual pipeline "
+                f"stages, vpp({parallel.vpp}), want; add empty ones (pack's micro_batch_multiple)"
+            )
         shards = [
             make_shard(
                 batch,
                 cp=topology.cp,
                 cp_rank=topology.cp_rank,
-                sequence_parallel_ranks=ranks,
+                sequence_parallel_ranks=topology.tp if parallel.sequence_parallel else 1,
                 device=topology.device,
             )
             for batch in batches
@@ -213,11 +255,21 @@ class Actor:
 
         def forward_step(iterator: Iterator[Shard], module: Any) -> tuple[Tensor, Callable[..., Any]]:
             shard = next(iterator)
-            tokens_1T, positions_1T = shard.batch.tokens_T[None], shard.batch.positions_T[None]
-            output = module(tokens_1T, positions_1T, None, packed_seq_params=shard.packed, **self._forward_options)
+            for head in self._heads:
+                head.rows_R = shard.rows_R
+            output = module(
+                shard.tokens_t[None],
+                shard.positions_t[None],
+                None,
+                packed_seq_params=shard.packed,
+                **self._forward_options,
+            )
             return output, partial(on_output, shard)
 
-        return get_forward_backward_func()(
+        groups: dict[str, Any] = {"pg_collection": self._groups}
+        if topology.pp > 1:
+            groups["p2p_communicator"] = P2PCommunicator(self._groups.pp, self._megatron_config)
+        return get_forward_backward_func(parallel.pp, parallel.vpp if parallel.vpp > 1 else None)(
             forward_step_func=forward_step,
             data_iterator=[iter(shards) for _ in self._modules],
             model=self._modules,
@@ -226,17 +278,17 @@ class Actor:
             micro_batch_size=1,
             forward_only=forward_only,
             collect_non_loss_data=forward_only,
+            **groups,
         )
 
-    def _logprobs(self, logits_1TV: Tensor, batch: MicroBatch, *, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
-        tp_group: Any = mpu.get_tensor_model_parallel_group()
+    def _score(self, logits_1RV: Tensor, batch: MicroBatch, *, with_stats: bool = False) -> TokenLogprobs:
         return vocab_parallel_logprobs(
-            logits_1TV.squeeze(0),
+            logits_1RV.squeeze(0),
             batch.labels_T,
             temperature=self._temperature,
             vocab_size=self._vocab_size,
-            tp_group=tp_group,
-            with_entropy=with_entropy,
+            tp_group=self._groups.tp,
+            with_stats=with_stats,
         )
 
     def _whole(self, local: list[Tensor], batches: Sequence[MicroBatch]) -> list[Tensor]:
@@ -244,17 +296,28 @@ class Actor:
         cp, sizes = self._topology.cp, [batch.tokens for batch in batches]
         mine = torch.cat(local) if local else torch.empty(sum(sizes) // cp, device=self._topology.device)
         if self._topology.pp > 1:
-            pp_group: Any = mpu.get_pipeline_model_parallel_group()
-            dist.broadcast(mine, src=mpu.get_pipeline_model_parallel_last_rank(), group=pp_group)
+            dist.broadcast(mine, group_src=self._topology.pp - 1, group=self._groups.pp)
         if cp == 1:
             whole = list(mine.split(sizes))
         else:
             parts = [torch.empty_like(mine) for _ in range(cp)]
-            cp_group: Any = mpu.get_context_parallel_group()
-            dist.all_gather(parts, mine, group=cp_group)
+            dist.all_gather(parts, mine, group=self._groups.cp)
             whole = [mine.new_empty(size) for size in sizes]
             for rank, part in enumerate(parts):
                 for batch, target_T, piece in zip(batches, whole, part.split([n // cp for n in sizes]), strict=True):
                     target_T[slots_of(batch.cu_seqlens, cp, rank).to(part.device)] = piece
         # Copies, so that a micro-batch sent on does not carry all the others along.
         return [x_T.to(batch.tokens_T.device, copy=True) for x_T, batch in zip(whole, batches, strict=True)]
+
+
+def _filled(updates: Sequence[Update], name: str, logprobs: Sequence[Tensor]) -> list[Update]:
+    """The updates with these log-probs, in order, as field `name` of their micro-batches."""
+    rest = iter(logprobs)
+    return [
+        replace(update, micro_batches=tuple(replace(batch, **{name: next(rest)}) for batch in update.micro_batches))
+        for update in updates
+    ]
+
+
+def _not_finite(values: Mapping[str, float]) -> str | None:
+    return next((f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)), None)

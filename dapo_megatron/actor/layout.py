@@ -4,6 +4,7 @@ so that a run can be refused before any process is started.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from dapo_megatron.config import ParallelConfig
@@ -14,6 +15,26 @@ SUPPORTED = ("qwen2",)
 
 _VOCAB_MULTIPLE = 16
 """Rows of the vocabulary per rank are a multiple of this, which FP8 and tensor cores want."""
+
+
+def read_hf_config(path: Path, *, trust_remote_code: bool = False) -> Any:
+    """The model's config.json, as transformers reads it."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+
+
+def attention_tokens(hf_config: Any) -> float:
+    """Length of a sequence at which causal attention costs as much as all matrix products with weights.
+
+    A token costs 2 operations per weight; attention over a sequence of n tokens, 2 x 2 x n/2 per token and query
+    channel on average. For Qwen2.5-32B: 97,000 tokens.
+    """
+    hidden, layers = hf_config.hidden_size, hf_config.num_hidden_layers
+    queries = head_size(hf_config) * hf_config.num_attention_heads
+    keys = head_size(hf_config) * hf_config.num_key_value_heads
+    layer = hidden * (2 * queries + 2 * keys + 3 * hf_config.intermediate_size)
+    return (layers * layer + hidden * hf_config.vocab_size) / (layers * queries)
 
 
 def check_layout(hf_config: Any, parallel: ParallelConfig) -> None:
@@ -29,16 +50,18 @@ def check_layout(hf_config: Any, parallel: ParallelConfig) -> None:
     if model_type not in SUPPORTED:
         raise ConfigError(f"model: architecture {model_type!r} is not supported; supported: {', '.join(SUPPORTED)}")
     _check_variant(hf_config)
-    heads, groups = hf_config.num_attention_heads, hf_config.num_key_value_heads
-    for axis, ranks, name, size in (
-        ("tp", parallel.tp, "num_attention_heads", heads),
-        ("tp", parallel.tp, "num_key_value_heads", groups),
-        ("tp", parallel.tp, "intermediate_size", hf_config.intermediate_size),
-        ("pp", parallel.pp, "num_hidden_layers", hf_config.num_hidden_layers),
+    tp, stages = parallel.tp, parallel.pp * parallel.vpp
+    chunks = f"pp({parallel.pp})" if parallel.vpp == 1 else f"pp({parallel.pp}) x vpp({parallel.vpp}) = {stages}"
+    for axis, parts, name in (
+        (f"tp({tp})", tp, "num_attention_heads"),
+        (f"tp({tp})", tp, "num_key_value_heads"),
+        (f"tp({tp})", tp, "intermediate_size"),
+        (chunks, stages, "num_hidden_layers"),
     ):
-        if size % ranks:
+        size = getattr(hf_config, name)
+        if size % parts:
             raise ConfigError(
-                f"parallel: {axis}({ranks}) does not divide the model's {name}({size}); "
+                f"parallel: {axis} does not divide the model's {name}({size}); "
                 f"choose a divisor of {size}: {', '.join(str(n) for n in range(1, size + 1) if size % n == 0)}"
             )
 

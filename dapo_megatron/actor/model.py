@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import parallel_state as mpu
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from dapo_megatron.actor import cpu
@@ -17,17 +17,10 @@ from dapo_megatron.config import ModelConfig, ParallelConfig
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def read_hf_config(path: Path, *, trust_remote_code: bool = False) -> Any:
-    """The model's config.json, as transformers reads it."""
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-
-
 def transformer_config(hf_config: Any, model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
     """Megatron's config for this model and layout. Expects a model that `layout.check_layout` accepts."""
     dtype = DTYPES[model.dtype]
-    virtual_stages = mpu.get_virtual_pipeline_model_parallel_world_size()
+    virtual = parallel.vpp > 1
     settings: dict[str, Any] = {
         "num_layers": hf_config.num_hidden_layers,
         "hidden_size": hf_config.hidden_size,
@@ -48,7 +41,7 @@ def transformer_config(hf_config: Any, model: ModelConfig, parallel: ParallelCon
         "bf16": dtype is torch.bfloat16,
         "tensor_model_parallel_size": parallel.tp,
         "pipeline_model_parallel_size": parallel.pp,
-        "virtual_pipeline_model_parallel_size": virtual_stages,
+        "virtual_pipeline_model_parallel_size": parallel.vpp if virtual else None,
         "context_parallel_size": parallel.cp,
         "sequence_parallel": parallel.sequence_parallel,
         # Micro-batches differ in length, and stages must tell each other how much comes.
@@ -64,9 +57,9 @@ def transformer_config(hf_config: Any, model: ModelConfig, parallel: ParallelCon
         "embedding_init_method": _leave,
         "apply_rope_fusion": True,
         # With several chunks per stage, any other combination gives wrong gradients without a word.
-        "overlap_p2p_comm": virtual_stages is not None,
-        "batch_p2p_comm": virtual_stages is None,
-        "deallocate_pipeline_outputs": virtual_stages is None,
+        "overlap_p2p_comm": virtual,
+        "batch_p2p_comm": not virtual,
+        "deallocate_pipeline_outputs": not virtual,
     }
     if model.recompute == "full":
         settings |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -79,13 +72,15 @@ def _leave(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def build_chunks(hf_config: Any, config: TransformerConfig) -> list[GPTModel]:
+def build_chunks(hf_config: Any, config: TransformerConfig, groups: ProcessGroupCollection) -> list[GPTModel]:
     """The chunks of the model that this rank holds (one, unless pipeline stages are virtual), not initialised."""
     stages = config.virtual_pipeline_model_parallel_size
-    return [_build_chunk(hf_config, config, stage) for stage in ([None] if stages is None else range(stages))]
+    return [_build_chunk(hf_config, config, groups, stage) for stage in ([None] if stages is None else range(stages))]
 
 
-def _build_chunk(hf_config: Any, config: TransformerConfig, stage: int | None) -> GPTModel:
+def _build_chunk(
+    hf_config: Any, config: TransformerConfig, groups: ProcessGroupCollection, stage: int | None
+) -> GPTModel:
     if torch.cuda.is_available():
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
@@ -102,6 +97,7 @@ def _build_chunk(hf_config: Any, config: TransformerConfig, stage: int | None) -
         share_embeddings_and_output_weights=bool(hf_config.tie_word_embeddings),
         position_embedding_type="rope",
         rotary_base=rope_parameters(hf_config)["rope_theta"],
+        pg_collection=groups,
         vp_stage=stage,
     )
     return chunk.cuda() if torch.cuda.is_available() else chunk

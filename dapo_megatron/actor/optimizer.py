@@ -1,39 +1,56 @@
-"""AdamW over Megatron's gradient buffers: one step, or an error."""
+"""AdamW over Megatron's gradient buffers, in two halves: measure, then step, so that a bad gradient changes nothing."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import clip_grads, get_megatron_optimizer
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from dapo_megatron.config import OptimizerConfig, ParallelConfig
-from dapo_megatron.errors import DapoError
-
-
-class GradientError(DapoError, RuntimeError):
-    """The gradient is infinite or not a number; no parameter was touched."""
 
 
 def data_parallel(
-    config: TransformerConfig, parallel: ParallelConfig, chunks: list[torch.nn.Module]
+    config: TransformerConfig,
+    parallel: ParallelConfig,
+    chunks: list[torch.nn.Module],
+    groups: ProcessGroupCollection,
 ) -> list[DistributedDataParallel]:
     """Wrap model chunks so that gradients are summed (not averaged) over the ranks, in float32."""
-    ddp_config = DistributedDataParallelConfig(
-        use_distributed_optimizer=parallel.distributed_optimizer, grad_reduce_in_fp32=True
-    )
-    return [
-        DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=index > 0)
+    modules = [
+        DistributedDataParallel(
+            config,
+            DistributedDataParallelConfig(
+                use_distributed_optimizer=parallel.distributed_optimizer,
+                grad_reduce_in_fp32=True,
+                overlap_grad_reduce=parallel.overlap_grad_reduce,
+            ),
+            chunk,
+            disable_bucketing=index > 0,
+            pg_collection=groups,
+        )
         for index, chunk in enumerate(chunks)
     ]
+    if parallel.overlap_grad_reduce:
+        # Until the last micro-batch of an update, the backward pass only adds up.
+        pauses = [module.no_sync for module in modules]
+        config.no_sync_func = pauses if len(pauses) > 1 else pauses[0]  # type: ignore[assignment]
+    return modules
 
 
 def build_optimizer(
-    optimizer: OptimizerConfig, parallel: ParallelConfig, dtype: torch.dtype, chunks: list[DistributedDataParallel]
+    optimizer: OptimizerConfig,
+    parallel: ParallelConfig,
+    dtype: torch.dtype,
+    chunks: list[DistributedDataParallel],
+    groups: ProcessGroupCollection,
 ) -> Any:
     """Megatron's optimizer. Weight decay is for matrices; biases and norms have none."""
     config = MegatronOptimizerConfig(
@@ -48,27 +65,49 @@ def build_optimizer(
         params_dtype=dtype,
         use_distributed_optimizer=parallel.distributed_optimizer,
     )
-    return get_megatron_optimizer(config, chunks)  # pyright: ignore[reportArgumentType]
+    modules: Any = chunks
+    return get_megatron_optimizer(config, modules, use_gloo_process_groups=False, pg_collection=groups)
+
+
+@contextmanager
+def gradients_as_weights(modules: Sequence[Any]) -> Iterator[None]:
+    """Inside, every parameter of these DDP modules holds its summed gradient instead of its value. Collective.
+
+    The distributed optimizer leaves each rank only its part of the sums; the others' are fetched.
+    """
+    for buffer in (buffer for module in modules for buffer in module.buffers):
+        group: Any = buffer.data_parallel_group
+        if buffer.ddp_config.use_distributed_optimizer and group.size() > 1:
+            for bucket in buffer.buckets:
+                own = bucket.grad_data.chunk(group.size())[group.rank()].clone()
+                dist.all_gather_into_tensor(bucket.grad_data, own, group=group)
+    params = [param for module in modules for param in module.parameters()]
+    values = [param.data for param in params]
+    try:
+        for param in params:
+            param.data = param.main_grad.to(param.dtype)
+        yield
+    finally:
+        for param, value in zip(params, values, strict=True):
+            param.data = value
 
 
 @torch.no_grad()
-def optimizer_step(optimizer: Any, settings: OptimizerConfig, lr: float) -> float:
-    """Clip the summed gradients and update the parameters. Returns the gradient norm before clipping.
+def gradient_norm(optimizer: Any) -> float:
+    """Of the summed gradients, before clipping. Changes no parameter; `apply_gradient` comes next, or nothing."""
+    optimizer.prepare_grads()
+    return float(optimizer.get_grad_norm())
 
-    Raises:
-        GradientError: where the norm is not finite; checked before anything is changed.
-    """
+
+@torch.no_grad()
+def apply_gradient(optimizer: Any, settings: OptimizerConfig, *, lr: float, grad_norm: float) -> None:
+    """Clip by `grad_norm`, which must be finite, and update the parameters."""
     for group in optimizer.param_groups:
         group["lr"] = lr
         # Megatron leaves this to its scheduler, without which the groups with wd_mult 0 would decay.
         group["weight_decay"] = settings.weight_decay * group["wd_mult"]
-    optimizer.prepare_grads()
-    grad_norm = float(optimizer.get_grad_norm())
-    if not math.isfinite(grad_norm):
-        raise GradientError(f"the gradient norm is {grad_norm}; the parameters are those of before this step")
     for part in optimizer.chained_optimizers:
         parameters = [] if part.is_stub_optimizer else part.get_parameters()
         if parameters and settings.clip_grad > 0:
             clip_grads.clip_grad_by_total_norm_fp32(parameters, max_norm=settings.clip_grad, total_norm=grad_norm)
     optimizer.step_with_ready_grads()
-    return grad_norm

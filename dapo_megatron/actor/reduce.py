@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state as mpu
+from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 
-def token_means(parts: Sequence[dict[str, Tensor]], loss_tokens: int, device: torch.device) -> dict[str, float]:
+def token_means(
+    parts: Sequence[dict[str, Tensor]], loss_tokens: int, groups: ProcessGroupCollection, device: torch.device
+) -> dict[str, float]:
     """Metrics of the whole mini-batch from those of this rank's micro-batches. Collective; every rank gets them.
 
     Args:
@@ -20,11 +22,12 @@ def token_means(parts: Sequence[dict[str, Tensor]], loss_tokens: int, device: to
         loss_tokens: what the sums are divided by.
     """
     means: dict[str, float] = {}
-    if mpu.is_pipeline_last_stage(ignore_virtual=True):
+    stages: Any = groups.pp
+    if stages.rank() == stages.size() - 1:
         names = sorted(parts[0])
         maxima = [name for name in names if name.endswith("_max")]
         sums = [name for name in names if not name.endswith("_max")]
-        replicas: Any = mpu.get_data_parallel_group(with_context_parallel=True)
+        replicas: Any = groups.dp_cp
         if sums:
             total = _stacked(parts, sums, device).sum(0)
             dist.all_reduce(total, group=replicas)
@@ -33,11 +36,9 @@ def token_means(parts: Sequence[dict[str, Tensor]], loss_tokens: int, device: to
             largest = _stacked(parts, maxima, device).amax(0)
             dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=replicas)
             means |= dict(zip(maxima, largest.tolist(), strict=True))
-    if mpu.get_pipeline_model_parallel_world_size() > 1:
+    if stages.size() > 1:
         box: list[Any] = [means]
-        last = mpu.get_pipeline_model_parallel_last_rank()
-        stages: Any = mpu.get_pipeline_model_parallel_group()
-        dist.broadcast_object_list(box, src=last, group=stages, device=device)
+        dist.broadcast_object_list(box, group_src=stages.size() - 1, group=stages, device=device)
         means = box[0]
     return means
 

@@ -1,7 +1,8 @@
 """A rank's own part of a micro-batch under context parallel, and the way back.
 
 A sequence of L slots is cut into 2n chunks; rank r of n holds chunks r and 2n-1-r, as Megatron and Transformer Engine
-want it, so that every rank has the same share of the causal triangle.
+want it, so that every rank has the same share of the causal triangle. Of its t = T/n slots, R are scored: those alone
+go through the output layer and the loss.
 """
 
 from __future__ import annotations
@@ -25,10 +26,21 @@ class LayoutError(DapoError, RuntimeError):
 class Shard:
     """What one rank computes of one micro-batch."""
 
-    batch: MicroBatch
-    """This rank's slots; its cu_seqlens count them."""
+    tokens_t: Tensor
+    """int64 [t]: this rank's slots."""
+    positions_t: Tensor
+    """int64 [t]."""
     packed: PackedSeqParams
     """The sequences of the whole context-parallel group, as Megatron wants them told."""
+    rows_R: Tensor
+    """int64 [R], R > 0: the scored among the t slots. Where none is, the first, so that there is a backward pass."""
+    batch: MicroBatch
+    """Those R slots alone; its cu_seqlens count them."""
+
+    def spread(self, values_R: Tensor) -> Tensor:
+        """[t]: `values_R` where they belong, 0 on the slots that are not scored."""
+        values_R = torch.where(self.batch.scored_T, values_R, 0)
+        return values_R.new_zeros(self.tokens_t.shape).index_copy(0, self.rows_R, values_R)
 
 
 def make_shard(
@@ -65,13 +77,23 @@ def make_shard(
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
     )
-    mine = slots_of(batch.cu_seqlens, cp, cp_rank) if cp > 1 else None
+    mine = slots_of(batch.cu_seqlens, cp, cp_rank) if cp > 1 else torch.arange(batch.tokens)
+    scored_t = batch.scored_T[mine]
+    rows_R = scored_t.nonzero()[:, 0] if scored_t.any() else torch.zeros(1, dtype=torch.int64)
+    slots_R = mine[rows_R]
 
-    def part(x_T: Tensor | None) -> Tensor | None:
-        return None if x_T is None else (x_T if mine is None else x_T[mine]).to(device)
+    def scored(x_T: Tensor | None) -> Tensor | None:
+        return None if x_T is None else x_T[slots_R].to(device)
 
-    fields = {name: part(getattr(batch, name)) for name in MicroBatch.__dataclass_fields__ if name.endswith("_T")}
-    return Shard(replace(batch, cu_seqlens=cu_seqlens // cp, **fields), packed)
+    fields = {name: scored(getattr(batch, name)) for name in MicroBatch.__dataclass_fields__ if name.endswith("_T")}
+    bounds = torch.searchsorted(rows_R, batch.cu_seqlens // cp).to(device=device, dtype=torch.int32)
+    return Shard(
+        tokens_t=batch.tokens_T[mine].to(device),
+        positions_t=batch.positions_T[mine].to(device),
+        packed=packed,
+        rows_R=rows_R.to(device),
+        batch=replace(batch, cu_seqlens=bounds, **fields),
+    )
 
 
 def slots_of(cu_seqlens: Tensor, cp: int, cp_rank: int) -> Tensor:

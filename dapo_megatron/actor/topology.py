@@ -9,13 +9,17 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
 from dapo_megatron.config import ParallelConfig
+
+if TYPE_CHECKING:
+    from megatron.core.process_groups_config import ProcessGroupCollection
 
 T = TypeVar("T")
 
@@ -48,6 +52,11 @@ class Topology:
     def is_leader(self) -> bool:
         """The one rank that talks to engines and writes files."""
         return self.rank == 0
+
+    @property
+    def speaks_for_replica(self) -> bool:
+        """The one rank of each data-parallel replica that counts where all of them hold the same."""
+        return self.tp_rank == self.pp_rank == self.cp_rank == 0
 
     @property
     def device(self) -> torch.device:
@@ -87,6 +96,7 @@ def initialize(parallel: ParallelConfig, *, seed: int = 0, timeout: timedelta = 
     mpu.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
+        virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
         context_parallel_size=parallel.cp,
         distributed_timeout_minutes=max(1, int(timeout.total_seconds() // 60)),
     )
@@ -119,6 +129,33 @@ def shutdown() -> None:
     _host_group = None
 
 
+def process_groups() -> ProcessGroupCollection:
+    """Megatron's groups of this rank, to be handed on by name rather than looked up wherever they are used."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    return ProcessGroupCollection.use_mpu_process_groups()
+
+
+class Replicas:
+    """Sums and maxima over the data-parallel replicas of what all ranks of a replica hold alike. Collective."""
+
+    def __init__(self, topology: Topology) -> None:
+        self._topology = topology
+
+    def sum(self, values: Tensor) -> Tensor:
+        """A new tensor, on the host: the sum of `values` (host, same shape on all ranks), each replica counted once."""
+        return self._reduce(values, dist.ReduceOp.SUM, 0)
+
+    def max(self, values: Tensor) -> Tensor:
+        """Likewise the largest. Floating only."""
+        return self._reduce(values, dist.ReduceOp.MAX, -torch.inf)
+
+    def _reduce(self, values: Tensor, operation: Any, neutral: float) -> Tensor:
+        own = values.clone() if self._topology.speaks_for_replica else torch.full_like(values, neutral)
+        dist.all_reduce(own, op=operation, group=_host_group)
+        return own
+
+
 def scatter(per_dp: list[T] | None, topology: Topology) -> T:
     """Give every rank the entry of its data-parallel replica. Collective; the others wait here for the leader.
 
@@ -136,6 +173,16 @@ def scatter(per_dp: list[T] | None, topology: Topology) -> T:
     received: list[Any] = [None]
     dist.scatter_object_list(received, entries, src=0, group=_host_group)
     return received[0]
+
+
+def gather(value: T, topology: Topology) -> list[T] | None:
+    """The opposite of `scatter`: on the leader the value of every data-parallel replica, elsewhere None. Collective."""
+    entries: list[Any] | None = [None] * topology.world_size if topology.is_leader else None
+    dist.gather_object(value if topology.speaks_for_replica else None, entries, dst=0, group=_host_group)
+    if entries is None:
+        return None
+    first = [topology.tp * topology.cp * replica for replica in range(topology.dp)]
+    return [entries[rank] for rank in first]
 
 
 def broadcast(value: T | None) -> T:

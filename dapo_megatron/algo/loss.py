@@ -32,7 +32,8 @@ def dapo_loss(
     """- sum over loss tokens of  weight * (min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) - kl_coef * KL).
 
     r is the probability ratio of a token, policy to old policy. On a kink (r = 1 + clip_high, say) the token counts as
-    not clipped. Without `dual_clip`, r is unbounded where A < 0, as in the paper.
+    not clipped. Without `dual_clip`, r is unbounded where A < 0, as in the paper. Where anything of a loss token is not
+    finite, the sum or a metric is not either, also where the clip hides it from the gradient.
 
     Args:
         logprobs_T: [T], nats; carries the gradient.
@@ -40,7 +41,7 @@ def dapo_loss(
         advantages_T: [T].
         loss_mask_T: bool [T]. The other slots may hold anything, also nan: they add 0 to value and gradient.
         dual_clip: bound r from above by this where A < 0 (arXiv 1912.09729). Not in the paper; its code has 10.
-        weights_T: [T], see `pack.weights`; None is all 1.
+        weights_T: [T], see `algo.scope` and `algo.correction`; None is all 1.
         ref_logprobs_T: [T], nats: the frozen reference. Needed where kl_coef > 0; else only measured.
 
     Returns:

@@ -1,23 +1,15 @@
-"""What the actor minimises and measures, behind signatures that tell it nothing of the algorithm."""
+"""What the actor minimises, behind signatures that tell it nothing of the algorithm."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 from torch import Tensor
 
 from dapo_megatron.algo.likelihood import likelihood_loss
 from dapo_megatron.algo.loss import dapo_loss
-from dapo_megatron.algo.mismatch import mismatch
 from dapo_megatron.config import AlgoConfig
 from dapo_megatron.types import MicroBatch, TokenLoss
-
-
-class LossFn(Protocol):
-    """Log-probs of the labels of a micro-batch ([T], nats, with gradient) to sums over its loss tokens."""
-
-    def __call__(self, logprobs_T: Tensor, batch: MicroBatch) -> TokenLoss: ...
 
 
 @dataclass(frozen=True)
@@ -49,8 +41,3 @@ class LikelihoodLoss:
 
     def __call__(self, logprobs_T: Tensor, batch: MicroBatch) -> TokenLoss:
         return likelihood_loss(logprobs_T, batch.loss_mask_T, batch.weights_T)
-
-
-def sampler_mismatch(logprobs_T: Tensor, batch: MicroBatch) -> dict[str, Tensor]:
-    """`mismatch` between the trainer's log-probs and those the engine sampled with."""
-    return mismatch(logprobs_T, batch.rollout_logprobs_T, batch.loss_mask_T)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from dapo_megatron.config import DataConfig
@@ -17,10 +17,15 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def load_prompts(config: DataConfig, tokenizer: PreTrainedTokenizerBase, source: str) -> list[Prompt]:
+def load_prompts(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, source: str, warn: Callable[[str], None] = log.warning
+) -> list[Prompt]:
     """All prompts of `source` (see `read_rows`), in its order.
 
     A plain prompt gets the special tokens that the tokenizer adds; a chat template has put its own into the text.
+
+    Args:
+        warn: is told how many prompts were dropped, where any were.
 
     Raises:
         ConfigError: as `read_rows`; for a row without question or answer, or with one of a wrong type; where
@@ -40,10 +45,10 @@ def load_prompts(config: DataConfig, tokenizer: PreTrainedTokenizerBase, source:
     ]
     if empty := next((prompt for prompt in prompts if not prompt.token_ids), None):
         raise ConfigError(f"{empty.uid}: the prompt {empty.text!r} has no tokens")
-    return _within_limit(prompts, config, source)
+    return _within_limit(prompts, config, source, warn)
 
 
-def _within_limit(prompts: list[Prompt], config: DataConfig, source: str) -> list[Prompt]:
+def _within_limit(prompts: list[Prompt], config: DataConfig, source: str, warn: Callable[[str], None]) -> list[Prompt]:
     limit = config.max_prompt_tokens
     too_long = [prompt for prompt in prompts if len(prompt.token_ids) > limit]
     if not too_long:
@@ -58,7 +63,7 @@ def _within_limit(prompts: list[Prompt], config: DataConfig, source: str) -> lis
         raise ConfigError(f"{found}; set data.max_prompt_tokens={longest} or data.long_prompts=drop")
     if len(too_long) == len(prompts):
         raise ConfigError(f"{found}: data.long_prompts=drop leaves none; set data.max_prompt_tokens={longest}")
-    log.warning("%s; they are left out", found)
+    warn(f"{found}; they are left out")
     return [prompt for prompt in prompts if len(prompt.token_ids) <= limit]
 
 

@@ -11,11 +11,22 @@ from dapo_megatron.types import Group, StepResult
 PHASES = ("rollout", "logprobs", "update", "publish")
 """What a step does, in order. Phases of other names belong to no step."""
 
+_KINDS = {
+    "embedding": "the embedding",
+    "attention": "the attention layers",
+    "mlp": "the feed-forward layers",
+    "norm": "the norms",
+    "output": "the output layer, where it is not the embedding",
+}
+
 METRICS = {
     "accuracy": "share of right responses among all that were sampled in this step, kept or not",
     "reward": "mean reward of the same responses, length penalty included",
     "response_length": "mean length of the same responses in tokens, the end token included",
     "truncated": "share of the same responses that ran into rollout.max_response_tokens",
+    "truncated_right": "share of truncated responses whose answer is right, whatever reward.truncated_is_wrong says",
+    "grading_timeouts": "responses whose grading ran out of time; they count as wrong",
+    "staleness": "weight updates between a response's oldest weights and those in use: mean over what is trained on",
     "response_length_max": "longest response in the groups that are trained on",
     "groups/kept": "groups that are trained on: mixed ones, where dynamic sampling is on",
     "groups/all_right": "groups without a wrong response",
@@ -24,11 +35,29 @@ METRICS = {
     "generation_batches": "how often prompts were drawn to fill the step",
     "tokens_per_second": "tokens sampled, over the seconds that sampling and grading took",
     "entropy": "mean entropy in nats of the policy's next-token distribution, before the first update",
+    "top_prob": "mean probability of its most likely token, before the first update",
     "mismatch/kl": "KL(engine || trainer) for the same weights, k3 estimate, nats per token; far from 0 is a bug",
     "mismatch/abs": "mean |difference| between the log-probs of engine and trainer, nats",
     "mismatch/abs_max": "largest such difference",
+    "mismatch/ratio_p01": "1% of tokens have a lower probability ratio, trainer to engine, or the same",
+    "mismatch/ratio_p50": "median of that ratio",
+    "mismatch/ratio_p99": "1% of tokens have a higher one",
+    "mismatch/ratio_p999": "0.1% of tokens have a higher one",
+    "correction/weight": "mean weight by which algo.correction multiplies a token's loss",
+    "correction/truncated": "share of tokens whose weight is at algo.correction.cap",
+    "correction/masked": "share of tokens outside algo.correction.band, which leave the loss",
+    "pack/waste": "part of the slots of all micro-batches that are padding",
+    "pack/imbalance_tokens": "slots of the fullest data-parallel rank over the mean, less 1, in the worst update",
+    "pack/imbalance_cost": "the same of the estimated work, attention included: time that the mean rank waits",
+    "pack/micro_batches": "micro-batches of each rank and update",
     "loss": "mean over loss tokens; near 0 by construction, it does not measure progress",
     "grad_norm": "before clipping, mean over the updates of the step",
+    **{f"grad_norm/{kind}": f"the same of {what} alone" for kind, what in _KINDS.items()},
+    **{
+        f"update_ratio/{kind}": f"norm of the update over norm of the weights, of {what}"
+        for kind, what in _KINDS.items()
+    },
+    "updates/skipped": "updates left out because the loss, a ratio or the gradient was not finite",
     "lr": "learning rate of the last update",
     "loss_tokens": "tokens trained on, all updates together",
     "clip/high": "share of tokens whose ratio is above 1 + clip_high with a positive advantage",
@@ -63,6 +92,13 @@ _NAMES = {
     "mismatch_kl": "mismatch/kl",
     "mismatch_abs": "mismatch/abs",
     "mismatch_abs_max": "mismatch/abs_max",
+    "mismatch_ratio_p01": "mismatch/ratio_p01",
+    "mismatch_ratio_p50": "mismatch/ratio_p50",
+    "mismatch_ratio_p99": "mismatch/ratio_p99",
+    "mismatch_ratio_p999": "mismatch/ratio_p999",
+    "correction_weight": "correction/weight",
+    "correction_truncated": "correction/truncated",
+    "correction_masked": "correction/masked",
 }
 """What losses and measures call a sum -> metric. Other names stay as they are."""
 
@@ -87,6 +123,12 @@ class SamplingStats(Protocol):
     @property
     def truncated(self) -> float: ...
     @property
+    def truncated_right(self) -> float: ...
+    @property
+    def timed_out(self) -> int: ...
+    @property
+    def staleness(self) -> float: ...
+    @property
     def tokens(self) -> int: ...
     @property
     def seconds(self) -> float: ...
@@ -105,6 +147,9 @@ def step_metrics(stats: SamplingStats, policy: Mapping[str, float], results: Seq
         "reward": stats.reward,
         "response_length": stats.length,
         "truncated": stats.truncated,
+        "truncated_right": stats.truncated_right,
+        "grading_timeouts": stats.timed_out,
+        "staleness": stats.staleness,
         "groups/all_right": stats.all_right,
         "groups/all_wrong": stats.all_wrong,
         "groups/discarded": stats.discarded,
@@ -121,20 +166,33 @@ def longest_response(groups: Sequence[Group]) -> float:
 
 
 def _updates(results: Sequence[StepResult]) -> dict[str, float]:
-    tokens = sum(result.loss_tokens for result in results)
+    """Means over the updates that were made: one that was skipped, or had no loss tokens, has nothing to average."""
+    made = [result for result in results if result.skipped is None and result.loss_tokens]
     metrics: dict[str, float] = {
-        "loss": _token_mean([result.loss for result in results], results, tokens),
-        "grad_norm": math.fsum(result.grad_norm for result in results) / len(results),
+        "loss": _token_mean([result.loss for result in made], made),
+        "grad_norm": _mean([result.grad_norm for result in made]),
         "lr": results[-1].lr,
-        "loss_tokens": tokens,
+        "loss_tokens": sum(result.loss_tokens for result in made),
+        "updates/skipped": sum(result.skipped is not None for result in results),
     }
-    for name in results[0].metrics:
-        values = [result.metrics[name] for result in results]
-        metrics[_NAMES.get(name, name)] = max(values) if name.endswith("_max") else _token_mean(values, results, tokens)
+    for name in made[0].metrics if made else ():
+        values = [result.metrics[name] for result in made]
+        if name.endswith("_max"):
+            value = max(values)
+        elif "/" in name:
+            value = _mean(values)
+        else:
+            value = _token_mean(values, made)
+        metrics[_NAMES.get(name, name)] = value
     return metrics
 
 
-def _token_mean(values: Sequence[float], results: Sequence[StepResult], tokens: int) -> float:
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values) if values else math.nan
+
+
+def _token_mean(values: Sequence[float], results: Sequence[StepResult]) -> float:
+    tokens = sum(result.loss_tokens for result in results)
     if not tokens:
         return math.nan
     return math.fsum(value * result.loss_tokens for value, result in zip(values, results, strict=True)) / tokens

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate, pairwise
+from itertools import accumulate
 
 import torch
+from torch import Tensor
 
 from dapo_megatron.types import MicroBatch, TrainSample
+
+_NOTHING = TrainSample(
+    token_ids=torch.zeros(1, dtype=torch.int64),
+    loss_mask=torch.zeros(1, dtype=torch.bool),
+    rollout_logprobs=torch.zeros(1),
+    advantage=0.0,
+    group=-1,
+    policy_version=0,
+)
+"""Predicts no token: what a micro-batch without sequences pads."""
 
 
 def round_up(size: int, multiple: int) -> int:
@@ -19,44 +30,41 @@ def slots(sample: TrainSample, sequence_multiple: int) -> int:
     return round_up(max(sample.length - 1, 0), sequence_multiple)
 
 
-def build(
-    samples: Sequence[TrainSample], weights: Sequence[float], *, sequence_multiple: int, total_multiple: int
-) -> MicroBatch:
+def build(samples: Sequence[TrainSample], *, sequence_multiple: int, total_multiple: int) -> MicroBatch:
     """Lay `samples` end to end, each padded to `sequence_multiple` slots, the last one so that T divides as well.
 
-    T is a multiple of sequence_multiple x total_multiple. Without samples the result is one segment of padding.
-    Padding has token 0, label 0 and no loss; it comes after the tokens it belongs to, so causal attention hides it.
+    T is a multiple of sequence_multiple x total_multiple. Samples of one token predict nothing and are left out;
+    without others the result is one segment of padding. Padding has token 0, label 0 and no loss; it comes after the
+    tokens it belongs to, so causal attention hides it. Weights are 1 on loss tokens, whatever the scope of the loss.
     """
-    filled = [(sample, weight) for sample, weight in zip(samples, weights, strict=True) if sample.length > 1]
-    widths = [slots(sample, sequence_multiple) for sample, _ in filled]
+    kept = [sample for sample in samples if sample.length > 1] or [_NOTHING]
+    widths = [slots(sample, sequence_multiple) for sample in kept]
     total = round_up(max(sum(widths), 1), sequence_multiple * total_multiple)
-    widths = [*widths[:-1], total - sum(widths[:-1])]
-    ends = list(accumulate(widths, initial=0))
+    widths[-1] += total - sum(widths)
+    gaps = [width - sample.length + 1 for width, sample in zip(widths, kept, strict=True)]
 
-    tokens_T = torch.zeros(total, dtype=torch.int64)
-    labels_T = torch.zeros(total, dtype=torch.int64)
-    positions_T = torch.zeros(total, dtype=torch.int64)
-    loss_mask_T = torch.zeros(total, dtype=torch.bool)
-    advantages_T = torch.zeros(total)
-    weights_T = torch.zeros(total)
-    rollout_logprobs_T = torch.zeros(total)
-    for start, end in pairwise(ends):
-        positions_T[start:end] = torch.arange(end - start)
-    for (sample, weight), start in zip(filled, ends, strict=False):
-        here = slice(start, start + sample.length - 1)
-        tokens_T[here] = sample.token_ids[:-1]
-        labels_T[here] = sample.token_ids[1:]
-        loss_mask_T[here] = sample.loss_mask[1:]
-        advantages_T[here] = sample.advantage
-        weights_T[here] = weight
-        rollout_logprobs_T[here] = sample.rollout_logprobs[1:]
+    def lay(parts: Sequence[Tensor]) -> Tensor:
+        rows = []
+        for part, gap in zip(parts, gaps, strict=True):
+            rows.append(part)
+            if gap:
+                rows.append(part.new_zeros(gap))
+        return torch.cat(rows)
+
+    loss_mask_T = lay([sample.loss_mask[1:] for sample in kept])
+    first_slots = torch.arange(max(widths))
+    advantages_T = torch.empty(total)
+    for part, sample in zip(advantages_T.split(widths), kept, strict=True):
+        part.fill_(sample.advantage)
     return MicroBatch(
-        tokens_T=tokens_T,
-        labels_T=labels_T,
-        positions_T=positions_T,
-        cu_seqlens=torch.tensor(ends, dtype=torch.int32),
+        tokens_T=lay([sample.token_ids[:-1] for sample in kept]),
+        labels_T=lay([sample.token_ids[1:] for sample in kept]),
+        positions_T=torch.cat([first_slots[:width] for width in widths]),
+        cu_seqlens=torch.tensor(list(accumulate(widths, initial=0)), dtype=torch.int32),
+        scored_T=loss_mask_T.clone(),
         loss_mask_T=loss_mask_T,
         advantages_T=advantages_T,
-        weights_T=weights_T,
-        rollout_logprobs_T=rollout_logprobs_T,
+        weights_T=loss_mask_T.float(),
+        rollout_logprobs_T=lay([sample.rollout_logprobs[1:] for sample in kept]),
+        groups_S=torch.tensor([sample.group for sample in kept]),
     )

@@ -23,8 +23,6 @@ class Judge:
     def __init__(self, config: RewardConfig, max_response_tokens: int) -> None:
         self._config, self._max_response_tokens = config, max_response_tokens
         self._pool = GradingPool(config.rule, config.workers, config.timeout_seconds)
-        self.timed_out = 0
-        """Responses so far over which a grader was killed or died. They count as wrong."""
 
     async def __call__(self, prompt: Prompt, completions: Sequence[Completion]) -> Group:
         """Grade `completions`, in order.
@@ -33,7 +31,6 @@ class Judge:
             GradingError: where the grading processes cannot be started, or are closed.
         """
         grades = await self._pool.grade([(completion.text, prompt.answer) for completion in completions])
-        self.timed_out += sum(grade.timed_out for grade in grades)
         graded = list(zip(completions, grades, strict=True))
         return Group(
             prompt=prompt,
@@ -43,6 +40,8 @@ class Judge:
             rewards=tuple(
                 reward(completion, grade, self._config, self._max_response_tokens) for completion, grade in graded
             ),
+            timed_out=sum(grade.timed_out for grade in grades),
+            truncated_right=sum(completion.truncated and grade.correct for completion, grade in graded),
         )
 
     def close(self) -> None:

@@ -22,11 +22,12 @@ Judge = Callable[[Prompt, Sequence[Completion]], Awaitable[Group]]
 
 @dataclass(frozen=True, slots=True)
 class RolloutStats:
-    """What one rollout step generated. Means and shares are over every response graded in it, kept or not; they are
-    nan in a step whose groups were all carried over.
+    """What one rollout step generated. Unless it says otherwise, a number is over every response graded in the step,
+    kept or not. Means and shares of nothing are nan, for example where all groups were carried over.
 
     >>> RolloutStats(generation_batches=1, prompts=1536, all_right=310, all_wrong=458, mixed=768, discarded=256,
-    ...     accuracy=0.41, reward=-0.2, length=713.5, truncated=0.02, tokens=17_534_976, seconds=61.2)  # doctest: +SKIP
+    ...     accuracy=0.41, reward=-0.2, length=713.5, truncated=0.02, truncated_right=0.1, timed_out=3, staleness=0.0,
+    ...     tokens=17_534_976, seconds=61.2)  # doctest: +SKIP
     """
 
     generation_batches: int
@@ -44,6 +45,13 @@ class RolloutStats:
     """Tokens of a response, the end token included."""
     truncated: float
     """Share of responses that ran into the cap."""
+    truncated_right: float
+    """Share of those whose answer is right, also where reward.truncated_is_wrong makes nothing of it."""
+    timed_out: int
+    """Responses whose grading ran out of time."""
+    staleness: float
+    """Weight updates between the oldest weights that wrote a response and those in use: mean over the responses to
+    train on, carried ones included."""
     tokens: int
     """Generated."""
     seconds: float
@@ -86,7 +94,7 @@ async def collect(
     started = time.monotonic()
     if not config.dynamic_sampling:
         groups = await sample_groups(engines, take(config.prompts), judge, sampling, config.responses)
-        return Rollout(groups, (), _stats(groups, is_mixed, 1, 0, started))
+        return Rollout(groups, (), _stats(groups, groups, engines.version, is_mixed, 1, 0, started))
 
     graded: list[Group] = []
     kept = list(carried)
@@ -99,7 +107,7 @@ async def collect(
 
     chosen, surplus = tuple(kept[: config.prompts]), tuple(kept[config.prompts :])
     carry = config.surplus_groups == "carry"
-    stats = _stats(graded, is_mixed, batches, 0 if carry else len(surplus), started)
+    stats = _stats(graded, chosen, engines.version, is_mixed, batches, 0 if carry else len(surplus), started)
     if len(chosen) < config.prompts and (not chosen or config.too_few_groups == "raise"):
         raise RolloutError(_shortage(len(chosen), stats, config))
     return Rollout(chosen, surplus if carry else (), stats)
@@ -134,9 +142,16 @@ async def sample_groups(
 
 
 def _stats(
-    groups: Sequence[Group], is_mixed: Callable[[Sequence[bool]], bool], batches: int, discarded: int, started: float
+    groups: Sequence[Group],
+    chosen: Sequence[Group],
+    version: int,
+    is_mixed: Callable[[Sequence[bool]], bool],
+    batches: int,
+    discarded: int,
+    started: float,
 ) -> RolloutStats:
-    completions = [completion for group in groups for completion in group.completions]
+    completions = _completions(groups)
+    truncated = sum(completion.truncated for completion in completions)
     return RolloutStats(
         generation_batches=batches,
         prompts=len(groups),
@@ -147,10 +162,21 @@ def _stats(
         accuracy=_mean([float(right) for group in groups for right in group.correct]),
         reward=_mean([reward for group in groups for reward in group.rewards]),
         length=_mean([float(completion.length) for completion in completions]),
-        truncated=_mean([float(completion.truncated) for completion in completions]),
+        truncated=truncated / len(completions) if completions else math.nan,
+        truncated_right=sum(group.truncated_right for group in groups) / truncated if truncated else math.nan,
+        timed_out=sum(group.timed_out for group in groups),
+        staleness=_mean([float(version - _oldest(completion)) for completion in _completions(chosen)]),
         tokens=sum(completion.length for completion in completions),
         seconds=time.monotonic() - started,
     )
+
+
+def _completions(groups: Sequence[Group]) -> list[Completion]:
+    return [completion for group in groups for completion in group.completions]
+
+
+def _oldest(completion: Completion) -> int:
+    return min(span.version for span in completion.versions)
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -24,8 +24,6 @@ class Sampling:
     """Cap on generated tokens, the end token included."""
     stop_token_ids: tuple[int, ...]
     """These tokens end a response, and no others."""
-    seed: int | None = None
-    """Makes one request repeatable. Normally None: the engine has a seed of its own."""
 
     @classmethod
     def from_config(cls, config: RolloutConfig, stop_token_ids: Sequence[int]) -> Sampling:
@@ -35,6 +33,11 @@ class Sampling:
 
 class Sampler(Protocol):
     """Whatever writes responses: one engine, or all of them."""
+
+    @property
+    def version(self) -> int:
+        """Of the weights in use, as `Engine.finish_update` was told; 0 before the first update."""
+        ...
 
     async def generate(self, prompt: Prompt, sampling: Sampling, n: int) -> list[Completion]:
         """Sample `n` responses."""
@@ -67,8 +70,6 @@ class Engine(Sampler, Protocol):
     async def finish_update(self, version: int) -> None:
         """Put the weights to use as `version`, forget what was cached under the old ones, go on decoding."""
         ...
-
-    async def healthy(self) -> bool: ...
 
     async def close(self) -> None:
         """Let go of the connection and end the processes."""

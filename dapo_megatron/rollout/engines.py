@@ -26,12 +26,15 @@ class Engines:
         config: the run.
         folder: where the replicas write engine0.log, engine1.log, ...
         decode: token ids to text.
+        ranks: ranks on this machine, whose GPUs are not for engines; None asks torchrun's environment.
 
     Raises:
         ConfigError: for a port in use, or GPUs that are not there.
     """
 
-    def __init__(self, config: Config, folder: Path, decode: Callable[[Sequence[int]], str]) -> None:
+    def __init__(
+        self, config: Config, folder: Path, decode: Callable[[Sequence[int]], str], *, ranks: int | None = None
+    ) -> None:
         engine = config.engine
         self._startup_seconds = engine.startup_seconds
         self._runner = asyncio.Runner()
@@ -48,7 +51,7 @@ class Engines:
                 server = Server(
                     f"engine {replica}",
                     vllm_command(config, replica, port),
-                    vllm_env(config, replica),
+                    vllm_env(config, replica, ranks=ranks),
                     folder / f"engine{replica}.log",
                     answers(f"{url}/health"),
                 )
@@ -68,6 +71,11 @@ class Engines:
             self._end()
             raise
         self.replicas: Sequence[Engine] = tuple(engines)
+
+    @property
+    def version(self) -> int:
+        """Of the weights in use: of the oldest ones, while an update goes from replica to replica."""
+        return min(replica.version for replica in self.replicas)
 
     def wait_ready(self) -> None:
         """Block until every replica answers.

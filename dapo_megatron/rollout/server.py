@@ -12,6 +12,7 @@ import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from dapo_megatron.config import EngineConfig
 from dapo_megatron.errors import ConfigError, EngineError
 
 LOG_LINES = 20
@@ -49,6 +50,24 @@ def check_port(host: str, port: int) -> None:
         ConfigError: as `reserve_port`.
     """
     reserve_port(host, port).close()
+
+
+def check_gpus(engine: EngineConfig, ranks: int, gpus: int) -> None:
+    """
+    Args:
+        ranks: on this machine, each with a GPU of its own.
+        gpus: of this machine, as many as this process sees; at least one.
+
+    Raises:
+        ConfigError: where ranks and engines together need more.
+    """
+    needed = ranks + engine.replicas * engine.tensor_parallel
+    if needed > gpus:
+        raise ConfigError(
+            f"engine: ranks({ranks}) + engine.replicas({engine.replicas}) x engine.tensor_parallel"
+            f"({engine.tensor_parallel}) = {needed} GPUs, but {gpus} are visible on this machine; ranks and engines do "
+            f"not share GPUs: start fewer ranks, or fewer or smaller engines"
+        )
 
 
 def answers(url: str) -> Callable[[], bool]:

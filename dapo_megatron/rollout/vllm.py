@@ -7,35 +7,39 @@ wrote a token nor keep a version number; both are then taken from the updates se
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import json
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import aiohttp
 import torch
 
 from dapo_megatron.config import Config
-from dapo_megatron.errors import ConfigError, EngineError
+from dapo_megatron.errors import EngineError
 from dapo_megatron.rollout.engine import Sampling
-from dapo_megatron.rollout.server import Server
+from dapo_megatron.rollout.server import Server, check_gpus
 from dapo_megatron.types import Completion, FinishReason, Prompt, VersionSpan
 
 WORKER_EXTENSION = "dapo_megatron.weights.vllm_worker.WorkerExtension"
 """Named, not imported: vLLM imports it in its own workers, where it registers the transports."""
 _DEATH_SECONDS = 1.0
 """How long to wait, after a connection broke, for the process to turn out dead."""
+_ANSWER_CHARACTERS = 500
+"""Of an answer that cannot be read, in the message about it."""
 _OF_THE_RANKS = re.compile(
-    r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*|OMP_NUM_THREADS"
+    r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*|(OMP|MKL)_NUM_THREADS"
 )
-"""What torchrun puts into the environment; vLLM would take it for its own."""
+"""What torchrun and the command line put into the environment; vLLM would take it for its own."""
 
 
 def vllm_command(config: Config, replica: int, port: int) -> list[str]:
     """The command line of one replica."""
     engine = config.engine
-    seed = config.train.seed if engine.seed is None else engine.seed
     command = [
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
         *("--model", str(config.model.path)),
@@ -44,7 +48,7 @@ def vllm_command(config: Config, replica: int, port: int) -> list[str]:
         *("--max-model-len", str(config.max_sequence_tokens)),
         *("--max-num-seqs", str(engine.max_sequences)),
         *("--tensor-parallel-size", str(engine.tensor_parallel)),
-        *("--seed", str(seed + replica)),
+        *("--seed", str(replica_seed(config, replica))),
         # Log-probs of the distribution that is sampled from, temperature and top-p included.
         *("--logprobs-mode", "processed_logprobs"),
         # Ignore sampling defaults that a checkpoint brings along (top-k, repetition penalty).
@@ -68,11 +72,23 @@ def vllm_command(config: Config, replica: int, port: int) -> list[str]:
     return [*command, *engine.extra_args]
 
 
-def vllm_env(config: Config, replica: int, inherited: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The environment of one replica: ours without what torchrun put there for the ranks.
+def replica_seed(config: Config, replica: int) -> int:
+    """31 bits of a hash: seeds made by adding would give neighbouring runs each other's streams."""
+    seed = config.train.seed if config.engine.seed is None else config.engine.seed
+    digest = hashlib.sha256(f"{seed}:{replica}".encode()).digest()
+    return int.from_bytes(digest[:4], "big") & 0x7FFF_FFFF
+
+
+def vllm_env(
+    config: Config, replica: int, inherited: Mapping[str, str] = os.environ, ranks: int | None = None
+) -> dict[str, str]:
+    """The environment of one replica: ours without what was put there for the ranks.
+
+    Args:
+        ranks: ranks on this machine, whose GPUs are not for engines; None asks `inherited`.
 
     Raises:
-        ConfigError: where the engines need more GPUs than there are.
+        ConfigError: where ranks and engines need more GPUs than there are.
     """
     env = {name: value for name, value in inherited.items() if not _OF_THE_RANKS.fullmatch(name)}
     env |= {
@@ -84,7 +100,8 @@ def vllm_env(config: Config, replica: int, inherited: Mapping[str, str] = os.env
         "VLLM_HOST_IP": "127.0.0.1",
     }
     if torch.cuda.is_available():
-        return env | {"CUDA_VISIBLE_DEVICES": ",".join(_gpus(config, replica, inherited))}
+        ranks = int(inherited.get("LOCAL_WORLD_SIZE", "1")) if ranks is None else ranks
+        return env | {"CUDA_VISIBLE_DEVICES": ",".join(_gpus(config, replica, ranks, inherited))}
     threads = max(1, (len(os.sched_getaffinity(0)) - 1) // config.engine.replicas)
     return env | {
         "VLLM_CPU_KVCACHE_SPACE": str(config.engine.cpu_kv_gib),
@@ -98,19 +115,14 @@ def vllm_env(config: Config, replica: int, inherited: Mapping[str, str] = os.env
     }
 
 
-def _gpus(config: Config, replica: int, inherited: Mapping[str, str]) -> list[str]:
-    """GPUs of one replica: after those of the ranks where there are enough, else shared with them."""
-    visible = inherited.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
-    gpus = visible.split(",")
-    size, needed = config.engine.tensor_parallel, config.engine.tensor_parallel * config.engine.replicas
-    if needed > len(gpus):
-        raise ConfigError(
-            f"engine: replicas({config.engine.replicas}) x tensor_parallel({size}) = {needed} GPUs, but "
-            f"{len(gpus)} are visible ({visible})"
-        )
-    ranks = int(inherited.get("LOCAL_WORLD_SIZE", "1"))
-    first = ranks if ranks + needed <= len(gpus) else 0
-    return gpus[first + replica * size : first + (replica + 1) * size]
+def _gpus(config: Config, replica: int, ranks: int, inherited: Mapping[str, str]) -> list[str]:
+    """GPUs of one replica, after those of the ranks and of the replicas before it."""
+    count = torch.cuda.device_count()
+    check_gpus(config.engine, ranks, count)
+    names = (inherited.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))).split(",")
+    size = config.engine.tensor_parallel
+    first = ranks + replica * size
+    return names[first : first + size]
 
 
 class VllmEngine:
@@ -143,7 +155,7 @@ class VllmEngine:
         self._request_seconds = request_seconds
         self._connections = connections
         self._session: aiohttp.ClientSession | None = None
-        self._version = 0
+        self.version = 0
 
     async def generate(self, prompt: Prompt, sampling: Sampling, n: int) -> list[Completion]:
         params: dict[str, Any] = {
@@ -157,12 +169,12 @@ class VllmEngine:
             # The sampled token's own, no alternatives.
             "logprobs": 0,
         }
-        if sampling.seed is not None:
-            params["seed"] = sampling.seed
-        version = self._version
+        version = self.version
         body = {"token_ids": list(prompt.token_ids), "sampling_params": params}
-        answer = await self._call("POST", "/inference/v1/generate", body, what=f"generating for prompt {prompt.uid}")
-        completions = [self._completion(choice, version) for choice in answer["choices"]]
+        what = f"generating for prompt {prompt.uid}"
+        answer = await self._call("POST", "/inference/v1/generate", body, what=what)
+        with self._reading(answer, what):
+            completions = [self._completion(choice, version) for choice in answer["choices"]]
         if len(completions) != n:
             raise EngineError(f"{self.name}: asked for {n} responses to prompt {prompt.uid}, got {len(completions)}")
         return completions
@@ -181,20 +193,17 @@ class VllmEngine:
         await self._call("POST", "/finish_weight_update", {"weight_version": str(version)})
         # Keys and values of the old weights would otherwise answer for prompts seen before.
         reset = await self._call("POST", "/reset_prefix_cache", {})
-        if reset and not reset["success"]:
+        with self._reading(reset, "/reset_prefix_cache"):
+            emptied = reset is None or reset["success"]
+        if not emptied:
             raise EngineError(f"{self.name} did not empty its prefix cache: requests are still running")
-        held = (await self._call("GET", "/weight_info", missing={})).get("weight_version", str(version))
+        info = await self._call("GET", "/weight_info", missing={})
+        with self._reading(info, "/weight_info"):
+            held = info.get("weight_version", str(version))
         if held != str(version):
             raise EngineError(f"{self.name} holds weights of version {held!r} after an update to {version}")
-        self._version = version
+        self.version = version
         await self._call("POST", "/resume", {})
-
-    async def healthy(self) -> bool:
-        try:
-            await self._call("GET", "/health")
-        except EngineError:
-            return False
-        return True
 
     async def close(self) -> None:
         """Let go of the connection and end the processes. Safe to call twice."""
@@ -211,7 +220,7 @@ class VllmEngine:
         spans = choice.get("weight_versions") or [{"version": str(version), "start": 0, "end": len(tokens)}]
         return Completion(
             token_ids=tokens,
-            logprobs=tuple(entry["logprob"] for entry in choice["logprobs"]["content"] or ()),
+            logprobs=tuple(float(entry["logprob"]) for entry in choice["logprobs"]["content"] or ()),
             finish=FinishReason(reason),
             text=self._decode(tokens),
             versions=tuple(VersionSpan(_version(span["version"]), span["start"], span["end"]) for span in spans),
@@ -220,7 +229,10 @@ class VllmEngine:
     async def _call(
         self, method: str, path: str, body: Any = None, *, what: str | None = None, missing: Any = None
     ) -> Any:
-        """The JSON that the server answers; `missing` where it does not know the path and `missing` is given."""
+        """The JSON that the server answers, None for an answer without content.
+
+        `missing`, where that is given, for a path that the server does not know.
+        """
         what = what or path
         if self._session is None:
             # One connection per request: a kept one may be closed by the server just as we use it again.
@@ -237,12 +249,26 @@ class VllmEngine:
                 if response.status != 200:
                     failure = f"{what}: HTTP {response.status}: {(await response.text())[:2000]}"
                     raise EngineError(await self._describe(failure, dying=response.status >= 500))
-                return await response.json() if response.content_type == "application/json" else None
+                content = await response.read()
+                with self._reading(content, what):
+                    return json.loads(content) if content else None
         except TimeoutError as error:
             failure = f"{what}: no answer within {self._request_seconds:g} s (engine.request_seconds)"
             raise EngineError(await self._describe(failure)) from error
         except aiohttp.ClientError as error:
             raise EngineError(await self._describe(f"{what}: {error or type(error).__name__}", dying=True)) from error
+
+    @contextmanager
+    def _reading(self, answer: Any, what: str) -> Iterator[None]:
+        """Turn whatever goes wrong while `answer` is taken apart into the engine's error."""
+        try:
+            yield
+        except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            shown = repr(answer)  # spells control characters
+            shown = shown if len(shown) <= _ANSWER_CHARACTERS else f"{shown[:_ANSWER_CHARACTERS]} ..."
+            raise EngineError(
+                f"{self.name}, {what}: cannot read the answer ({type(error).__name__}: {error}): {shown}"
+            ) from error
 
     async def _describe(self, failure: str, dying: bool = False) -> str:
         """`failure`, with the state of the process; when it is `dying`, that may take a moment to show."""

@@ -113,8 +113,7 @@ def main(folder: Path, seed: int) -> None:
             mini_batch=BATCH,
             micro_batch_tokens=config.train.micro_batch_tokens,
             data_parallel=topo.dp,
-            scope="token",
-            seed=step,
+            seed=f"{seed}:{step}",
         )
         result = actor.step(updates[topo.dp_rank][0], loss, lr=rate(step))
         if topo.is_leader and (step + 1) % 100 == 0:

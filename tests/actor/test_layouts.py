@@ -23,13 +23,15 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2": {"tp": 2},
     "tp2-sp": {"tp": 2, "sequence_parallel": True},
     "pp2": {"pp": 2},
+    "pp2-vpp2": {"pp": 2, "vpp": 2},
+    "dp2-overlap": {"overlap_grad_reduce": True},
     "cp2": {"cp": 2},
     "tp2-cp2-sp": {"tp": 2, "cp": 2, "sequence_parallel": True},
-    "pp2-dp2": {"pp": 2},
+    "pp2-vpp2-dp2-overlap": {"pp": 2, "vpp": 2, "overlap_grad_reduce": True},
 }
-RANKS = {"one": 1, "tp2-cp2-sp": 4, "pp2-dp2": 4}
-CASES = [(name, False) for name in LAYOUTS] + [(name, True) for name in ("one", "dp2", "tp2", "pp2")]
-OPTIMIZER = {"lr": 1e-2, "eps": 1e-5, "weight_decay": 0.1, "clip_grad": 0.5}
+RANKS = {"one": 1, "tp2-cp2-sp": 4, "pp2-vpp2-dp2-overlap": 4}
+CASES = [(name, False) for name in LAYOUTS] + [(name, True) for name in ("one", "dp2", "tp2", "pp2", "pp2-vpp2")]
+OPTIMIZER = {"lr": 1e-2, "eps": 1e-4, "weight_decay": 0.1, "clip_grad": 0.5}
 LR = (1e-2, 5e-3)
 
 
@@ -93,6 +95,7 @@ def train(model_path: Path, parallel: dict[str, Any], saved: Path) -> dict[str, 
     ]
     update = topology.scatter(per_dp if topo.is_leader else None, topo)
     (update,), means = actor.with_old_logprobs([update])
+    (update,) = Actor(config, topo, load_weights=checkpoint.load, trainable=False).with_ref_logprobs([update])
     results = [actor.step(update, ratio_loss, lr=lr) for lr in LR]
     trained = {name: tensor.clone() for name, tensor in checkpoint.export(actor.chunks)}
     checkpoint.save(actor.chunks, saved)
@@ -110,6 +113,7 @@ def train(model_path: Path, parallel: dict[str, Any], saved: Path) -> dict[str, 
         "results": results,
         "means": means,
         "logprobs": logprobs,
+        "ref_logprobs": [batch.ref_logprobs_T for batch in update.micro_batches],
         "complaint": complaint,
         "dp_rank": dp_rank,
     }
@@ -118,7 +122,7 @@ def train(model_path: Path, parallel: dict[str, Any], saved: Path) -> dict[str, 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: case[0] + ("-tied" if case[1] else ""))
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     layout, tied = request.param
-    model_path = save_qwen2(tmp_path_factory.mktemp("model"), tied=tied)
+    model_path = save_qwen2(tmp_path_factory.mktemp("model"), tied=tied, layers=4)
     saved = tmp_path_factory.mktemp("saved")
     return Case(run_distributed(train, RANKS.get(layout, 2), model_path, LAYOUTS[layout], saved), model_path, saved)
 
@@ -141,31 +145,39 @@ def test_every_rank_reports_the_same(case: Case) -> None:
 
 def test_first_ratio_is_exactly_one(case: Case) -> None:
     first, second = case.ranks[0]["results"]
-    assert first.metrics == {"ratio": 1.0, "ratio_max": 1.0}
+    assert (first.metrics["ratio"], first.metrics["ratio_max"]) == (1.0, 1.0)
     assert second.metrics["ratio_max"] > 1.0
 
 
 def test_old_logprobs_are_those_of_whole_sequences(case: Case) -> None:
     model = load_reference(case.model_path)
     with torch.no_grad():
-        want = [reference_logprobs(model, batch, 0.7) for batch in all_batches()]
+        want = [reference_logprobs(model, batch, 0.7) * batch.scored_T for batch in all_batches()]
     for rank in case.ranks:
         share = len(rank["logprobs"])
         for got_T, want_T in zip(rank["logprobs"], want[rank["dp_rank"] * share :], strict=False):
             torch.testing.assert_close(got_T.double(), want_T, rtol=1e-5, atol=1e-5)
 
 
-def test_entropy_is_the_mean_over_all_loss_tokens(case: Case) -> None:
+def test_a_frozen_reference_with_the_same_weights_says_the_same(case: Case) -> None:
+    for rank in case.ranks:
+        pairs = list(zip(rank["ref_logprobs"], rank["logprobs"], strict=True))
+        assert pairs and all(torch.equal(ref_T, old_T) for ref_T, old_T in pairs)
+
+
+def test_entropy_and_top_probability_are_means_over_all_loss_tokens(case: Case) -> None:
     model = load_reference(case.model_path)
-    total, count = 0.0, 0
+    entropies, tops, count = 0.0, 0.0, 0
     for batch in all_batches():
         for start, end in pairwise(batch.cu_seqlens.tolist()):
             with torch.no_grad():
                 logits = model(batch.tokens_T[None, start:end]).logits[0] / 0.7
-            entropy = torch.distributions.Categorical(logits=logits).entropy()
-            total += float((entropy * batch.loss_mask_T[start:end]).sum())
-            count += int(batch.loss_mask_T[start:end].sum())
-    assert case.ranks[0]["means"]["entropy"] == pytest.approx(total / count, rel=1e-5)
+            mask = batch.loss_mask_T[start:end]
+            distribution = torch.distributions.Categorical(logits=logits)
+            entropies += float((distribution.entropy() * mask).sum())
+            tops += float((distribution.probs.amax(-1) * mask).sum())
+            count += int(mask.sum())
+    assert case.ranks[0]["means"] == pytest.approx({"entropy": entropies / count, "top_prob": tops / count}, rel=1e-5)
 
 
 def test_wrong_count_is_an_error_with_both_numbers(case: Case) -> None:

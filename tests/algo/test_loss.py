@@ -197,6 +197,52 @@ def test_kl_term_is_weighted_and_added(estimator, value, slope):
     assert torch.autograd.grad(result.loss_sum, logprobs)[0].item() == pytest.approx(0.3 * slope)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["logprobs", "old", "advantages", "weights", "ref"])
+@pytest.mark.parametrize("advantage", [1.0, 0.0, -1.0])
+@pytest.mark.parametrize("dual_clip", [None, 10.0])
+def test_what_is_not_finite_shows(value, where, advantage, dual_clip):
+    """Also where clipping or an advantage of 0 leaves the loss of the token finite."""
+    inputs = {
+        "logprobs": f64([-1.0, -0.5]),
+        "old": f64([-1.1, -0.4]),
+        "advantages": f64([1.0, advantage]),
+        "weights": f64([1.0, 1.0]),
+        "ref": f64([-1.0, -0.6]),
+    }
+    inputs[where][1] = value
+    result = dapo_loss(
+        inputs["logprobs"].requires_grad_(),
+        inputs["old"],
+        inputs["advantages"],
+        torch.tensor([True, True]),
+        **DAPO,
+        dual_clip=dual_clip,
+        weights_T=inputs["weights"],
+        ref_logprobs_T=inputs["ref"],
+    )
+    sums = [result.loss_sum, *(metric for name, metric in result.metrics.items() if not name.endswith("_max"))]
+    assert not all(math.isfinite(value) for value in sums)
+    if where in ("logprobs", "old") and not (ratio := (inputs["logprobs"] - inputs["old"]).exp()[1]).isfinite():
+        assert not result.metrics["ratio"].isfinite(), ratio
+
+
+def test_a_ratio_beyond_the_dtype_shows_where_it_is_clipped():
+    args = (torch.tensor([-200.0]), torch.tensor([1.0]), torch.tensor([True]))
+    result = dapo_loss(torch.tensor([-0.1]).requires_grad_(), *args, **DAPO)
+    assert result.loss_sum.isfinite()
+    assert result.metrics["ratio"] == result.metrics["ratio_max"] == math.inf
+
+
+def test_one_slot_outside_the_loss():
+    """What a micro-batch without sequences comes to."""
+    logprobs = torch.tensor([-1.0]).requires_grad_()
+    zero = torch.zeros(1)
+    result = dapo_loss(logprobs, zero, zero, torch.tensor([False]), **DAPO, weights_T=zero)
+    assert (result.loss_sum.item(), result.loss_tokens.item()) == (0.0, 0)
+    assert torch.autograd.grad(result.loss_sum, logprobs)[0].tolist() == [0.0]
+
+
 def test_shapes_are_checked_first():
     three, two = torch.zeros(3), torch.zeros(2)
     mask = torch.ones(3, dtype=torch.bool)

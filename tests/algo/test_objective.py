@@ -5,7 +5,7 @@ import torch
 
 from dapo_megatron.algo.likelihood import likelihood_loss
 from dapo_megatron.algo.loss import dapo_loss
-from dapo_megatron.algo.objective import DapoLoss, LikelihoodLoss, sampler_mismatch
+from dapo_megatron.algo.objective import DapoLoss, LikelihoodLoss
 from dapo_megatron.config import AlgoConfig, KlConfig
 from dapo_megatron.types import MicroBatch
 
@@ -16,10 +16,12 @@ BATCH = MicroBatch(
     labels_T=torch.tensor([4, 5, 6]),
     positions_T=torch.arange(3),
     cu_seqlens=torch.tensor([0, 3], dtype=torch.int32),
+    scored_T=MASK,
     loss_mask_T=MASK,
     advantages_T=torch.tensor([1.0, 1.0, -1.0]),
     weights_T=torch.tensor([1.0, 0.5, 1.5]),
     rollout_logprobs_T=torch.tensor([0.0, -0.75, -2.0]),
+    groups_S=torch.tensor([0]),
     old_logprobs_T=torch.tensor([-1.0, -1.5, -5.0]),
     ref_logprobs_T=torch.tensor([-1.0, -0.25, -2.5]),
 )
@@ -54,7 +56,3 @@ def test_old_logprobs_are_demanded():
 def test_likelihood_uses_mask_and_weights():
     assert LikelihoodLoss()(LOGPROBS, BATCH) == likelihood_loss(LOGPROBS, MASK, BATCH.weights_T)
     assert LikelihoodLoss()(LOGPROBS, BATCH).loss_sum.item() == 3.25
-
-
-def test_sampler_mismatch_compares_with_the_engine():
-    assert sampler_mismatch(LOGPROBS, BATCH)["mismatch_abs"].item() == 0.25

@@ -17,6 +17,8 @@ PROMPTS = [Prompt(f"x:{number}", (number,), f"{number}+0=", str(number)) for num
 class Scripted:
     """Answers every prompt from a script of texts; "+" at the end is a truncated response, "!" an aborted one."""
 
+    version = 0
+
     def __init__(self, *texts: str) -> None:
         self.texts = texts
         self.asked: list[tuple[str, Sampling, int]] = []

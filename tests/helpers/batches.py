@@ -36,10 +36,12 @@ def make_micro_batch(
         labels_T=columns["labels"],
         positions_T=columns["positions"],
         cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
+        scored_T=columns["mask"],
         loss_mask_T=columns["mask"],
         advantages_T=columns["advantages"],
         weights_T=torch.ones(bounds[-1]),
         rollout_logprobs_T=torch.zeros(bounds[-1]),
+        groups_S=torch.arange(len(lengths)),
     )
 
 

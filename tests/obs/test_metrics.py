@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,6 +21,9 @@ STATS = RolloutStats(
     reward=-0.5,
     length=21.5,
     truncated=0.125,
+    truncated_right=0.5,
+    timed_out=2,
+    staleness=0.25,
     tokens=9000,
     seconds=2.0,
 )
@@ -57,8 +61,16 @@ def test_every_name_has_its_meaning() -> None:
 
 def test_updates_without_tokens_have_no_mean() -> None:
     metrics = step_metrics(STATS, {}, [result(0)])
-    assert math.isnan(metrics["loss"])
-    assert metrics["ratio/max"] == 1.5
+    assert math.isnan(metrics["loss"]) and math.isnan(metrics["grad_norm"])
+    assert "ratio/max" not in metrics
+    assert metrics["updates/skipped"] == 0
+
+
+def test_a_skipped_update_is_counted_and_in_no_mean() -> None:
+    skipped = replace(result(50), loss=math.nan, grad_norm=math.inf, skipped="loss is nan")
+    metrics = step_metrics(STATS, {}, [skipped, result(10), result(0)])
+    assert metrics["updates/skipped"] == 1
+    assert metrics == {**step_metrics(STATS, {}, [result(10)]), "updates/skipped": 1}
 
 
 def test_a_new_measure_keeps_its_name() -> None:

@@ -28,7 +28,7 @@ def test_a_group_is_graded_and_shaped_in_order():
     assert group.extracted == ("34", "35", None, "34", "34")
     assert group.correct == (True, False, False, True, False)
     assert group.rewards == (1.0, -1.0, -2.0, 0.5, -2.0)
-    assert judge.timed_out == 0
+    assert (group.timed_out, group.truncated_right) == (0, 1)
 
 
 def test_lost_responses_are_wrong_and_counted():
@@ -38,4 +38,4 @@ def test_lost_responses_are_wrong_and_counted():
         group = asyncio.run(judge(PROMPT, [completion(text, 4) for text in texts]))
     assert group.correct == (False, True)
     assert group.rewards == (-1.0, 1.0)
-    assert judge.timed_out == 1
+    assert (group.timed_out, group.truncated_right) == (1, 0)

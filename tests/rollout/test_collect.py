@@ -6,6 +6,7 @@ import asyncio
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 from dapo_megatron.algo.filter import is_mixed
 from dapo_megatron.config import RolloutConfig
 from dapo_megatron.errors import RolloutError
-from dapo_megatron.rollout.collect import Rollout, collect
+from dapo_megatron.rollout.collect import Judge, Rollout, collect
 from dapo_megatron.rollout.engine import Sampling
 from dapo_megatron.types import Completion, FinishReason, Group, Prompt, VersionSpan
 
@@ -37,14 +38,15 @@ class Prompts:
 class Engine:
     """Answers later prompts sooner, so that order of arrival differs from order of generation."""
 
-    def __init__(self, finish: FinishReason = FinishReason.STOP) -> None:
-        self.finish, self.asked = finish, 0
+    def __init__(self, finish: FinishReason = FinishReason.STOP, version: int = 0) -> None:
+        self.finish, self.version, self.asked = finish, version, 0
 
     async def generate(self, prompt: Prompt, sampling: Sampling, n: int) -> list[Completion]:
         self.asked += 1
         for _ in range(20 - int(prompt.uid) % 20):
             await asyncio.sleep(0)
-        return [Completion((5, 2), (-0.1, -0.2), self.finish, "", (VersionSpan(0, 0, 2),)) for _ in range(n)]
+        span = VersionSpan(self.version, 0, 2)
+        return [Completion((5, 2), (-0.1, -0.2), self.finish, "", (span,)) for _ in range(n)]
 
 
 async def judge(prompt: Prompt, completions: Sequence[Completion]) -> Group:
@@ -55,8 +57,13 @@ async def judge(prompt: Prompt, completions: Sequence[Completion]) -> Group:
     )
 
 
-def roll(source: Prompts, carried: Sequence[Group] = (), engine: Engine | None = None, **config: Any) -> Rollout:
-    settings = RolloutConfig.model_validate({"prompts": 4, "responses": RESPONSES, "generation_batch": 6} | config)
+def roll(
+    source: Prompts, carried: Sequence[Group] = (), engine: Engine | None = None, judge: Judge = judge, **config: Any
+) -> Rollout:
+    values = {"prompts": 4, "responses": RESPONSES} | config
+    if values.get("dynamic_sampling", True):
+        values = {"generation_batch": 6} | values
+    settings = RolloutConfig.model_validate(values)
     sampling = Sampling.from_config(settings, (2,))
     work = collect(
         engine or Engine(), source.take, judge, settings, is_mixed=is_mixed, sampling=sampling, carried=carried
@@ -153,6 +160,36 @@ def test_means_are_over_every_graded_response() -> None:
 
 def test_truncated_responses_are_counted() -> None:
     assert roll(Prompts(["mixed"]), engine=Engine(FinishReason.LENGTH)).stats.truncated == 1.0
+
+
+def test_what_the_judge_counted_is_added_up() -> None:
+    class HalfTruncated(Engine):
+        async def generate(self, prompt: Prompt, sampling: Sampling, n: int) -> list[Completion]:
+            finish = FinishReason.LENGTH if int(prompt.uid) % 2 else FinishReason.STOP
+            return [replace(written, finish=finish) for written in await super().generate(prompt, sampling, n)]
+
+    async def counting(prompt: Prompt, completions: Sequence[Completion]) -> Group:
+        group = await judge(prompt, completions)
+        return replace(group, timed_out=2, truncated_right=sum(completion.truncated for completion in completions) // 4)
+
+    # Six groups of four, of which three are truncated, one response of each group with a right answer.
+    stats = roll(Prompts(["mixed"]), engine=HalfTruncated(), judge=counting).stats
+    assert (stats.truncated, stats.truncated_right, stats.timed_out) == (0.5, 3 / 12, 12)
+    assert math.isnan(roll(Prompts(["mixed"])).stats.truncated_right)
+
+
+def test_staleness_is_that_of_the_oldest_weights_of_what_is_trained_on() -> None:
+    prompts = Prompts(["mixed"])
+    first = roll(prompts, engine=Engine(version=3), surplus_groups="carry")
+    assert first.stats.staleness == 0.0
+    # Two groups carried over from version 3, of which one response has an end written by version 4; two new ones.
+    mended, untouched = first.carried
+    spans = (VersionSpan(3, 0, 1), VersionSpan(4, 1, 2))
+    late = replace(mended.completions[0], versions=(VersionSpan(4, 0, 2),))
+    mixed = replace(mended.completions[1], versions=spans)
+    mended = replace(mended, completions=(late, mixed, *mended.completions[2:]))
+    second = roll(prompts, carried=(mended, untouched), engine=Engine(version=5), surplus_groups="carry")
+    assert second.stats.staleness == pytest.approx((1 + 7 * 2 + 8 * 0) / 16)
 
 
 def test_an_aborted_response_ends_the_rollout() -> None:

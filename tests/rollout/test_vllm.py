@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,11 @@ def engines(
 ) -> Iterator[Engines]:
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     folder = tmp_path_factory.mktemp("run")
-    with Engines(parse(tiny_values), folder, lambda ids: tokenizer.decode(ids, skip_special_tokens=True)) as engines:
+
+    def decode(ids: Sequence[int]) -> str:
+        return tokenizer.decode(ids, skip_special_tokens=True)
+
+    with Engines(parse(tiny_values), folder, decode, ranks=0) as engines:
         engines.wait_ready()
         yield engines
 
@@ -145,7 +149,7 @@ def test_a_signal_cancels_the_requests_in_flight(
         signal.signal(signal.SIGTERM, old)
     assert time.monotonic() - started < 2.0
     assert len(cancelled) == len(PROMPTS)
-    assert engines.run(engines.replicas[0].healthy())
+    assert len(engines.run(engines.generate(PROMPTS[0], sampling(max_tokens=1), 2))) == 2
 
 
 def test_a_killed_engine_is_noticed_and_nothing_is_left_behind(engines: Engines) -> None:

@@ -77,7 +77,7 @@ def engines(first: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[En
         "reward": {"overlong": {"punishment": False}},
         "engine": {"replicas": 2, "startup_seconds": 120, "request_seconds": 60},
     }
-    with Engines(parse(values), tmp_path_factory.mktemp("run"), lambda ids: "") as engines:
+    with Engines(parse(values), tmp_path_factory.mktemp("run"), lambda ids: "", ranks=0) as engines:
         engines.wait_ready()
         yield engines
 

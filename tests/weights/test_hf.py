@@ -34,12 +34,15 @@ def round_trip(path: Path, parallel: dict[str, Any], saved: Path) -> dict[str, T
 
 
 def _load_and_save(path: Path, parallel: dict[str, Any], saved: Path) -> Iterator[tuple[str, Tensor]]:
-    from dapo_megatron.actor.model import build_chunks, read_hf_config, transformer_config
+    from dapo_megatron.actor.layout import read_hf_config
+    from dapo_megatron.actor.model import build_chunks, transformer_config
+    from dapo_megatron.actor.topology import process_groups
     from dapo_megatron.weights.hf import HfCheckpoint
 
     config = make_config(path, model={"dtype": "bfloat16"}, parallel=parallel)
     hf_config = read_hf_config(path)
-    chunks = build_chunks(hf_config, transformer_config(hf_config, config.model, config.parallel))
+    settings = transformer_config(hf_config, config.model, config.parallel)
+    chunks = build_chunks(hf_config, settings, process_groups())
     checkpoint = HfCheckpoint(path)
     checkpoint.load(chunks)
     checkpoint.save(chunks, saved)
@@ -73,12 +76,15 @@ def alone() -> Iterator[None]:
 
 
 def build(path: Path) -> tuple[Any, Any]:
-    from dapo_megatron.actor.model import build_chunks, read_hf_config, transformer_config
+    from dapo_megatron.actor.layout import read_hf_config
+    from dapo_megatron.actor.model import build_chunks, transformer_config
+    from dapo_megatron.actor.topology import process_groups
     from dapo_megatron.weights.hf import HfCheckpoint
 
     config = make_config(path)
     hf_config = read_hf_config(path)
-    return HfCheckpoint(path), build_chunks(hf_config, transformer_config(hf_config, config.model, config.parallel))
+    settings = transformer_config(hf_config, config.model, config.parallel)
+    return HfCheckpoint(path), build_chunks(hf_config, settings, process_groups())
 
 
 @pytest.mark.usefixtures("alone")

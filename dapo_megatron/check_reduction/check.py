@@ -1,0 +1,125 @@
+"""The check as a whole: references first, then one layout after the other, and the verdict."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from dapo_megatron.check_reduction.layouts import Layout, choose
+from dapo_megatron.check_reduction.pool import RankError, RankPool
+from dapo_megatron.check_reduction.report import Report
+from dapo_megatron.config import Config
+
+LIMITS = {"float32": 1e-5, "bfloat16": 3e-2}
+"""Largest relative error that passes. bfloat16 keeps 8 bits of a number."""
+TIMEOUT = 300.0
+"""Seconds for one layout."""
+DEFAULT_PROCESSES = 4
+
+
+def check_reduction(
+    config: Config,
+    layouts: Sequence[str] | None = None,
+    *,
+    processes: int | None = None,
+    verbose: bool = False,
+    prepare: Callable[[], None] | None = None,
+) -> bool:
+    """Compare gradients of every layout with the reference, print a table, and say whether all agree.
+
+    Args:
+        layouts: names as `layouts.Layout.parse` reads them; None for all standard ones and the config's own.
+        processes: ranks at the most; None for the number of GPUs, or 4 where there is none.
+        verbose: print every split instead of the worst of each layout.
+        prepare: called in every rank's process before the check; the tests break the reduction with it.
+
+    Raises:
+        ConfigError: for a layout that cannot be.
+    """
+    import torch
+
+    started = time.monotonic()
+    gpus = torch.cuda.device_count()
+    limit = processes or gpus or DEFAULT_PROCESSES
+    chosen = choose(layouts, config.parallel, config.launch.processes, limit)
+    fitting = [layout for layout in chosen if layout.ranks <= limit]
+    # Transformer Engine's packed attention has no float32 kernel.
+    dtype = "bfloat16" if gpus else "float32"
+    report = Report(limit=LIMITS[dtype], verbose=verbose)
+    with TemporaryDirectory(prefix="dapo-megatron-check-") as folder, closing(RankPool(limit, prepare)) as pool:
+        source = _source(config, report)
+        report.start(dtype, "GPU" if gpus else "CPU", [layout for layout in chosen if layout.ranks > limit], limit)
+        for tied in (True, False):
+            embeddings = "tied" if tied else "untied"
+            jobs = _jobs(config, source, fitting, Path(folder) / embeddings, dtype, tied=tied)
+            for layout in fitting:
+                try:
+                    found = pool.run(layout.ranks, _check, jobs(layout), timeout=TIMEOUT)
+                    report.layout(layout, embeddings, found)
+                except RankError as error:
+                    report.failure(layout, embeddings, str(error))
+    report.end(time.monotonic() - started)
+    return report.passed
+
+
+def _check(job: Any) -> Any:
+    """On a rank: what it needs is imported there, not in the process that prints the table."""
+    from dapo_megatron.check_reduction.rank import check
+
+    return check(job)
+
+
+def _source(config: Config, report: Report) -> Any:
+    """The user's model, whose settings the miniature takes; only its config.json is read."""
+    from transformers import AutoConfig
+    from transformers.utils import logging
+
+    from dapo_megatron.actor.layout import SUPPORTED, check_layout, read_hf_config
+
+    logging.disable_progress_bar()
+    if (config.model.path / "config.json").is_file():
+        source = read_hf_config(config.model.path, trust_remote_code=config.model.trust_remote_code)
+        check_layout(source, config.parallel)
+        return source
+    report.say(
+        f"model.path {config.model.path} is not there: the miniature has the settings of transformers' default "
+        f"{SUPPORTED[0]} instead"
+    )
+    return AutoConfig.for_model(SUPPORTED[0])
+
+
+def _jobs(
+    config: Config, source: Any, layouts: Sequence[Layout], folder: Path, dtype: str, *, tied: bool
+) -> Callable[[Layout], Any]:
+    """Writes the model and the answers; gives the job of a layout."""
+    import torch
+
+    from dapo_megatron.check_reduction import miniature
+    from dapo_megatron.check_reduction.rank import TWO_STEPS, Job
+    from dapo_megatron.check_reduction.reference import Reference
+
+    model, answers = folder / "model", folder / "answers.pt"
+    miniature.save_model(miniature.hf_config(source, layouts, tied=tied), model)
+    own = miniature.run_config(config, layouts[0], model, dtype)
+    reference = Reference(model, own)
+    with torch.no_grad():
+        cases = miniature.mini_batches(own, reference.logprobs)
+    steps = (1, 2)
+    kept: dict[str, Any] = {"loss": {}}
+    for case in cases:
+        answer = reference.answer(case)
+        kept[case.name] = answer.gradients
+        kept["loss"][case.name] = torch.tensor(answer.loss, dtype=torch.float64)
+    kept[TWO_STEPS] = reference.two_steps(*(cases[index] for index in steps))
+    torch.save(kept, answers)
+    return lambda layout: Job(miniature.run_config(config, layout, model, dtype), tuple(cases), answers, steps)
+
+
+def default_processes() -> str:
+    """For the command line's help."""
+    return f"the number of GPUs, or {DEFAULT_PROCESSES} without any ({os.cpu_count()} CPU cores here)"

@@ -1,0 +1,144 @@
+"""What the gradient should be: Hugging Face's model in float64, one sequence at a time, by the formulas as printed.
+
+Nothing here knows of Megatron, packing, masks that were moved or ranks: it shares no code with what it checks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dapo_megatron.check_reduction.miniature import MiniBatch
+from dapo_megatron.config import AlgoConfig, Config, CorrectionConfig
+from dapo_megatron.types import TrainSample
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Of one mini-batch."""
+
+    loss: float
+    gradients: dict[str, Tensor]
+    """float64, by Hugging Face's names."""
+
+
+class Reference:
+    """The float64 model of a checkpoint."""
+
+    def __init__(self, folder: Path, config: Config) -> None:
+        from transformers import AutoModelForCausalLM
+
+        self._config = config
+        self._model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+
+    def logprobs(self, sample: TrainSample) -> Tensor:
+        """float64 [L]: log p(token t | tokens before t) in nats, 0 for the first."""
+        logits = self._model(sample.token_ids[None, :-1]).logits[0] / self._config.rollout.temperature
+        rest = torch.log_softmax(logits, -1).gather(-1, sample.token_ids[1:, None])[:, 0]
+        return torch.cat([rest.new_zeros(1), rest])
+
+    def answer(self, batch: MiniBatch) -> Answer:
+        """Loss and gradients of one mini-batch at the present weights."""
+        self._model.zero_grad(set_to_none=True)
+        loss = self._loss(batch)
+        loss.backward()
+        gradients = {
+            name: torch.zeros_like(param) if param.grad is None else param.grad.clone()
+            for name, param in self._model.named_parameters()
+        }
+        return Answer(loss.item(), gradients)
+
+    def two_steps(self, first: MiniBatch, second: MiniBatch) -> dict[str, Tensor]:
+        """Parameters after an AdamW step on each. The model is trained from here on."""
+        settings = self._config.optimizer
+        params = list(self._model.parameters())
+        groups = [
+            {"params": [p for p in params if p.ndim > 1], "weight_decay": settings.weight_decay},
+            {"params": [p for p in params if p.ndim == 1], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps)
+        for batch in (first, second):
+            optimizer.zero_grad()
+            self._loss(batch).backward()
+            if settings.clip_grad:
+                torch.nn.utils.clip_grad_norm_(params, settings.clip_grad)
+            optimizer.step()
+        return {name: param.detach().clone() for name, param in self._model.named_parameters()}
+
+    def _loss(self, batch: MiniBatch) -> Tensor:
+        algo = self._config.algo
+        terms: list[tuple[int, Tensor]] = []
+        for sample, old, ref in zip(batch.samples, batch.old, batch.ref, strict=True):
+            weights, kept = importance(old.double(), sample, algo.correction)
+            if kept.any():
+                policy = self.logprobs(sample)
+                terms.append((sample.group, (weights * _objective(policy, old, ref, sample, algo))[kept]))
+        if not terms:
+            return torch.stack([param.sum() for param in self._model.parameters()]).sum() * 0.0
+        return -_mean(terms, algo.loss_scope)
+
+
+def importance(old: Tensor, sample: TrainSample, correction: CorrectionConfig) -> tuple[Tensor, Tensor]:
+    """Weight of each token, float64 [L], and which tokens stay in the loss, bool [L]."""
+    mask = sample.loss_mask
+    log_ratio = (old - sample.rollout_logprobs.double()) * mask
+    if correction.level == "sequence":
+        log_ratio = torch.full_like(log_ratio, log_ratio.sum().item())
+    ratio = log_ratio.exp()
+    match correction.kind:
+        case "none":
+            return torch.ones_like(ratio), mask
+        case "truncated":
+            return ratio.clamp(max=correction.cap), mask
+        case "masked":
+            low, high = correction.band
+            return ratio, mask & (ratio >= low) & (ratio <= high)
+
+
+def _objective(policy: Tensor, old: Tensor, ref: Tensor, sample: TrainSample, algo: AlgoConfig) -> Tensor:
+    """[L]: what DAPO maximises (arXiv 2503.14476, eq. 8), less the KL term."""
+    ratio = (policy - old.double()).exp()
+    advantage = sample.advantage
+    clipped = ratio.clamp(1 - algo.clip_low, 1 + algo.clip_high)
+    objective = torch.minimum(ratio * advantage, clipped * advantage)
+    if algo.dual_clip is not None and advantage < 0:
+        objective = objective.clamp(min=algo.dual_clip * advantage)
+    if algo.kl.coef:
+        objective = objective - algo.kl.coef * _kl(policy - ref.double(), algo.kl.estimator)
+    return objective
+
+
+def _kl(log_ratio: Tensor, estimator: str) -> Tensor:
+    return log_ratio.square() / 2 if estimator == "k2" else (-log_ratio).exp() - 1 + log_ratio
+
+
+def _mean(terms: Sequence[tuple[int, Tensor]], scope: str) -> Tensor:
+    """Over all tokens; over prompts, of the mean of their tokens; or over responses, of the mean of theirs."""
+    parts: dict[int, list[Tensor]] = defaultdict(list)
+    for index, (group, values) in enumerate(terms):
+        parts[{"token": 0, "prompt": group, "sample": index}[scope]].append(values)
+    return torch.stack([torch.cat(values).mean() for values in parts.values()]).mean()
+
+
+def worst(got: dict[str, Tensor], want: dict[str, Tensor]) -> tuple[float, str]:
+    """Largest difference, relative to the largest entry of its parameter, and the name of that parameter.
+
+    A gradient that should be 0 everywhere counts as wrong where it is not.
+    """
+    if got.keys() != want.keys():
+        return math.inf, ", ".join(sorted(got.keys() ^ want.keys()))
+    errors = {}
+    for name, value in want.items():
+        difference, largest = float((got[name].double() - value).abs().max()), float(value.abs().max())
+        errors[name] = difference / largest if largest else (math.inf if difference else 0.0)
+        if not math.isfinite(difference):
+            errors[name] = math.inf
+    name = max(errors, key=lambda key: errors[key])
+    return errors[name], name

@@ -1,0 +1,51 @@
+"""Updates that were skipped because something was not finite: kept for inspection, and too many of them end the run."""
+
+from __future__ import annotations
+
+from dapo_megatron.actor import topology
+from dapo_megatron.actor.topology import Topology
+from dapo_megatron.errors import DapoError
+from dapo_megatron.leader import Leader
+from dapo_megatron.types import StepResult, Update
+
+
+class NotFiniteError(DapoError, RuntimeError):
+    """Too many updates in a row could not be made."""
+
+
+class SkipWatch:
+    """Counts skipped updates, alike on every rank.
+
+    Args:
+        limit: skipped updates in a row that end the run.
+        leader: on the leader, itself; it writes the files.
+    """
+
+    def __init__(self, limit: int, topo: Topology, leader: Leader | None) -> None:
+        self._limit, self._topo, self._leader = limit, topo, leader
+        self._in_a_row = 0
+
+    def seen(self, step: int, index: int, update: Update, result: StepResult) -> StepResult:
+        """Collective: to be called with every update, number `index` of its step, and what came of it.
+
+        Returns:
+            `result`.
+
+        Raises:
+            NotFiniteError: at the limit.
+        """
+        if result.skipped is None:
+            self._in_a_row = 0
+            return result
+        self._in_a_row += 1
+        ranks = topology.gather(update, self._topo)
+        if self._leader and ranks is not None:
+            self._leader.keep_skipped(step, index, result.skipped, ranks)
+        if self._in_a_row >= self._limit:
+            raise NotFiniteError(
+                f"step {step}, update {index}: {result.skipped}. It was skipped, as were the {self._limit - 1} before "
+                f"it, and train.max_skipped_updates({self._limit}) in a row end the run. The weights are those of "
+                f"before; the mini-batches are in the run's folder, in skipped/. Look at what they hold, or lower "
+                f"optimizer.lr"
+            )
+        return result

@@ -1,0 +1,154 @@
+"""The whole check: every layout agrees, and every way to get the reduction wrong is seen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dapo_megatron.check_reduction.check import check_reduction
+from dapo_megatron.config import Config
+from tests.helpers.checkpoint import write_checkpoint
+from tests.helpers.models import make_config
+
+pytestmark = [pytest.mark.multiproc, pytest.mark.slow]
+
+
+def config_of(folder: Path, **sections: Any) -> Config:
+    return make_config(write_checkpoint(folder / "model"), **sections)
+
+
+@pytest.mark.timeout(900)
+def test_every_standard_layout_agrees(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert check_reduction(config_of(tmp_path))
+    output = capsys.readouterr().out
+    assert "PASS: 240 of 240 checks" in output
+    assert output.count("tp2+sp ") == output.count("pp2+vpp2 ") == output.count("dp2xcp2 ") == 2
+
+
+SETTINGS = {
+    "grpo": {"loss_scope": "sample", "clip_high": 0.2, "kl": {"coef": 0.1, "estimator": "k2"}},
+    "to the letter": {"loss_scope": "prompt", "dual_clip": 3.0, "advantage_std": "none"},
+    "truncated tokens": {"correction": {"kind": "truncated", "cap": 1.01}},
+    "masked tokens": {"correction": {"kind": "masked", "band": [0.98, 1.02]}, "loss_scope": "sample"},
+    "masked responses": {"correction": {"kind": "masked", "level": "sequence", "band": [0.9, 1.1]}},
+}
+
+
+@pytest.mark.parametrize("algo", SETTINGS.values(), ids=SETTINGS)
+def test_so_does_every_setting_of_the_algorithm(algo: dict[str, Any], tmp_path: Path) -> None:
+    config = config_of(tmp_path, algo=algo, rollout={"temperature": 0.7})
+    assert check_reduction(config, ["1", "dp2xcp2", "tp2xpp2+sp+vpp2"])
+
+
+def change_loss(change: Callable[[Any], Any]) -> None:
+    """Let every rank's loss be what `change` makes of its TokenLoss."""
+    from dapo_megatron.algo.objective import DapoLoss
+
+    original = DapoLoss.__call__
+    DapoLoss.__call__ = lambda self, *args: change(original(self, *args))  # type: ignore[method-assign]
+
+
+def multiply_by_cp_size() -> None:
+    from megatron.core import parallel_state as mpu
+
+    change_loss(lambda loss: replace(loss, loss_sum=loss.loss_sum * mpu.get_context_parallel_world_size()))
+
+
+def clamp_a_zero_count_to_one() -> None:
+    change_loss(lambda loss: replace(loss, loss_tokens=loss.loss_tokens.clamp(min=1)))
+
+
+def drop_the_count_of_one_rank() -> None:
+    from megatron.core import parallel_state as mpu
+
+    change_loss(
+        lambda loss: replace(loss, loss_tokens=loss.loss_tokens * (mpu.get_data_parallel_rank() == 0)),
+    )
+
+
+def average_micro_batches() -> None:
+    """The mean over micro-batches of their means. The counts stay right: only the gradient can tell."""
+    from megatron.core import parallel_state as mpu
+
+    from dapo_megatron.actor.actor import Actor
+
+    original = Actor.gradient
+
+    def gradient(self: Any, update: Any, loss: Any) -> Any:
+        micro_batches = len(update.micro_batches) * mpu.get_data_parallel_world_size()
+
+        def averaged(logprobs_T: Any, batch: Any) -> Any:
+            result = loss(logprobs_T, batch)
+            share = update.loss_tokens / micro_batches / result.loss_tokens.clamp(min=1)
+            return replace(result, loss_sum=result.loss_sum * share)
+
+        return original(self, update, averaged)
+
+    Actor.gradient = gradient
+
+
+def forget_norms_under_sequence_parallel() -> None:
+    import sys
+
+    module: Any = sys.modules["megatron.core.distributed.finalize_model_grads"]
+    module._allreduce_non_tensor_model_parallel_grads = lambda *args: None
+
+
+def forget_the_tied_embedding_of_the_last_stage() -> None:
+    import sys
+
+    module: Any = sys.modules["megatron.core.distributed.finalize_model_grads"]
+    module._allreduce_word_embedding_grads = lambda *args: None
+
+
+def divide_by_the_replicas() -> None:
+    from megatron.core import parallel_state as mpu
+
+    change_loss(lambda loss: replace(loss, loss_sum=loss.loss_sum / mpu.get_data_parallel_world_size()))
+
+
+def _with_megatron(mutation: Callable[[], None]) -> None:
+    from dapo_megatron.actor import cpu
+
+    cpu.enable()
+    import megatron.core.distributed  # noqa: F401
+
+    mutation()
+
+
+@pytest.mark.parametrize(
+    ("mutation", "layout", "seen"),
+    [
+        (multiply_by_cp_size, "cp2", ""),
+        (clamp_a_zero_count_to_one, "dp2", "the gradient was divided by"),
+        (average_micro_batches, "1", ""),
+        (average_micro_batches, "dp2", ""),
+        (drop_the_count_of_one_rank, "dp2", "the gradient was divided by"),
+        (divide_by_the_replicas, "dp2+dist-opt", ""),
+        (forget_norms_under_sequence_parallel, "tp2+sp", "norm"),
+        (forget_the_tied_embedding_of_the_last_stage, "pp2", "embed_tokens"),
+    ],
+)
+def test_a_wrong_reduction_fails(
+    mutation: Callable[[], None], layout: str, seen: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from functools import partial
+
+    assert not check_reduction(config_of(tmp_path), [layout], prepare=partial(_with_megatron, mutation))
+    output = capsys.readouterr().out
+    assert "FAIL: " in output and seen in output
+
+
+def _die_at_once() -> None:
+    import os
+
+    os._exit(3)
+
+
+def test_a_rank_that_dies_is_a_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert not check_reduction(config_of(tmp_path), ["1"], prepare=_die_at_once)
+    assert "rank 0 died" in capsys.readouterr().out
