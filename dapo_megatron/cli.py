@@ -1,4 +1,4 @@
-"""The command line: `dapo-megatron train|eval|config`, also as `python -m dapo_megatron`.
+"""The command line: `dapo-megatron train|eval|check-reduction|config`, also as `python -m dapo_megatron`.
 
 Exit codes: 0 done, 1 the run failed, 2 input that cannot work (nothing was started then), 130 interrupted.
 """
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from dapo_megatron import __version__, config_file
 from dapo_megatron.config import Config
-from dapo_megatron.errors import DapoError
+from dapo_megatron.errors import ConfigError, DapoError
 
 if TYPE_CHECKING:
     from dapo_megatron.eval.evaluate import EvalResult
@@ -33,6 +33,8 @@ examples:
   dapo-megatron train configs/quickstart_cpu.yaml
   dapo-megatron train configs/quickstart_cpu.yaml train.steps=50 run.name=longer optimizer.lr=1e-5
   dapo-megatron eval configs/quickstart_cpu.yaml eval.samples=4 model.path=runs/quickstart/hf
+  dapo-megatron check-reduction configs/quickstart_cpu.yaml    every layout gives the gradient of a single process
+  dapo-megatron check-reduction configs/quickstart_cpu.yaml algo.loss_scope=prompt --layouts yours,tp2xcp2+sp
   dapo-megatron config configs/quickstart_cpu.yaml      the configuration with every default filled in
   dapo-megatron config --schema                         every key, its type, default and meaning, as JSON schema
 
@@ -41,7 +43,13 @@ exit codes: 0 done, 1 the run failed, 2 input that cannot work (nothing was star
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    # Overrides may stand on either side of an option.
+    arguments, more = parser.parse_known_args(argv)
+    if more and not ("overrides" in arguments and all("=" in word and word[0] != "-" for word in more)):
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    elif more:
+        arguments.overrides += more
     try:
         return arguments.run(arguments)
     except DapoError as error:
@@ -85,6 +93,28 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_config(evaluate)
     evaluate.set_defaults(run=_evaluate)
+
+    check = commands.add_parser(
+        "check-reduction",
+        help="show that the gradient does not depend on the layout",
+        description="Train a miniature of the model, with the loss and optimizer of CONFIG, in one layout after the "
+        "other: real Megatron ranks on this machine, mini-batches split in several ways, masks, a rank without tokens. "
+        "Each gradient is compared with Hugging Face's in float64. Exit code 1 where one differs.",
+        allow_abbrev=False,
+    )
+    _add_config(check)
+    check.add_argument(
+        "--layouts",
+        metavar="A,B",
+        type=lambda text: text.split(","),
+        help="such as 1,dp2+dist-opt,tp2xcp2+sp,pp2+vpp2, or yours, which is that of CONFIG made to fit; "
+        "default: yours and 14 standard ones",
+    )
+    check.add_argument(
+        "--processes", type=int, metavar="N", help="ranks at the most; default: the number of GPUs, or 4 without any"
+    )
+    check.add_argument("--verbose", action="store_true", help="a row for every split, not only for the worst")
+    check.set_defaults(run=_check_reduction)
 
     config = commands.add_parser(
         "config",
@@ -227,6 +257,16 @@ def _plain(result: EvalResult) -> dict[str, Any]:
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in asdict(result).items()
     }
+
+
+def _check_reduction(arguments: argparse.Namespace) -> int:
+    from dapo_megatron.check_reduction.check import check_reduction
+
+    if arguments.processes is not None and arguments.processes < 1:
+        raise ConfigError(f"--processes {arguments.processes}: at least one process is needed")
+    config = config_file.load(arguments.config, arguments.overrides)
+    agree = check_reduction(config, arguments.layouts, processes=arguments.processes, verbose=arguments.verbose)
+    return 0 if agree else 1
 
 
 def _fail(message: str, code: int) -> int:

@@ -298,6 +298,9 @@ class TrainConfig(Section):
     """Responses per optimizer step."""
     micro_batch_tokens: PositiveInt = 32_768
     """Packed tokens of one forward pass at the most, per context-parallel group."""
+    logprob_tokens: PositiveInt | None = None
+    """The same for the passes without a backward pass, which need less memory; null runs them over the micro-batches of
+    the update. Then the ratio of the first update is exactly 1, otherwise up to rounding (ratio/first_max)."""
     max_skipped_updates: PositiveInt = 3
     """Updates with a loss, ratio or gradient that is not finite are skipped; this many in a row end the run."""
     seed: int = 0
@@ -408,6 +411,18 @@ class Config(Section):
                 f"({rollout.max_response_tokens}): the punishment would start before the first token; "
                 f"set a smaller cache or reward.overlong.punishment=false"
             )
+        if train.logprob_tokens is not None:
+            if train.logprob_tokens < train.micro_batch_tokens:
+                raise ValueError(
+                    f"train.logprob_tokens({train.logprob_tokens}) is less than train.micro_batch_tokens"
+                    f"({train.micro_batch_tokens}): micro-batches are joined for these passes, never cut; raise it or "
+                    f"leave it out"
+                )
+            if self.parallel.vpp > 1:
+                raise ValueError(
+                    f"train.logprob_tokens joins micro-batches, but with parallel.vpp({self.parallel.vpp}) they must "
+                    f"stay a multiple of pp({self.parallel.pp}); leave it out"
+                )
         # A sequence of L tokens fills L-1 slots; `pack` rounds those up and the budget down.
         slots = -(-(self.max_sequence_tokens - 1) // self.parallel.sequence_multiple) * self.parallel.sequence_multiple
         unit = self.parallel.sequence_multiple * self.parallel.total_multiple

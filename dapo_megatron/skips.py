@@ -43,9 +43,9 @@ class SkipWatch:
             self._leader.keep_skipped(step, index, result.skipped, ranks)
         if self._in_a_row >= self._limit:
             raise NotFiniteError(
-                f"step {step}, update {index}: {result.skipped}. It was skipped, as were the {self._limit - 1} before "
-                f"it, and train.max_skipped_updates({self._limit}) in a row end the run. The weights are those of "
-                f"before; the mini-batches are in the run's folder, in skipped/. Look at what they hold, or lower "
-                f"optimizer.lr"
+                f"step {step}, update {index}: {result.skipped}, and the update was skipped. That makes "
+                f"{self._in_a_row} in a row, at which train.max_skipped_updates({self._limit}) ends the run. The "
+                f"weights are those of before; the mini-batches are in the run's folder, in skipped/. Look at what "
+                f"they hold, or lower optimizer.lr"
             )
         return result

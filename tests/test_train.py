@@ -16,6 +16,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
+from dapo_megatron.obs.skipped import load_skipped
 from examples.quickstart import sums
 from examples.quickstart.base import untrained
 
@@ -73,6 +74,16 @@ def rows(folder: Path) -> list[dict[str, Any]]:
         pytest.param([], id="dp2"),
         pytest.param(["parallel.tp=2", "parallel.sequence_parallel=true"], id="tp2"),
         pytest.param(["parallel.pp=2"], id="pp2"),
+        pytest.param(
+            [
+                "parallel.pp=2",
+                "parallel.vpp=2",
+                "parallel.overlap_grad_reduce=true",
+                "algo.correction.kind=masked",
+                "algo.correction.band=[0.9999999,1.0000001]",
+            ],
+            id="pp2-vpp2-masked",
+        ),
         pytest.param(["parallel.cp=2"], id="cp2"),
         pytest.param(["algo.kl.coef=0.05", "algo.loss_scope=sample", "algo.clip_high=0.2"], id="grpo"),
     ],
@@ -85,7 +96,12 @@ def test_a_run_trains_and_the_engine_follows(material: Path, tmp_path: Path, ove
     for row in (first, second):
         assert row["mismatch/abs_max"] <= 2e-5
         assert row["grad_norm"] > 0
+    assert first["ratio/first_max"] == 1.0, "old log-probs go through the kernels of the update"
     assert first["ratio/max"] > 1, "the second update of a step is off-policy"
+    assert first["updates/skipped"] == 0
+    if "algo.correction.kind=masked" in overrides:
+        trained = first["loss_tokens"] / (1 - first["correction/masked"])
+        assert 0 < first["correction/masked"] < 1 and trained == pytest.approx(round(trained), abs=1e-6)
     if "algo.kl.coef=0.05" in overrides:
         assert first["kl/ref"] > 0
 
@@ -99,6 +115,17 @@ def test_a_run_trains_and_the_engine_follows(material: Path, tmp_path: Path, ove
     for name in ("config.yaml", "versions.json", "rollouts.jsonl", "log.txt", "engine0.log"):
         assert (tmp_path / "run" / name).stat().st_size > 0, name
     assert list((tmp_path / "run").rglob("events.out.tfevents*"))
+
+
+def test_an_update_that_is_not_finite_is_kept_and_ends_the_run(material: Path, tmp_path: Path) -> None:
+    done = run(material, tmp_path, "optimizer.lr=1e30", "train.max_skipped_updates=1")
+    assert done.returncode == 1
+    assert "step 0, update 1: " in done.stderr and "1 in a row, at which train.max_skipped_updates(1)" in done.stderr
+    assert "Traceback" not in done.stderr
+    (file,) = (tmp_path / "run/skipped").iterdir()
+    ranks = load_skipped(file)
+    assert len(ranks) == 2
+    assert sum(batch.loss_tokens for update in ranks for batch in update.micro_batches) == ranks[0].loss_tokens > 0
 
 
 def test_too_few_mixed_groups_end_the_run_with_the_counts(material: Path, tmp_path: Path) -> None:

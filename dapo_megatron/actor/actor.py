@@ -37,7 +37,7 @@ from dapo_megatron.actor.optimizer import (
     gradients_as_weights,
 )
 from dapo_megatron.actor.reduce import token_means
-from dapo_megatron.actor.shard import LayoutError, Shard, make_shard, slots_of
+from dapo_megatron.actor.shard import LayoutError, Shard, join, joined, make_shard, slots_of
 from dapo_megatron.actor.topology import Topology, process_groups
 from dapo_megatron.config import Config
 from dapo_megatron.errors import DapoError
@@ -110,6 +110,7 @@ class Actor:
 
     def with_old_logprobs(self, updates: Sequence[Update]) -> tuple[list[Update], dict[str, float]]:
         """Fill old_logprobs_T, through the same micro-batches and kernels as `step`: the first ratio is exactly 1.
+        (With train.logprob_tokens, through larger ones, and it is 1 up to rounding.)
 
         Returns:
             The updates, and means over all their loss tokens: entropy (nats) of the policy's next-token distribution,
@@ -204,18 +205,26 @@ class Actor:
         sums: Callable[[TokenLogprobs, MicroBatch], dict[str, Tensor]] | None,
     ) -> tuple[list[Tensor], dict[str, float]]:
         """Log-probs of every micro-batch (whole, on its own device) and means of what `sums` adds up."""
+        batches = [batch for update in updates for batch in update.micro_batches]
+        parts = join(batches, self._config.train.logprob_tokens)
+        together = [joined(part) for part in parts]
 
         def collect(shard: Shard, logits_1RV: Tensor, non_loss_data: bool) -> tuple[Tensor, dict[str, Tensor]]:
             scores = self._score(logits_1RV, shard.batch, with_stats=sums is not None)
             return shard.spread(scores.logprobs_T), sums(scores, shard.batch) if sums else {}
 
-        batches = [batch for update in updates for batch in update.micro_batches]
         with torch.no_grad(), self._at_hand():
-            outputs = self._run(batches, collect, forward_only=True)
-            logprobs = self._whole([logprobs_t for logprobs_t, _ in outputs], batches)
+            outputs = self._run(together, collect, forward_only=True)
+            whole = self._whole([logprobs_t for logprobs_t, _ in outputs], together)
             loss_tokens = sum(update.loss_tokens for update in updates)
-            parts = [part for _, part in outputs]
-            means = token_means(parts, loss_tokens, self._groups, self._topology.device) if sums else {}
+            measured = [sums_ for _, sums_ in outputs]
+            means = token_means(measured, loss_tokens, self._groups, self._topology.device) if sums else {}
+        # Copies, so that a micro-batch sent on does not carry all the others along.
+        logprobs = [
+            piece_T.clone()
+            for part, logprobs_T in zip(parts, whole, strict=True)
+            for piece_T in logprobs_T.split([batch.tokens for batch in part])
+        ]
         return logprobs, means
 
     @contextmanager
@@ -306,8 +315,7 @@ class Actor:
             for rank, part in enumerate(parts):
                 for batch, target_T, piece in zip(batches, whole, part.split([n // cp for n in sizes]), strict=True):
                     target_T[slots_of(batch.cu_seqlens, cp, rank).to(part.device)] = piece
-        # Copies, so that a micro-batch sent on does not carry all the others along.
-        return [x_T.to(batch.tokens_T.device, copy=True) for x_T, batch in zip(whole, batches, strict=True)]
+        return [x_T.to(batch.tokens_T.device) for x_T, batch in zip(whole, batches, strict=True)]
 
 
 def _filled(updates: Sequence[Update], name: str, logprobs: Sequence[Tensor]) -> list[Update]:

@@ -7,8 +7,10 @@ go through the output layer and the loss.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -94,6 +96,34 @@ def make_shard(
         rows_R=rows_R.to(device),
         batch=replace(batch, cu_seqlens=bounds, **fields),
     )
+
+
+def join(batches: Sequence[MicroBatch], limit: int | None) -> list[list[MicroBatch]]:
+    """Consecutive micro-batches together, up to `limit` slots; each by itself where it is None."""
+    parts: list[list[MicroBatch]] = []
+    room = 0
+    for batch in batches:
+        if limit is None or batch.tokens > room:
+            parts.append([])
+            room = limit or 0
+        parts[-1].append(batch)
+        room -= batch.tokens
+    return parts
+
+
+def joined(batches: Sequence[MicroBatch]) -> MicroBatch:
+    """One micro-batch with the sequences of all of them."""
+    if len(batches) == 1:
+        return batches[0]
+
+    def column(name: str) -> Tensor | None:
+        values = [getattr(batch, name) for batch in batches]
+        return None if values[0] is None else torch.cat(values)
+
+    starts = accumulate((batch.tokens for batch in batches), initial=0)
+    bounds = [batch.cu_seqlens[1:] + start for batch, start in zip(batches, starts, strict=False)]
+    columns: dict[str, Any] = {name: column(name) for name in MicroBatch.__dataclass_fields__ if name != "cu_seqlens"}
+    return MicroBatch(cu_seqlens=torch.cat([batches[0].cu_seqlens[:1], *bounds]), **columns)
 
 
 def slots_of(cu_seqlens: Tensor, cp: int, cp_rank: int) -> Tensor:

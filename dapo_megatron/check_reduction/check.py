@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -118,8 +117,3 @@ def _jobs(
     kept[TWO_STEPS] = reference.two_steps(*(cases[index] for index in steps))
     torch.save(kept, answers)
     return lambda layout: Job(miniature.run_config(config, layout, model, dtype), tuple(cases), answers, steps)
-
-
-def default_processes() -> str:
-    """For the command line's help."""
-    return f"the number of GPUs, or {DEFAULT_PROCESSES} without any ({os.cpu_count()} CPU cores here)"

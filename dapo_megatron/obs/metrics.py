@@ -65,6 +65,7 @@ METRICS = {
     "clip/dual": "share of tokens at the bound of dual_clip",
     "ratio/mean": "mean probability ratio, policy to old policy",
     "ratio/max": "largest probability ratio",
+    "ratio/first_max": "the same in the first update, where policy and old policy are one: 1, unless rounding differs",
     "kl/old": "KL(old policy || policy), k3 estimate, nats per token",
     "kl/ref": "KL(policy || reference) by algo.kl.estimator, nats per token",
     "seconds/rollout": "sampling and grading, and waiting for both",
@@ -175,6 +176,8 @@ def _updates(results: Sequence[StepResult]) -> dict[str, float]:
         "loss_tokens": sum(result.loss_tokens for result in made),
         "updates/skipped": sum(result.skipped is not None for result in results),
     }
+    if made and made[0] is results[0] and "ratio_max" in made[0].metrics:
+        metrics["ratio/first_max"] = made[0].metrics["ratio_max"]
     for name in made[0].metrics if made else ():
         values = [result.metrics[name] for result in made]
         if name.endswith("_max"):

@@ -124,6 +124,25 @@ def test_what_is_not_finite_is_skipped_and_changes_nothing(alone: Any, broken: s
     assert all(tensor.isfinite().all() for tensor in exported(actor, checkpoint).values())
 
 
+def test_larger_passes_for_logprobs_give_the_same_up_to_rounding(alone: Any, tmp_path: Path) -> None:
+    save_qwen2(tmp_path)
+    batches = [*BATCHES, make_micro_batch([30, 2], seed=4), make_micro_batch([17], seed=5)]
+    actor, _ = build(tmp_path, alone)
+    (apart,), means = actor.with_old_logprobs([make_update(batches)])
+    settings = {"mini_batch": 8, "micro_batch_tokens": 266, "logprob_tokens": 500}
+    actor, _ = build(tmp_path, alone, train=settings)
+    passes = []
+    actor.chunks[0].register_forward_pre_hook(lambda module, inputs: passes.append(inputs[0].shape[1]))
+    (together,), means_together = actor.with_old_logprobs([make_update(batches)])
+    assert passes == [498, 17]
+    assert means_together == pytest.approx(means, rel=1e-6)
+    for a, b in zip(apart.micro_batches, together.micro_batches, strict=True):
+        assert a.old_logprobs_T is not None and b.old_logprobs_T is not None
+        torch.testing.assert_close(a.old_logprobs_T, b.old_logprobs_T, rtol=0, atol=1e-5)
+    result = actor.step(together, ratio_loss, lr=1e-3)
+    assert result.metrics["ratio_max"] == pytest.approx(1.0, abs=1e-5)
+
+
 def test_only_scored_slots_go_through_the_output_layer(alone: Any, tmp_path: Path) -> None:
     save_qwen2(tmp_path)
     actor, _ = build(tmp_path, alone)
