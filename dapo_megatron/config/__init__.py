@@ -1,0 +1,101 @@
+"""The configuration of a run: one pydantic model per section, its constraints on the fields, the meaning beneath each.
+
+Files and command lines are read by `config_file`.
+"""
+
+from __future__ import annotations
+
+from pydantic import model_validator
+
+from dapo_megatron.config.algo import AlgoConfig, CorrectionConfig, KlConfig, OptimizerConfig, TrainConfig
+from dapo_megatron.config.model import LaunchConfig, ModelConfig, ParallelConfig
+from dapo_megatron.config.reward import OverlongConfig, RewardConfig
+from dapo_megatron.config.rollout import DataConfig, EngineConfig, RolloutConfig, WeightsConfig
+from dapo_megatron.config.run import EvalConfig, RunConfig
+from dapo_megatron.config.section import Section
+
+__all__ = [
+    "AlgoConfig",
+    "Config",
+    "CorrectionConfig",
+    "DataConfig",
+    "EngineConfig",
+    "EvalConfig",
+    "KlConfig",
+    "LaunchConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "OverlongConfig",
+    "ParallelConfig",
+    "RewardConfig",
+    "RolloutConfig",
+    "RunConfig",
+    "TrainConfig",
+    "WeightsConfig",
+]
+
+
+class Config(Section):
+    """A whole run."""
+
+    model: ModelConfig
+    data: DataConfig
+    parallel: ParallelConfig = ParallelConfig()
+    launch: LaunchConfig = LaunchConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    engine: EngineConfig = EngineConfig()
+    weights: WeightsConfig = WeightsConfig()
+    reward: RewardConfig = RewardConfig()
+    algo: AlgoConfig = AlgoConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    run: RunConfig = RunConfig()
+
+    @property
+    def max_sequence_tokens(self) -> int:
+        """Longest sequence that the engine or the actor can meet."""
+        return self.data.max_prompt_tokens + self.rollout.max_response_tokens
+
+    @property
+    def updates_per_step(self) -> int:
+        return self.rollout.batch_size // self.train.mini_batch
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> Config:
+        rollout, train, overlong = self.rollout, self.train, self.reward.overlong
+        if rollout.batch_size % train.mini_batch:
+            raise ValueError(
+                f"train.mini_batch({train.mini_batch}) does not divide rollout.prompts({rollout.prompts}) x "
+                f"rollout.responses({rollout.responses}) = {rollout.batch_size}"
+            )
+        if overlong.punishment and overlong.cache > rollout.max_response_tokens:
+            raise ValueError(
+                f"reward.overlong.cache({overlong.cache}) is more than rollout.max_response_tokens"
+                f"({rollout.max_response_tokens}): the punishment would start before the first token; "
+                f"set a smaller cache or reward.overlong.punishment=false"
+            )
+        if train.logprob_tokens is not None:
+            if train.logprob_tokens < train.micro_batch_tokens:
+                raise ValueError(
+                    f"train.logprob_tokens({train.logprob_tokens}) is less than train.micro_batch_tokens"
+                    f"({train.micro_batch_tokens}): micro-batches are joined for these passes, never cut; raise it or "
+                    f"leave it out"
+                )
+            if self.parallel.vpp > 1:
+                raise ValueError(
+                    f"train.logprob_tokens joins micro-batches, but with parallel.vpp({self.parallel.vpp}) they must "
+                    f"stay a multiple of pp({self.parallel.pp}); leave it out"
+                )
+        # A sequence of L tokens fills L-1 slots; `pack` rounds those up and the budget down.
+        slots = -(-(self.max_sequence_tokens - 1) // self.parallel.sequence_multiple) * self.parallel.sequence_multiple
+        unit = self.parallel.sequence_multiple * self.parallel.total_multiple
+        budget = train.micro_batch_tokens // unit * unit
+        if budget < slots:
+            raise ValueError(
+                f"train.micro_batch_tokens({train.micro_batch_tokens}) holds {budget} slots in multiples of {unit}; "
+                f"the longest sequence, data.max_prompt_tokens({self.data.max_prompt_tokens}) + "
+                f"rollout.max_response_tokens({rollout.max_response_tokens}) = {self.max_sequence_tokens} tokens, "
+                f"fills {slots}"
+            )
+        return self

@@ -1,0 +1,87 @@
+"""The model, and how ranks share it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import model_validator
+
+from dapo_megatron.config.section import PositiveInt, Section
+from dapo_megatron.errors import ConfigError
+
+
+class ModelConfig(Section):
+    path: Path
+    """Folder of a Hugging Face checkpoint: config.json, *.safetensors and the tokenizer."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Parameters and activations of the actor, and of the engine."""
+    trust_remote_code: bool = False
+    """Run Python code that a checkpoint brings along. Off unless you wrote that code."""
+    recompute: Literal["none", "full"] = "none"
+    """Recompute each layer's activations in the backward pass to save memory."""
+
+
+class ParallelConfig(Section):
+    tp: PositiveInt = 1
+    """Tensor-parallel size of the actor."""
+    pp: PositiveInt = 1
+    """Pipeline-parallel size of the actor."""
+    vpp: PositiveInt = 1
+    """Model chunks of each pipeline stage (virtual pipeline, interleaved 1F1B); 1 is the plain 1F1B schedule."""
+    cp: PositiveInt = 1
+    """Context-parallel size of the actor."""
+    sequence_parallel: bool = False
+    """Split activations along the sequence between tensor-parallel ranks."""
+    distributed_optimizer: bool = True
+    """Split the optimizer state over the data-parallel ranks."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients bucket by bucket while the backward pass still runs."""
+
+    @property
+    def model_size(self) -> int:
+        """Ranks that hold one copy of the model."""
+        return self.tp * self.pp * self.cp
+
+    @property
+    def sequence_multiple(self) -> int:
+        """Slots of a packed sequence are a multiple of this: each context-parallel rank takes two chunks of it."""
+        return 2 * self.cp if self.cp > 1 else 1
+
+    @property
+    def total_multiple(self) -> int:
+        """Slots of a micro-batch on one context-parallel rank are a multiple of this."""
+        return self.tp if self.sequence_parallel else 1
+
+    @property
+    def micro_batch_multiple(self) -> int:
+        """Micro-batches of an update are a multiple of this: the interleaved schedule sends them in rounds of pp."""
+        return self.pp if self.vpp > 1 else 1
+
+    @model_validator(mode="after")
+    def _sizes_make_sense(self) -> ParallelConfig:
+        if self.sequence_parallel and self.tp == 1:
+            raise ValueError("sequence_parallel splits between tensor-parallel ranks, but tp is 1; set tp=2 or more")
+        if self.vpp > 1 and self.pp == 1:
+            raise ValueError(f"vpp({self.vpp}) splits pipeline stages into chunks, but pp is 1; set pp=2 or more")
+        return self
+
+    def data_parallel(self, world_size: int) -> int:
+        """Copies of the model in `world_size` ranks.
+
+        Raises:
+            ConfigError: where tp x pp x cp does not divide the world.
+        """
+        if world_size % self.model_size:
+            raise ConfigError(
+                f"parallel: tp({self.tp}) x pp({self.pp}) x cp({self.cp}) = {self.model_size} does not divide world "
+                f"size {world_size}; start a multiple of {self.model_size} ranks or choose smaller sizes"
+            )
+        return world_size // self.model_size
+
+
+class LaunchConfig(Section):
+    processes: PositiveInt = 1
+    """Ranks that `dapo-megatron train` starts on this machine. Under torchrun, torchrun decides."""
+    threads: PositiveInt = 1
+    """CPU threads of each rank that `dapo-megatron train` starts, whatever OMP_NUM_THREADS it was started with."""

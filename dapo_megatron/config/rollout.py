@@ -1,0 +1,113 @@
+"""Where prompts come from, and how responses are sampled."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from dapo_megatron.config.section import Fraction, PositiveFloat, PositiveInt, Section
+
+
+class DataConfig(Section):
+    train: str
+    """Prompts to train on: a .jsonl or .parquet file, or hub:OWNER/NAME[/SPLIT] on the Hugging Face hub."""
+    prompt_field: str = "prompt"
+    """Where a row keeps its question; dots reach into nested objects. Of chat messages, the last user turn."""
+    answer_field: str = "answer"
+    """Where a row keeps the gold answer; dots reach into nested objects (reward_model.ground_truth)."""
+    template: str = "{problem}"
+    """Text around the question, which replaces {problem}."""
+    chat_template: bool = False
+    """Wrap the result as one user turn in the tokenizer's chat template."""
+    max_prompt_tokens: PositiveInt = 2048
+    """Limit on the tokens of a prompt."""
+    long_prompts: Literal["refuse", "drop"] = "refuse"
+    """What to do with a longer prompt: stop before the run starts, or leave it out and say how many were."""
+
+    @model_validator(mode="after")
+    def _template_has_a_place(self) -> DataConfig:
+        if "{problem}" not in self.template:
+            raise ValueError(f"template must hold {{problem}} where the question goes; got {self.template!r}")
+        return self
+
+
+class RolloutConfig(Section):
+    prompts: PositiveInt = 512
+    """Groups to train on per step (N of the paper)."""
+    responses: Annotated[int, Field(ge=2)] = 16
+    """Responses per prompt (G of the paper). An advantage compares responses, so one is not enough."""
+    max_response_tokens: PositiveInt = 20_480
+    """Cap on generated tokens, the end token included."""
+    temperature: PositiveFloat = 1.0
+    """Sampling temperature; the trainer computes its log-probs at the same."""
+    top_p: Fraction = 1.0
+    """Nucleus sampling; 1 is off. The trainer's log-probs are those of the full distribution."""
+    stop_token_ids: list[int] = []
+    """Tokens that end a response besides the tokenizer's end token."""
+    dynamic_sampling: bool = True
+    """Train only on groups that are neither all right nor all wrong, and draw prompts until there are enough."""
+    generation_batch: PositiveInt | None = None
+    """Prompts drawn at a time; null means as many as `prompts`."""
+    max_generation_batches: PositiveInt = 10
+    """How often to draw before giving up."""
+    too_few_groups: Literal["raise", "train"] = "raise"
+    """When that is not enough: end the run with the counts, or train on the groups there are."""
+    surplus_groups: Literal["discard", "carry"] = "discard"
+    """Mixed groups beyond `prompts`: thrown away as published, or trained on in the next step, off-policy."""
+
+    @model_validator(mode="after")
+    def _filling_needs_dynamic_sampling(self) -> RolloutConfig:
+        filling = ("generation_batch", "max_generation_batches", "too_few_groups", "surplus_groups")
+        defaults = {name: type(self).model_fields[name].default for name in filling}
+        idle = [f"{name}={value!r}" for name in filling if (value := getattr(self, name)) != defaults[name]]
+        if idle and not self.dynamic_sampling:
+            raise ValueError(
+                f"{', '.join(idle)} would do nothing: with dynamic_sampling=false one batch of `prompts` is taken as "
+                f"it comes; leave out what fills a batch, or set dynamic_sampling=true"
+            )
+        return self
+
+    @property
+    def batch_size(self) -> int:
+        """Responses per step."""
+        return self.prompts * self.responses
+
+    @property
+    def draw(self) -> int:
+        """Prompts per generation batch."""
+        return self.generation_batch or self.prompts
+
+
+class EngineConfig(Section):
+    kind: Literal["vllm"] = "vllm"
+    """What serves the policy for sampling."""
+    replicas: PositiveInt = 1
+    """Engine processes, each with its own copy of the model; requests go to them in turn."""
+    tensor_parallel: PositiveInt = 1
+    """GPUs of each replica."""
+    host: str = "127.0.0.1"
+    """Address that engines listen on. Anything but loopback lets others read prompts and change the weights."""
+    port: Annotated[int, Field(ge=1, le=65_535)] | None = None
+    """Port of the first replica, the next ones follow; null takes free ports."""
+    max_sequences: PositiveInt = 512
+    """Sequences that one replica decodes at once."""
+    memory_fraction: Fraction = 0.85
+    """Share of each GPU's memory for the engine."""
+    cpu_kv_gib: PositiveInt = 1
+    """GiB for the KV cache on CPU."""
+    startup_seconds: PositiveFloat = 600.0
+    """How long an engine may take until it answers."""
+    request_seconds: PositiveFloat = 3600.0
+    """How long one generation request may take."""
+    extra_args: list[str] = []
+    """More arguments for the engine's own command line."""
+    seed: int | None = None
+    """Seed of the engine's sampler; null takes train.seed."""
+
+
+class WeightsConfig(Section):
+    transport: Literal["gloo"] = "gloo"
+    """How weights travel from the actor to the engines."""
+    bucket_mib: PositiveInt = 64
+    """Tensors are sent in buckets of about this size."""

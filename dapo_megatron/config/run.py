@@ -1,0 +1,50 @@
+"""What is measured and kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from dapo_megatron.config.section import Fraction, NonNegativeFloat, NonNegativeInt, PositiveInt, Section
+
+
+class EvalConfig(Section):
+    data: str | None = None
+    """Held-out prompts, read like data.train; null leaves evaluation out."""
+    every: NonNegativeInt = 0
+    """Rollout steps between evaluations; 0 evaluates only before the first step and after the last."""
+    samples: PositiveInt = 1
+    """Responses per prompt; the accuracy is their mean."""
+    temperature: NonNegativeFloat = 1.0
+    """Sampling temperature; 0 is greedy."""
+    top_p: Fraction = 1.0
+    """Nucleus sampling; 1 is off. The paper's evaluation used 0.7."""
+
+    def due(self, step: int) -> bool:
+        """Whether to evaluate after `step` steps are done."""
+        return self.data is not None and self.every > 0 and step % self.every == 0
+
+
+class RunConfig(Section):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
+    """Results go to dir/name."""
+    dir: Path = Path("runs")
+    """Folder that runs are kept in."""
+    existing: Literal["refuse", "rename"] = "refuse"
+    """When dir/name is there already: stop, or move it aside to dir/name.1, .2, ..."""
+    save_hf: bool = True
+    """Write the trained policy as a Hugging Face checkpoint to dir/name/hf."""
+    sampled_groups: NonNegativeInt = 4
+    """Groups per step whose responses are written to rollouts.jsonl."""
+    tensorboard: bool = True
+    """Write TensorBoard events to dir/name."""
+    wandb_project: str | None = None
+    """Also log to Weights & Biases (needs the wandb extra)."""
+    mlflow_uri: str | None = None
+    """Also log to this MLflow tracking server or folder (needs the mlflow extra)."""
+
+    @property
+    def folder(self) -> Path:
+        return self.dir / self.name
