@@ -7,6 +7,7 @@ rank = tp_rank + tp x (cp_rank + cp x (dp_rank + dp x pp_rank)).
 from __future__ import annotations
 
 import os
+import socket
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -25,6 +26,8 @@ T = TypeVar("T")
 
 TIMEOUT = timedelta(hours=4)
 """How long a rank waits for the others. The leader samples while the rest waits, which may take an hour."""
+
+_LOOPBACK = "lo"
 
 _host_group: dist.ProcessGroup | None = None
 
@@ -89,6 +92,9 @@ def initialize(parallel: ParallelConfig, *, seed: int = 0, timeout: timedelta = 
 
         cpu.enable()
         backend = "gloo"
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(world_size) and _LOOPBACK in dict(socket.if_nameindex()).values():
+        # Ranks of one machine have no business on its network.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", _LOOPBACK)
     if "MASTER_ADDR" in os.environ:
         dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
     else:

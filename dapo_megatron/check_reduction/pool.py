@@ -43,6 +43,7 @@ class RankPool:
         """
         self._start()
         environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(ranks)}
+        environment["LOCAL_WORLD_SIZE"] = str(ranks)
         pipes = [pipe for _, pipe in self._ranks[:ranks]]
         for rank, pipe in enumerate(pipes):
             pipe.send(({**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}, function, argument))

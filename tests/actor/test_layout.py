@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig, Qwen2Config
 
-from dapo_megatron.actor.layout import check_layout, padded_vocab
+from dapo_megatron.actor.layout import attention_tokens, check_layout, padded_vocab
 from dapo_megatron.config import ParallelConfig
 from dapo_megatron.errors import ConfigError
 
@@ -18,6 +18,21 @@ QWEN: dict[str, Any] = {
     "num_attention_heads": 6,
     "num_key_value_heads": 2,
 }
+
+
+def test_attention_costs_as_much_as_the_weights_at_this_length() -> None:
+    """Qwen2.5-32B: 2 operations per weight, against 2 x 2 x n/2 per token, layer and query channel."""
+    config = Qwen2Config(
+        hidden_size=5120,
+        intermediate_size=27_648,
+        num_hidden_layers=64,
+        num_attention_heads=40,
+        num_key_value_heads=8,
+        vocab_size=152_064,
+    )
+    weights = 64 * 5120 * (5120 + 1024 + 1024 + 5120 + 3 * 27_648) + 5120 * 152_064
+    length = attention_tokens(config)
+    assert 2 * weights == pytest.approx(64 * 5120 * 2 * 2 * length / 2)
 
 
 def test_layouts_that_divide_are_accepted() -> None:
@@ -31,6 +46,7 @@ def test_layouts_that_divide_are_accepted() -> None:
         ({"tp": 4}, r"tp\(4\) does not divide the model's num_attention_heads\(6\); choose a divisor of 6: 1, 2, 3, 6"),
         ({"tp": 3}, r"tp\(3\) does not divide the model's num_key_value_heads\(2\)"),
         ({"pp": 4}, r"pp\(4\) does not divide the model's num_hidden_layers\(6\)"),
+        ({"pp": 2, "vpp": 2}, r"pp\(2\) x vpp\(2\) = 4 does not divide the model's num_hidden_layers\(6\)"),
     ],
 )
 def test_the_arithmetic_is_in_the_message(parallel: dict[str, Any], message: str) -> None:

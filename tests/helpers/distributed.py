@@ -28,6 +28,7 @@ def run_distributed(function: Callable[..., Any], ranks: int, *args: Any, timeou
     """
     context = multiprocessing.get_context("spawn")
     environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(ranks)}
+    environment["LOCAL_WORLD_SIZE"] = str(ranks)
     pipes: list[Connection] = []
     processes = []
     for rank in range(ranks):
