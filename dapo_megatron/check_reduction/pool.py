@@ -87,7 +87,7 @@ def _collect(pipes: list[Connection], deadline: float, timeout: float) -> Any:
             rank = waiting.pop(pipe)
             try:
                 failed, answer = pickle.loads(pipe.recv_bytes())  # from a process of ours
-            except EOFError:
+            except (EOFError, ConnectionError):
                 raise RankError(f"rank {rank} died") from None
             if failed:
                 raise RankError(f"rank {rank} failed:\n{answer}")

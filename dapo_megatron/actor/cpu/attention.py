@@ -20,6 +20,8 @@ from torch.nn import functional
 
 from dapo_megatron.actor.cpu.packing import plan_of
 
+_SHORT = 512
+
 
 class PackedAttention(MegatronModule):
     """`core_attention` of the layer spec. Only packed (THD) input."""
@@ -61,14 +63,17 @@ class PackedAttention(MegatronModule):
         values = _place(value, plan.key_places_T, sum(key_sizes)).split(key_sizes)
         outputs = []
         for bucket, q, k, v in zip(plan.buckets, queries, keys, values, strict=True):
+            # torch's backward pass in bfloat16 takes longer than that in float32, up to several times, where sequences
+            # are short.
+            dtype = torch.float32 if bucket.keys <= _SHORT else q.dtype
             output = functional.scaled_dot_product_attention(
-                *(x.unflatten(0, (bucket.sequences, -1)).transpose(1, 2) for x in (q, k, v)),
+                *(x.to(dtype).unflatten(0, (bucket.sequences, -1)).transpose(1, 2) for x in (q, k, v)),
                 attn_mask=bucket.mask,
                 is_causal=bucket.mask is None,
                 scale=self.scale,
                 enable_gqa=query.shape[1] != key.shape[1],
             )
-            outputs.append(output.transpose(1, 2).flatten(0, 1))
+            outputs.append(output.transpose(1, 2).flatten(0, 1).to(q.dtype))
         output = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
         if output.shape[0] != query.shape[0] or len(outputs) > 1:
             output = output.index_select(0, plan.query_places_t)
