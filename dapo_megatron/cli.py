@@ -108,10 +108,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="A,B",
         type=lambda text: text.split(","),
         help="such as 1,dp2+dist-opt,tp2xcp2+sp,pp2+vpp2, or yours, which is that of CONFIG made to fit; "
-        "default: yours and 14 standard ones",
+        "default: yours and 16 standard ones",
     )
     check.add_argument(
         "--processes", type=int, metavar="N", help="ranks at the most; default: the number of GPUs, or 4 without any"
+    )
+    check.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on GPUs, float32 without any"
     )
     check.add_argument("--verbose", action="store_true", help="a row for every split, not only for the worst")
     check.set_defaults(run=_check_reduction)
@@ -265,7 +268,15 @@ def _check_reduction(arguments: argparse.Namespace) -> int:
     if arguments.processes is not None and arguments.processes < 1:
         raise ConfigError(f"--processes {arguments.processes}: at least one process is needed")
     config = config_file.load(arguments.config, arguments.overrides)
-    agree = check_reduction(config, arguments.layouts, processes=arguments.processes, verbose=arguments.verbose)
+    # Processes and files are cleaned up on the way out.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    agree = check_reduction(
+        config,
+        arguments.layouts,
+        processes=arguments.processes,
+        dtype=arguments.dtype,
+        verbose=arguments.verbose,
+    )
     return 0 if agree else 1
 
 

@@ -35,7 +35,8 @@ class SkipWatch:
             NotFiniteError: at the limit.
         """
         if result.skipped is None:
-            self._in_a_row = 0
+            if result.loss_tokens:  # one without loss tokens proves nothing
+                self._in_a_row = 0
             return result
         self._in_a_row += 1
         ranks = topology.gather(update, self._topo)

@@ -24,7 +24,8 @@ class RowSelection:
         self._tp_group = model.pg_collection.tp
         if self._gathers:
             layer.sequence_parallel = False
-            # Each rank has the gradient of its own part of the vocabulary; summed over ranks it is whole.
+            # Sums the ranks' gradients, each of its own columns, while the weight's is still computed. Without it
+            # Megatron sums them afterwards.
             layer.allreduce_dgrad = True
         layer.register_forward_pre_hook(self._select)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from megatron.core import parallel_state as mpu
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -81,19 +80,21 @@ def build_chunks(hf_config: Any, config: TransformerConfig, groups: ProcessGroup
 def _build_chunk(
     hf_config: Any, config: TransformerConfig, groups: ProcessGroupCollection, stage: int | None
 ) -> GPTModel:
+    pp_rank, last = groups.pp.rank(), groups.pp.size() - 1
+    last_stage = (config.virtual_pipeline_model_parallel_size or 1) - 1
     if torch.cuda.is_available():
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
-        spec: Any = get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=stage)
+        spec: Any = get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=stage, pp_rank=pp_rank)
     else:
-        spec = cpu.block_spec(config, stage)
+        spec = cpu.block_spec(config, stage, pp_rank)
     chunk = GPTModel(
         config,
         spec,
         vocab_size=padded_vocab(hf_config.vocab_size, config.tensor_model_parallel_size),
         max_sequence_length=hf_config.max_position_embeddings,
-        pre_process=mpu.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
-        post_process=mpu.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
+        pre_process=pp_rank == 0 and (stage or 0) == 0,
+        post_process=pp_rank == last and (stage or 0) == last_stage,
         share_embeddings_and_output_weights=bool(hf_config.tie_word_embeddings),
         position_embedding_type="rope",
         rotary_base=rope_parameters(hf_config)["rope_theta"],

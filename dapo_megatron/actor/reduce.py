@@ -34,6 +34,7 @@ def token_means(
             means |= dict(zip(sums, (total / max(loss_tokens, 1)).tolist(), strict=True))
         if maxima:
             largest = _stacked(parts, maxima, device).amax(0)
+            largest = torch.where(largest.isnan(), torch.inf, largest)  # a maximum over ranks may drop nan
             dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=replicas)
             means |= dict(zip(maxima, largest.tolist(), strict=True))
     if stages.size() > 1:

@@ -153,8 +153,8 @@ class Replicas:
         return self._reduce(values, dist.ReduceOp.SUM, 0)
 
     def max(self, values: Tensor) -> Tensor:
-        """Likewise the largest. Floating only."""
-        return self._reduce(values, dist.ReduceOp.MAX, -torch.inf)
+        """Likewise the largest. Floating only; nan counts as inf, which no backend drops on the way."""
+        return self._reduce(torch.where(values.isnan(), torch.inf, values), dist.ReduceOp.MAX, -torch.inf)
 
     def _reduce(self, values: Tensor, operation: Any, neutral: float) -> Tensor:
         own = values.clone() if self._topology.speaks_for_replica else torch.full_like(values, neutral)

@@ -7,15 +7,17 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 from dapo_megatron.check_reduction.layouts import Layout, choose
 from dapo_megatron.check_reduction.pool import RankError, RankPool
 from dapo_megatron.check_reduction.report import Report
 from dapo_megatron.config import Config
+from dapo_megatron.errors import ConfigError
 
-LIMITS = {"float32": 1e-5, "bfloat16": 3e-2}
-"""Largest relative error that passes. bfloat16 keeps 8 bits of a number."""
+LIMITS = {"float32": 1e-5, "bfloat16": 5e-2}
+"""Largest relative error that passes: of a parameter's entries in float32, of its norm in bfloat16 (`reference.worst`),
+which keeps 8 bits of every number on the way."""
 TIMEOUT = 300.0
 """Seconds for one layout."""
 DEFAULT_PROCESSES = 4
@@ -26,6 +28,7 @@ def check_reduction(
     layouts: Sequence[str] | None = None,
     *,
     processes: int | None = None,
+    dtype: Literal["float32", "bfloat16"] | None = None,
     verbose: bool = False,
     prepare: Callable[[], None] | None = None,
 ) -> bool:
@@ -34,21 +37,24 @@ def check_reduction(
     Args:
         layouts: names as `layouts.Layout.parse` reads them; None for all standard ones and the config's own.
         processes: ranks at the most; None for the number of GPUs, or 4 where there is none.
+        dtype: of the miniature; None for bfloat16 on GPUs, where Transformer Engine's packed attention has no float32
+            kernel, and float32 elsewhere.
         verbose: print every split instead of the worst of each layout.
         prepare: called in every rank's process before the check; the tests break the reduction with it.
 
     Raises:
-        ConfigError: for a layout that cannot be.
+        ConfigError: for a layout that cannot be, or more processes than GPUs.
     """
     import torch
 
     started = time.monotonic()
     gpus = torch.cuda.device_count()
     limit = processes or gpus or DEFAULT_PROCESSES
+    if gpus and limit > gpus:
+        raise ConfigError(f"--processes {limit}: each rank takes a GPU, and there are {gpus}; ask for at most {gpus}")
     chosen = choose(layouts, config.parallel, config.launch.processes, limit)
     fitting = [layout for layout in chosen if layout.ranks <= limit]
-    # Transformer Engine's packed attention has no float32 kernel.
-    dtype = "bfloat16" if gpus else "float32"
+    dtype = dtype or ("bfloat16" if gpus else "float32")
     report = Report(limit=LIMITS[dtype], verbose=verbose)
     with TemporaryDirectory(prefix="dapo-megatron-check-") as folder, closing(RankPool(limit, prepare)) as pool:
         source = _source(config, report)
@@ -103,7 +109,7 @@ def _jobs(
     from dapo_megatron.check_reduction.reference import Reference
 
     model, answers = folder / "model", folder / "answers.pt"
-    miniature.save_model(miniature.hf_config(source, layouts, tied=tied), model)
+    miniature.save_model(miniature.hf_config(source, layouts, tied=tied), model, dtype)
     own = miniature.run_config(config, layouts[0], model, dtype)
     reference = Reference(model, own)
     with torch.no_grad():

@@ -27,6 +27,8 @@ STANDARD = (
     "pp2xcp2",
     "dp2xtp2",
     "dp2xcp2",
+    "tp2xcp2+sp",
+    "dp2xpp2+vpp2+dist-opt+overlap",
 )
 OWN = "yours"
 """The name of the configuration's own layout."""

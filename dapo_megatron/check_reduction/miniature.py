@@ -19,6 +19,8 @@ from dapo_megatron.types import TrainSample
 VOCAB = 211
 """No multiple of 16: Megatron pads it."""
 HEAD = 16
+OLD = 0.3
+"""Standard deviation of log policy - log old policy."""
 OPTIMIZER = {"lr": 1e-2, "eps": 1e-3}
 """Adam divides by the root of its second moment plus eps. With a small eps it blows rounding up to a whole step where
 the gradient is about 0, and parameters say nothing about the gradient."""
@@ -69,8 +71,8 @@ def hf_config(source: Any, layouts: Sequence[Layout], *, tied: bool) -> Any:
     return AutoConfig.for_model(values.pop("model_type"), **values)
 
 
-def save_model(config: Any, folder: Path) -> None:
-    """Random weights; biases and norms too, so that a forgotten one shows."""
+def save_model(config: Any, folder: Path, dtype: str) -> None:
+    """Random weights that `dtype` holds exactly; biases and norms too, so that a forgotten one shows."""
     from transformers import AutoModelForCausalLM
 
     generator = torch.Generator().manual_seed(7)
@@ -79,7 +81,7 @@ def save_model(config: Any, folder: Path) -> None:
         for name, param in model.named_parameters():
             noise = torch.randn(param.shape, generator=generator)
             param.copy_(1 + 0.1 * noise if "norm" in name else 0.1 * noise)
-    model.to(torch.float32).save_pretrained(folder)
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
 
 
 def run_config(config: Config, layout: Layout, model: Path, dtype: str) -> Config:
@@ -89,6 +91,8 @@ def run_config(config: Config, layout: Layout, model: Path, dtype: str) -> Confi
             "model": config.model.model_copy(update={"path": model, "dtype": dtype, "trust_remote_code": False}),
             "parallel": layout.parallel,
             "optimizer": config.optimizer.model_copy(update=OPTIMIZER),
+            # Larger passes for log-probs have a first ratio of 1 up to rounding only.
+            "train": config.train.model_copy(update={"logprob_tokens": None}),
         }
     )
 
@@ -137,17 +141,23 @@ def mini_batches(config: Config, logprobs: Any) -> list[MiniBatch]:
 
 
 def _case(name: str, made: Sequence[TrainSample], config: Config, logprobs: Any, budget: int) -> MiniBatch:
-    """Old policy, reference and engine differ from the policy by random factors: clipping and corrections take part."""
+    """Old policy, reference and engine differ from the policy by random factors: clipping and corrections take part.
+
+    What rounding may push over a kink of the objective says nothing: no ratio is near one.
+    """
     kinks = [math.log1p(config.algo.clip_high), math.log1p(-config.algo.clip_low)]
     if config.algo.dual_clip is not None:
         kinks.append(math.log(config.algo.dual_clip))
+    margin = 1e-2 if config.model.dtype == "float32" else 0.1
     chance = random.Random(name)
 
     def shift(length: int, spread: float) -> Tensor:
         drawn = []
         while len(drawn) < length:
             value = chance.gauss(0.0, spread)
-            if all(abs(value - kink) > 1e-2 for kink in kinks):
+            if config.algo.dual_clip is not None and spread == OLD and chance.random() < 0.1:
+                value += math.log(config.algo.dual_clip) + 3 * margin
+            if all(abs(value - kink) > margin for kink in kinks):
                 drawn.append(value)
         return torch.tensor(drawn, dtype=torch.float64)
 
@@ -155,8 +165,21 @@ def _case(name: str, made: Sequence[TrainSample], config: Config, logprobs: Any,
     for sample in made:
         policy = logprobs(sample)
         # policy / old = exp(shift), so that the shift must stay away from the kinks.
-        old.append((policy - shift(sample.length, 0.25)).float())
+        old.append((policy - shift(sample.length, OLD)).float())
         ref.append((policy + shift(sample.length, 0.5)).float())
-        engine = (old[-1].double() + shift(sample.length, 0.02)).float()
+        engine = (old[-1].double() + shift(sample.length, _engine_spread(config, sample))).float()
         kept.append(replace(sample, rollout_logprobs=engine * sample.loss_mask))
     return MiniBatch(name, tuple(kept), tuple(old), tuple(ref), budget)
+
+
+def _engine_spread(config: Config, sample: TrainSample) -> float:
+    """Standard deviation of log trainer - log engine of a token, such that the correction changes some and not all."""
+    correction = config.algo.correction
+    match correction.kind:
+        case "none":
+            return 0.02
+        case "truncated":
+            reach = max(abs(math.log(correction.cap)), 0.02)
+        case "masked":
+            reach = min(abs(math.log(end)) for end in correction.band if end != 1)
+    return reach if correction.level == "token" else reach / math.sqrt(max(1, sample.loss_tokens))

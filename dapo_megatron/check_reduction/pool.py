@@ -11,7 +11,7 @@ import socket
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -41,13 +41,14 @@ class RankPool:
         Raises:
             RankError: with the traceback of the first rank that failed. New processes are started for the next call.
         """
-        self._start()
         environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(ranks)}
         environment["LOCAL_WORLD_SIZE"] = str(ranks)
-        pipes = [pipe for _, pipe in self._ranks[:ranks]]
-        for rank, pipe in enumerate(pipes):
-            pipe.send(({**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}, function, argument))
         try:
+            self._start()
+            pipes = [pipe for _, pipe in self._ranks[:ranks]]
+            for rank, pipe in enumerate(pipes):
+                with _death_is_an_error(rank):
+                    pipe.send(({**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}, function, argument))
             return _collect(pipes, time.monotonic() + timeout, timeout)
         except BaseException:
             # The other ranks wait for a collective that does not come.
@@ -85,14 +86,20 @@ def _collect(pipes: list[Connection], deadline: float, timeout: float) -> Any:
         for pipe in ready:
             assert isinstance(pipe, Connection)
             rank = waiting.pop(pipe)
-            try:
+            with _death_is_an_error(rank):
                 failed, answer = pickle.loads(pipe.recv_bytes())  # from a process of ours
-            except (EOFError, ConnectionError):
-                raise RankError(f"rank {rank} died") from None
             if failed:
                 raise RankError(f"rank {rank} failed:\n{answer}")
             answers[rank] = answer
     return answers[0]
+
+
+@contextlib.contextmanager
+def _death_is_an_error(rank: int) -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, OSError):
+        raise RankError(f"rank {rank} died") from None
 
 
 def _serve(pipe: Connection, prepare: Callable[[], None] | None) -> None:
@@ -117,7 +124,7 @@ def _serve(pipe: Connection, prepare: Callable[[], None] | None) -> None:
 
 
 @contextlib.contextmanager
-def _variables(values: dict[str, str]) -> Any:
+def _variables(values: dict[str, str]) -> Iterator[None]:
     """Set for the processes that are started inside."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)

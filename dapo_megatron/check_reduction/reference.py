@@ -48,12 +48,13 @@ class Reference:
         """Loss and gradients of one mini-batch at the present weights."""
         self._model.zero_grad(set_to_none=True)
         loss = self._loss(batch)
-        loss.backward()
+        if loss is not None:
+            loss.backward()
         gradients = {
             name: torch.zeros_like(param) if param.grad is None else param.grad.clone()
             for name, param in self._model.named_parameters()
         }
-        return Answer(loss.item(), gradients)
+        return Answer(0.0 if loss is None else loss.item(), gradients)
 
     def two_steps(self, first: MiniBatch, second: MiniBatch) -> dict[str, Tensor]:
         """Parameters after an AdamW step on each. The model is trained from here on."""
@@ -66,13 +67,17 @@ class Reference:
         optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps)
         for batch in (first, second):
             optimizer.zero_grad()
-            self._loss(batch).backward()
+            loss = self._loss(batch)
+            if loss is None:  # every token was masked: there is no step to make
+                continue
+            loss.backward()
             if settings.clip_grad:
                 torch.nn.utils.clip_grad_norm_(params, settings.clip_grad)
             optimizer.step()
         return {name: param.detach().clone() for name, param in self._model.named_parameters()}
 
-    def _loss(self, batch: MiniBatch) -> Tensor:
+    def _loss(self, batch: MiniBatch) -> Tensor | None:
+        """None where no token is left in it."""
         algo = self._config.algo
         terms: list[tuple[int, Tensor]] = []
         for sample, old, ref in zip(batch.samples, batch.old, batch.ref, strict=True):
@@ -80,9 +85,7 @@ class Reference:
             if kept.any():
                 policy = self.logprobs(sample)
                 terms.append((sample.group, (weights * _objective(policy, old, ref, sample, algo))[kept]))
-        if not terms:
-            return torch.stack([param.sum() for param in self._model.parameters()]).sum() * 0.0
-        return -_mean(terms, algo.loss_scope)
+        return -_mean(terms, algo.loss_scope) if terms else None
 
 
 def importance(old: Tensor, sample: TrainSample, correction: CorrectionConfig) -> tuple[Tensor, Tensor]:
@@ -127,18 +130,19 @@ def _mean(terms: Sequence[tuple[int, Tensor]], scope: str) -> Tensor:
     return torch.stack([torch.cat(values).mean() for values in parts.values()]).mean()
 
 
-def worst(got: dict[str, Tensor], want: dict[str, Tensor]) -> tuple[float, str]:
-    """Largest difference, relative to the largest entry of its parameter, and the name of that parameter.
+def worst(got: dict[str, Tensor], want: dict[str, Tensor], order: float = math.inf) -> tuple[float, str]:
+    """The parameter that differs most from what is wanted, and by how much.
 
-    A gradient that should be 0 everywhere counts as wrong where it is not.
+    That is the norm of the difference over the norm of the parameter. Of order inf: the largest difference, relative to
+    the largest entry. A gradient that should be 0 everywhere counts as wrong where it is not.
     """
     if got.keys() != want.keys():
         return math.inf, ", ".join(sorted(got.keys() ^ want.keys()))
     errors = {}
     for name, value in want.items():
-        difference, largest = float((got[name].double() - value).abs().max()), float(value.abs().max())
-        errors[name] = difference / largest if largest else (math.inf if difference else 0.0)
-        if not math.isfinite(difference):
+        off, size = (torch.linalg.vector_norm(x.flatten(), order).item() for x in (got[name].double() - value, value))
+        errors[name] = (off / size if size else math.inf) if off else 0.0
+        if not math.isfinite(off):
             errors[name] = math.inf
     name = max(errors, key=lambda key: errors[key])
     return errors[name], name

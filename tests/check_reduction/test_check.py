@@ -25,22 +25,27 @@ def config_of(folder: Path, **sections: Any) -> Config:
 def test_every_standard_layout_agrees(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert check_reduction(config_of(tmp_path))
     output = capsys.readouterr().out
-    assert "PASS: 240 of 240 checks" in output
+    assert "PASS: all 272 checks" in output
     assert output.count("tp2+sp ") == output.count("pp2+vpp2 ") == output.count("dp2xcp2 ") == 2
+
+
+def test_bfloat16_agrees_in_the_norm_of_every_parameter(tmp_path: Path) -> None:
+    assert check_reduction(config_of(tmp_path), ["dp2+dist-opt"], dtype="bfloat16")
 
 
 SETTINGS = {
     "grpo": {"loss_scope": "sample", "clip_high": 0.2, "kl": {"coef": 0.1, "estimator": "k2"}},
     "to the letter": {"loss_scope": "prompt", "dual_clip": 3.0, "advantage_std": "none"},
-    "truncated tokens": {"correction": {"kind": "truncated", "cap": 1.01}},
-    "masked tokens": {"correction": {"kind": "masked", "band": [0.98, 1.02]}, "loss_scope": "sample"},
+    "truncated tokens": {"correction": {"kind": "truncated"}, "dual_clip": 10.0},
+    "masked tokens": {"correction": {"kind": "masked"}, "loss_scope": "sample"},
     "masked responses": {"correction": {"kind": "masked", "level": "sequence", "band": [0.9, 1.1]}},
 }
 
 
 @pytest.mark.parametrize("algo", SETTINGS.values(), ids=SETTINGS)
 def test_so_does_every_setting_of_the_algorithm(algo: dict[str, Any], tmp_path: Path) -> None:
-    config = config_of(tmp_path, algo=algo, rollout={"temperature": 0.7})
+    larger_passes = {"mini_batch": 8, "logprob_tokens": 40_000}  # not part of the check, and no reason to fail
+    config = config_of(tmp_path, algo=algo, rollout={"temperature": 0.7}, train=larger_passes)
     assert check_reduction(config, ["dp2xcp2"])
 
 
@@ -103,6 +108,39 @@ def forget_the_tied_embedding_of_the_last_stage() -> None:
 
     module: Any = sys.modules["megatron.core.distributed.finalize_model_grads"]
     module._allreduce_word_embedding_grads = lambda *args: None
+
+
+def ignore_the_cap() -> None:
+    from dapo_megatron.algo import correction
+
+    correction.truncated = lambda importance_T, cap: importance_T
+
+
+def widen_the_band() -> None:
+    from dapo_megatron.algo import correction
+
+    original = correction.masked
+    correction.masked = lambda importance_T, low, high: original(importance_T, 0.9 * low, 1.1 * high)
+
+
+def forget_the_dual_clip() -> None:
+    from dapo_megatron.algo import objective
+
+    original = objective.dapo_loss
+    objective.dapo_loss = lambda *args, **how: original(*args, **{**how, "dual_clip": None})
+
+
+@pytest.mark.parametrize(
+    ("mutation", "algo"),
+    [
+        (ignore_the_cap, {"correction": {"kind": "truncated"}}),
+        (widen_the_band, {"correction": {"kind": "masked"}}),
+        (widen_the_band, {"correction": {"kind": "masked", "level": "sequence"}}),
+        (forget_the_dual_clip, {"dual_clip": 10.0}),
+    ],
+)
+def test_a_wrong_correction_or_clip_fails(mutation: Callable[[], None], algo: dict[str, Any], tmp_path: Path) -> None:
+    assert not check_reduction(config_of(tmp_path, algo=algo), ["1"], prepare=mutation)
 
 
 def divide_by_the_replicas() -> None:

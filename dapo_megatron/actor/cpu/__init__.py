@@ -38,7 +38,7 @@ def enable() -> None:
     _enabled = True
 
 
-def block_spec(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+def block_spec(config: TransformerConfig, vp_stage: int | None, pp_rank: int) -> TransformerBlockSubmodules:
     """Layers of one model chunk: Megatron's own linear layers, with attention and norms that CPU has kernels for."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -49,6 +49,6 @@ def block_spec(config: TransformerConfig, vp_stage: int | None = None) -> Transf
     layer: Any = get_gpt_layer_local_spec(normalization="RMSNorm")
     layer.submodules.self_attention.submodules.core_attention = PackedAttention
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
-    layers = get_num_layers_to_build(config, vp_stage=vp_stage)
+    layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
     norm: Any = RMSNorm
     return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=norm)

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.nn import functional
@@ -39,8 +38,7 @@ class PackedAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
-        group: Any = pg_collection.cp if pg_collection is not None else parallel_state.get_context_parallel_group()
-        self.cp_group: dist.ProcessGroup = group
+        self.cp_group: dist.ProcessGroup = pg_collection.cp
 
     def forward(
         self,
