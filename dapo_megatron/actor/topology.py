@@ -29,7 +29,19 @@ TIMEOUT = timedelta(hours=4)
 
 _LOOPBACK = "lo"
 
-_host_group: dist.ProcessGroup | None = None
+
+@dataclass(frozen=True, slots=True)
+class _HostGroups:
+    """Groups for what lies in host memory, over gloo."""
+
+    world: dist.ProcessGroup
+    replica: dist.ProcessGroup
+    """The ranks of this data-parallel replica."""
+    speakers: Any
+    """The first rank of every replica; no group on other ranks."""
+
+
+_host: _HostGroups | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +90,7 @@ def initialize(parallel: ParallelConfig, *, seed: int = 0, timeout: timedelta = 
     Raises:
         ConfigError: where tp x pp x cp does not divide the number of ranks.
     """
-    global _host_group
+    global _host
     from megatron.core import parallel_state as mpu
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
@@ -106,7 +118,13 @@ def initialize(parallel: ParallelConfig, *, seed: int = 0, timeout: timedelta = 
         context_parallel_size=parallel.cp,
         distributed_timeout_minutes=max(1, int(timeout.total_seconds() // 60)),
     )
-    _host_group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout))
+    block = parallel.tp * parallel.cp
+    members = [[rank for rank in range(world_size) if rank // block % dp == replica] for replica in range(dp)]
+    world, speakers, *replicas = (
+        dist.new_group(ranks, backend="gloo", timeout=timeout)
+        for ranks in (None, [first for first, *_ in members], *members)
+    )
+    _host = _HostGroups(cast(dist.ProcessGroup, world), cast(Any, replicas[rank // block % dp]), speakers)
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
     return Topology(
@@ -125,14 +143,14 @@ def initialize(parallel: ParallelConfig, *, seed: int = 0, timeout: timedelta = 
 
 def shutdown() -> None:
     """Leave the process group. Does nothing where there is none."""
-    global _host_group
+    global _host
     if not dist.is_initialized():
         return
     from megatron.core import parallel_state as mpu
 
     mpu.destroy_model_parallel()
     dist.destroy_process_group()
-    _host_group = None
+    _host = None
 
 
 def process_groups() -> ProcessGroupCollection:
@@ -158,7 +176,8 @@ class Replicas:
 
     def _reduce(self, values: Tensor, operation: Any, neutral: float) -> Tensor:
         own = values.clone() if self._topology.speaks_for_replica else torch.full_like(values, neutral)
-        dist.all_reduce(own, op=operation, group=_host_group)
+        assert _host, "initialize comes first"
+        dist.all_reduce(own, op=operation, group=_host.world)
         return own
 
 
@@ -169,30 +188,30 @@ def scatter(per_dp: list[T] | None, topology: Topology) -> T:
         per_dp: on the leader, one entry per data-parallel rank; None elsewhere. Entries are pickled: a tensor that is
             a view of a larger one carries all of it along.
     """
-    entries: list[Any] | None = None
-    if topology.is_leader:
-        if per_dp is None or len(per_dp) != topology.dp:
-            given = "nothing" if per_dp is None else f"{len(per_dp)} entries"
-            raise ValueError(f"scatter wants one entry per data-parallel rank: {topology.dp}, got {given}")
-        replica = topology.tp * topology.cp
-        entries = [per_dp[rank // replica % topology.dp] for rank in range(topology.world_size)]
+    assert _host, "initialize comes first"
+    if topology.is_leader and (per_dp is None or len(per_dp) != topology.dp):
+        given = "nothing" if per_dp is None else f"{len(per_dp)} entries"
+        raise ValueError(f"scatter wants one entry per data-parallel rank: {topology.dp}, got {given}")
     received: list[Any] = [None]
-    dist.scatter_object_list(received, entries, src=0, group=_host_group)
+    # To one rank of each replica, which hands it on: the leader would need memory for a copy per rank.
+    if topology.speaks_for_replica:
+        dist.scatter_object_list(received, per_dp, src=0, group=_host.speakers)
+    dist.broadcast_object_list(received, group_src=0, group=_host.replica)
     return received[0]
 
 
 def gather(value: T, topology: Topology) -> list[T] | None:
     """The opposite of `scatter`: on the leader the value of every data-parallel replica, elsewhere None. Collective."""
-    entries: list[Any] | None = [None] * topology.world_size if topology.is_leader else None
-    dist.gather_object(value if topology.speaks_for_replica else None, entries, dst=0, group=_host_group)
-    if entries is None:
-        return None
-    first = [topology.tp * topology.cp * replica for replica in range(topology.dp)]
-    return [entries[rank] for rank in first]
+    assert _host, "initialize comes first"
+    entries: list[Any] | None = [None] * topology.dp if topology.is_leader else None
+    if topology.speaks_for_replica:
+        dist.gather_object(value, entries, dst=0, group=_host.speakers)
+    return entries
 
 
 def broadcast(value: T | None) -> T:
     """Give every rank the leader's value, whatever the others pass. Collective."""
+    assert _host, "initialize comes first"
     box: list[Any] = [value]
-    dist.broadcast_object_list(box, src=0, group=_host_group)
+    dist.broadcast_object_list(box, src=0, group=_host.world)
     return box[0]
