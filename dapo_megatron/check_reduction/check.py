@@ -64,7 +64,7 @@ def check_reduction(
             jobs = _jobs(config, source, fitting, Path(folder) / embeddings, dtype, tied=tied)
             for layout in fitting:
                 try:
-                    found = pool.run(layout.ranks, _check, jobs(layout), timeout=TIMEOUT)
+                    found = pool.run(layout.ranks, _check, jobs(layout), timeout=TIMEOUT)[0]
                     report.layout(layout, embeddings, found)
                 except RankError as error:
                     report.failure(layout, embeddings, str(error))

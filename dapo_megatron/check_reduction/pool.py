@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import multiprocessing
 import os
 import pickle
@@ -18,6 +19,9 @@ from typing import Any
 
 from dapo_megatron.errors import DapoError
 from dapo_megatron.processes import end_with_parent
+
+GRACE = 3.0
+"""Seconds: what the other ranks have left after one failed, and how long before the end a rank says where it hangs."""
 
 
 class RankError(DapoError, RuntimeError):
@@ -35,11 +39,16 @@ class RankPool:
         self._size, self._prepare = size, prepare
         self._ranks: list[tuple[BaseProcess, Connection]] = []
 
-    def run(self, ranks: int, function: Callable[[Any], Any], argument: Any, *, timeout: float) -> Any:
-        """`function(argument)` on `ranks` processes under torchrun's environment; what the first of them gave.
+    def run(self, ranks: int, function: Callable[..., Any], *arguments: Any, timeout: float) -> list[Any]:
+        """Call `function(*arguments)` on `ranks` processes under torchrun's environment; what it gave, by rank.
+
+        Args:
+            function: of a module's top level, so that another process can import it. It joins the process group itself.
+            timeout: seconds. Shortly before they are over, every rank prints where it is.
 
         Raises:
-            RankError: with the traceback of the first rank that failed. New processes are started for the next call.
+            RankError: with the traceback of every rank that failed, and the ranks that did not end. New processes are
+                started for the next call.
         """
         environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(ranks)}
         environment["LOCAL_WORLD_SIZE"] = str(ranks)
@@ -47,9 +56,10 @@ class RankPool:
             self._start()
             pipes = [pipe for _, pipe in self._ranks[:ranks]]
             for rank, pipe in enumerate(pipes):
-                with _death_is_an_error(rank):
-                    pipe.send(({**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}, function, argument))
-            return _collect(pipes, time.monotonic() + timeout, timeout)
+                own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                with contextlib.suppress(OSError):  # a dead rank, which is found where its answer is missing
+                    pipe.send((own, timeout, function, arguments))
+            return _collect(pipes, timeout)
         except BaseException:
             # The other ranks wait for a collective that does not come.
             self.close()
@@ -76,30 +86,30 @@ class RankPool:
                 self._ranks.append((process, ours))
 
 
-def _collect(pipes: list[Connection], deadline: float, timeout: float) -> Any:
+def _collect(pipes: list[Connection], timeout: float) -> list[Any]:
+    """Wait for all ranks; after the first failure only a little longer, for the others then hang in a collective."""
+    deadline = time.monotonic() + timeout
     answers: dict[int, Any] = {}
+    failures: dict[int, str] = {}
     waiting = {pipe: rank for rank, pipe in enumerate(pipes)}
-    while waiting:
-        ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
-        if not ready:
-            raise RankError(f"ranks {sorted(waiting.values())} had not answered after {timeout:g} s")
+    while waiting and (ready := wait(list(waiting), max(0.0, deadline - time.monotonic()))):
         for pipe in ready:
             assert isinstance(pipe, Connection)
             rank = waiting.pop(pipe)
-            with _death_is_an_error(rank):
+            try:
                 failed, answer = pickle.loads(pipe.recv_bytes())  # from a process of ours
-            if failed:
-                raise RankError(f"rank {rank} failed:\n{answer}")
-            answers[rank] = answer
-    return answers[0]
-
-
-@contextlib.contextmanager
-def _death_is_an_error(rank: int) -> Iterator[None]:
-    try:
-        yield
-    except (EOFError, OSError):
-        raise RankError(f"rank {rank} died") from None
+            except (EOFError, OSError):
+                failed, answer = True, "it died"
+            (failures if failed else answers)[rank] = answer
+        if failures:
+            deadline = min(deadline, time.monotonic() + GRACE)
+    if failures or waiting:
+        problems = [f"rank {rank} failed: {text}" for rank, text in sorted(failures.items())]
+        if waiting:
+            limit = "the others failed" if failures else f"{timeout:g} s"
+            problems.append(f"ranks {sorted(waiting.values())} had not answered after {limit}")
+        raise RankError("\n".join(problems))
+    return [answers[rank] for rank in range(len(pipes))]
 
 
 def _serve(pipe: Connection, prepare: Callable[[], None] | None) -> None:
@@ -114,12 +124,15 @@ def _serve(pipe: Connection, prepare: Callable[[], None] | None) -> None:
         prepare()
     with contextlib.suppress(EOFError):
         while True:
-            environment, function, argument = pipe.recv()
+            environment, timeout, function, arguments = pipe.recv()
             os.environ.update(environment)
+            faulthandler.dump_traceback_later(max(timeout - GRACE, 1), file=2)
             try:
-                answer = pickle.dumps((False, function(argument)))
-            except Exception:  # whatever it is, the parent should show it
+                # Not pipe.send, which hands tensors over as open files that end with this process.
+                answer = pickle.dumps((False, function(*arguments)))
+            except BaseException:  # whatever it is, the parent should show it
                 answer = pickle.dumps((True, traceback.format_exc()))
+            faulthandler.cancel_dump_traceback_later()
             pipe.send_bytes(answer)
 
 

@@ -169,3 +169,19 @@ def test_an_unsplittable_model_is_refused(alone: Any, tmp_path: Path) -> None:
     save_qwen2(tmp_path)
     with pytest.raises(ConfigError, match=r"tp\(4\) does not divide the model's num_key_value_heads\(2\)"):
         build(tmp_path, alone, parallel={"tp": 4})
+
+
+@pytest.mark.gpu
+def test_an_offloaded_reference_is_on_the_gpu_only_while_it_is_used(alone: Any, tmp_path: Path) -> None:
+    save_qwen2(tmp_path, hidden=128, dtype=torch.bfloat16)  # heads of 32, which packed attention on GPUs can do
+    updates = [make_update(BATCHES)]
+    frozen = {"model": {"dtype": "bfloat16"}, "trainable": False}
+    kept, _ = build(tmp_path, alone, algo={"kl": {"coef": 0.1}}, **frozen)
+    offloaded, _ = build(tmp_path, alone, algo={"kl": {"coef": 0.1, "offload_reference": True}}, **frozen)
+    (want,), (got,) = kept.with_ref_logprobs(updates), offloaded.with_ref_logprobs(updates)
+    for wanted, given in zip(want.micro_batches, got.micro_batches, strict=True):
+        torch.testing.assert_close(given.ref_logprobs_T, wanted.ref_logprobs_T, rtol=0, atol=1e-3)
+    devices = [
+        {param.device.type for chunk in actor.chunks for param in chunk.parameters()} for actor in (kept, offloaded)
+    ]
+    assert devices == [{"cuda"}, {"cpu"}]

@@ -33,6 +33,11 @@ def test_bfloat16_agrees_in_the_norm_of_every_parameter(tmp_path: Path) -> None:
     assert check_reduction(config_of(tmp_path), ["dp2+dist-opt"], dtype="bfloat16")
 
 
+@pytest.mark.gpu
+def test_it_agrees_on_a_gpu(tmp_path: Path) -> None:
+    assert check_reduction(config_of(tmp_path), ["1"], processes=1)
+
+
 SETTINGS = {
     "grpo": {"loss_scope": "sample", "clip_high": 0.2, "kl": {"coef": 0.1, "estimator": "k2"}},
     "to the letter": {"loss_scope": "prompt", "dual_clip": 3.0, "advantage_std": "none"},
@@ -189,4 +194,4 @@ def _die_at_once() -> None:
 
 def test_a_rank_that_dies_is_a_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert not check_reduction(config_of(tmp_path), ["1"], prepare=_die_at_once)
-    assert "rank 0 died" in capsys.readouterr().out
+    assert "rank 0 failed: it died" in capsys.readouterr().out

@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import closing
+
+import pytest
+
+from dapo_megatron.check_reduction.pool import RankError, RankPool
+
+pytestmark = pytest.mark.multiproc
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[RankPool]:
+    with closing(RankPool(2)) as pool:
+        yield pool
+
+
+def _where(shift: int) -> tuple[int, int, str]:
+    return shift + int(os.environ["RANK"]), os.getpid(), os.environ["WORLD_SIZE"]
+
+
+def _fail_on_rank_1() -> None:
+    if os.environ["RANK"] == "1":
+        raise KeyError("the one that matters")
+    time.sleep(60)
+
+
+def _die_on_rank_1() -> None:
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_answers_come_by_rank_from_processes_that_stay(pool: RankPool) -> None:
+    (first, first_pid, world), (second, second_pid, _) = pool.run(2, _where, 5, timeout=60)
+    assert (first, second, world) == (5, 6, "2")
+    assert first_pid != second_pid
+    assert pool.run(1, _where, 7, timeout=60) == [(7, first_pid, "1")]
+
+
+def test_a_failing_rank_is_shown_and_the_others_do_not_hold_it_up(pool: RankPool) -> None:
+    begin = time.monotonic()
+    with pytest.raises(RankError, match=r"rank 1 failed: Trace(.|\n)*the one that matters(.|\n)*ranks \[0\] had not"):
+        pool.run(2, _fail_on_rank_1, timeout=50)
+    assert time.monotonic() - begin < 40
+
+
+def test_a_dead_rank_is_said_and_the_next_call_has_new_ones(pool: RankPool) -> None:
+    with pytest.raises(RankError, match="rank 1 failed: it died"):
+        pool.run(2, _die_on_rank_1, timeout=50)
+    assert [answer for answer, _, _ in pool.run(2, _where, 0, timeout=60)] == [0, 1]
+
+
+def test_ranks_that_hang_are_said_with_the_seconds(pool: RankPool) -> None:
+    with pytest.raises(RankError, match=r"ranks \[0, 1\] had not answered after 2 s"):
+        pool.run(2, time.sleep, 60, timeout=2)
