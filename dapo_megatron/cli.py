@@ -1,6 +1,7 @@
 """The command line: `dapo-megatron train|eval|check-reduction|config`, also as `python -m dapo_megatron`.
 
-Exit codes: 0 done, 1 the run failed, 2 input that cannot work (nothing was started then), 130 interrupted.
+Exit codes: 0 done, 1 the run failed, 2 input that cannot work (nothing was started then), 130 interrupted, 141 the
+reader of the output went away.
 """
 
 from __future__ import annotations
@@ -56,9 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)
-    except BrokenPipeError:  # the reader of our output has seen enough
+    except BrokenPipeError:  # the reader of our output has seen enough; what was left to say, such as FAIL, is unsaid
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 0
+        return 128 + signal.SIGPIPE
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -269,7 +270,8 @@ def _check_reduction(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--processes {arguments.processes}: at least one process is needed")
     config = config_file.load(arguments.config, arguments.overrides)
     # Processes and files are cleaned up on the way out.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     agree = check_reduction(
         config,
         arguments.layouts,

@@ -93,8 +93,14 @@ def _explain(issue: Any) -> str:
     match issue["type"]:
         case "extra_forbidden":
             return _unknown_key(location)
+        case "missing" if isinstance(issue["loc"][-1], int):
+            return f"{key}: value {issue['loc'][-1] + 1} of the list is missing"
         case "missing":
             return f"{key} is missing, and it has no default"
+        case "tuple_type":
+            return f"{key} = {given!r}: write a list, such as [{given}]"
+        case "model_type":
+            return f"{key} = {given!r}: {key} is a section, with the keys {', '.join(sorted(_fields(location)))}"
         case "value_error":
             message = str(issue["ctx"]["error"])
             return f"{key}: {message}" if key else message
@@ -107,9 +113,11 @@ def _unknown_key(location: list[str]) -> str:
     known = _fields(parents)
     section = ".".join(parents)
     message = f"unknown key {'.'.join(location)}"
+    if location == ["parallel", "dp"]:
+        return f"{message}; data parallel is what is left: ranks / (tp x pp x cp). Choose the ranks (launch.processes)"
     if near := difflib.get_close_matches(last, known, n=1, cutoff=0.6):
         return f"{message}; did you mean {'.'.join([*parents, near[0]])}?"
-    if elsewhere := difflib.get_close_matches(last, _all_keys(), n=1, cutoff=0.8):
+    if elsewhere := difflib.get_close_matches(last, _all_keys(), n=1, cutoff=0.85):
         return f"{message}; did you mean {_all_keys()[elsewhere[0]]}?"
     return f"{message}; {section or 'the top level'} knows {', '.join(sorted(known))}"
 

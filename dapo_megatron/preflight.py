@@ -84,7 +84,7 @@ def _check_sampling(config: Config) -> Any:
     _check_eval(config.eval)
     _check_ports(config.engine)
     _check_checkpoint(config.model.path)
-    hf_config = _read_hf_config(config)
+    hf_config = read_hf_config(config.model.path, trust_remote_code=config.model.trust_remote_code)
     _check_engine_layout(hf_config, config)
     _check_context(hf_config, config)
     return hf_config
@@ -193,14 +193,6 @@ def _check_checkpoint(folder: Path) -> None:
         raise ConfigError(
             f"model.path {folder} has no *.safetensors; convert other formats with save_pretrained of transformers"
         )
-
-
-def _read_hf_config(config: Config) -> Any:
-    model = config.model
-    try:
-        return read_hf_config(model.path, trust_remote_code=model.trust_remote_code)
-    except Exception as error:  # a broken config.json raises whatever the parser beneath it has
-        raise ConfigError(f"cannot read {model.path / 'config.json'}: {error}") from error
 
 
 def _check_engine_layout(hf_config: Any, config: Config) -> None:

@@ -5,6 +5,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -261,3 +262,65 @@ def test_an_interrupt_reaches_the_ranks(tmp_path: Path) -> None:
     assert (job.returncode, output, errors) == (130, "told\n", "")
     assert time.monotonic() - started < 20
     assert not [rank for rank in ranks if rank.is_running()]
+
+
+def check_reduction(*arguments: str | Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "dapo_megatron", "check-reduction", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--layouts", ""], "a name is empty"),
+        (["--layouts", "dp8"], "dp8 wants 8 ranks, but --processes allows 4"),
+        (["--processes", "0"], "at least one process is needed"),
+        (["launch.processes=2", "parallel.tp=3"], "tp(3) x pp(1) x cp(1) = 3 does not divide world size 2"),
+    ],
+)
+def test_a_check_that_cannot_be_made_is_refused(config: Path, arguments: Sequence[str], message: str) -> None:
+    done = run("check-reduction", config, *arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert message in done.stderr
+
+
+def test_a_check_of_a_broken_model_is_refused(config: Path) -> None:
+    (config.parent / "model" / "config.json").write_text("{")
+    done = run("check-reduction", config)
+    assert done.returncode == 2
+    assert "cannot read" in done.stderr and "config.json" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.multiproc
+@pytest.mark.slow
+def test_a_check_whose_verdict_nobody_read_has_not_passed(config: Path) -> None:
+    job = check_reduction(config, "--layouts", "1")
+    assert job.stdout and job.stderr
+    job.stdout.readline()
+    job.stdout.close()
+    errors = job.stderr.read()
+    assert (job.wait(60), errors) == (141, "")
+
+
+@pytest.mark.multiproc
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "code", "said"),
+    [(signal.SIGINT, 130, "dapo-megatron: interrupted\n"), (signal.SIGTERM, 143, ""), (signal.SIGHUP, 129, "")],
+)
+def test_a_check_that_is_ended_leaves_nothing(
+    config: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int, said: str
+) -> None:
+    folder = config.parent / "temporary"
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    job = check_reduction(config, "--layouts", "1,dp2", "--verbose")
+    assert job.stdout
+    next(line for line in job.stdout if line.startswith("1 "))
+    ranks = psutil.Process(job.pid).children(recursive=True)
+    job.send_signal(number)
+    _, errors = job.communicate(timeout=60)
+    assert (job.returncode, errors) == (code, said)
+    _, left = psutil.wait_procs(ranks, timeout=10)
+    assert not [rank for rank in left if rank.status() != psutil.STATUS_ZOMBIE]
+    assert not list(folder.glob("dapo-megatron-check-*"))

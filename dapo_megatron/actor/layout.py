@@ -18,10 +18,17 @@ _VOCAB_MULTIPLE = 16
 
 
 def read_hf_config(path: Path, *, trust_remote_code: bool = False) -> Any:
-    """The model's config.json, as transformers reads it."""
+    """The model's config.json, as transformers reads it.
+
+    Raises:
+        ConfigError: where there is none, or it cannot be read.
+    """
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # a broken config.json raises whatever the parser beneath it has
+        raise ConfigError(f"cannot read {path / 'config.json'}: {error}") from error
 
 
 def attention_tokens(hf_config: Any) -> float:

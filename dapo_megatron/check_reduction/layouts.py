@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ STANDARD = (
 OWN = "yours"
 """The name of the configuration's own layout."""
 
+_EXAMPLES = "1, dp2+dist-opt, tp2xcp2+sp or pp2+vpp2"
 _FLAGS = {"sp": "sequence_parallel", "dist-opt": "distributed_optimizer", "overlap": "overlap_grad_reduce"}
 
 
@@ -59,40 +61,52 @@ class Layout:
         Raises:
             ConfigError: for what is no layout, saying what one looks like.
         """
-        values: dict[str, Any] = dict.fromkeys(_FLAGS.values(), False)
-        for word in re.split(r"[x+]", name.strip().lower()):
-            if axis := re.fullmatch(r"(dp|tp|pp|cp|vpp)([1-9]\d*)", word):
-                values[axis[1]] = int(axis[2])
-            elif word in _FLAGS:
-                values[_FLAGS[word]] = True
-            elif word != "1":
+        name = re.sub(r"\s", "", name.lower())
+        if not name:
+            raise ConfigError(f"--layouts: a name is empty; a layout looks like {_EXAMPLES}")
+        values: dict[str, Any] = {}
+        for word in re.split(r"[x+]", name) if name != "1" else ():
+            axis = re.fullmatch(r"(dp|tp|pp|cp|vpp)([1-9]\d*)", word)
+            key = axis[1] if axis else _FLAGS.get(word)
+            if key in values:
+                raise ConfigError(f"--layouts: {name!r} says {key} twice")
+            if key:
+                values[key] = int(axis[2]) if axis else True
+            else:
                 raise ConfigError(
                     f"--layouts: {word!r} in {name!r} is neither an axis (dp, tp, pp, cp, vpp) with its size nor one "
-                    f"of {', '.join(_FLAGS)}; a layout looks like {', '.join(STANDARD[2:8:2])} or {STANDARD[-2]}"
+                    f"of {', '.join(_FLAGS)}; a layout looks like {_EXAMPLES}"
                 )
         dp = values.pop("dp", 1)
         try:
-            return cls(name, dp, ParallelConfig(**values))
+            return cls(name, dp, ParallelConfig(**{"distributed_optimizer": False, **values}))
         except ValidationError as error:
             problems = "; ".join(str(issue["ctx"]["error"]) for issue in error.errors() if "ctx" in issue)
             raise ConfigError(f"--layouts: {name!r} cannot be: {problems}") from error
 
     @classmethod
-    def own(cls, parallel: ParallelConfig, ranks: int, limit: int) -> Layout:
-        """That of a configuration with so many ranks, its axes halved, the largest first, until `limit` are enough."""
-        sizes = {
-            "dp": max(1, ranks // parallel.model_size),
-            "pp": parallel.pp,
-            "cp": parallel.cp,
-            "tp": parallel.tp,
-        }
-        while sizes["dp"] * sizes["tp"] * sizes["pp"] * sizes["cp"] > limit:
+    def own(cls, parallel: ParallelConfig, ranks: int) -> Layout:
+        """That of a configuration which `dapo-megatron train` starts on `ranks` ranks.
+
+        With a single one, torchrun decides on their number, and there are two copies of the model.
+
+        Raises:
+            ConfigError: where the ranks do not divide among copies of the model.
+        """
+        copies = parallel.data_parallel(ranks) if ranks > 1 or parallel.model_size == 1 else 2
+        return cls(OWN, copies, parallel)
+
+    def fitted(self, limit: int) -> Layout:
+        """This one, its axes halved, the largest first, until `limit` ranks are enough."""
+        sizes = {"dp": self.dp, **{axis: getattr(self.parallel, axis) for axis in ("pp", "cp", "tp")}}
+        while math.prod(sizes.values()) > limit:
             largest = max(sizes, key=lambda axis: sizes[axis])
             sizes[largest] //= 2
         dp = sizes.pop("dp")
-        vpp = min(parallel.vpp, 2) if sizes["pp"] > 1 else 1
-        shared = parallel.sequence_parallel and sizes["tp"] > 1
-        return cls(OWN, dp, parallel.model_copy(update={**sizes, "vpp": vpp, "sequence_parallel": shared}))
+        vpp = min(self.parallel.vpp, 2) if sizes["pp"] > 1 else 1
+        shared = self.parallel.sequence_parallel and sizes["tp"] > 1
+        parallel = self.parallel.model_copy(update={**sizes, "vpp": vpp, "sequence_parallel": shared})
+        return Layout(self.name, dp, parallel)
 
     def __str__(self) -> str:
         return f"{OWN}: {self.sizes}" if self.name == OWN else self.name
@@ -108,20 +122,22 @@ class Layout:
         return "+".join([axes, *flags])
 
 
-def choose(names: Sequence[str] | None, parallel: ParallelConfig, ranks: int, limit: int) -> list[Layout]:
-    """The layouts of these names, or the standard ones after the configuration's own.
+def choose(names: Sequence[str] | None, own: Layout, limit: int) -> list[Layout]:
+    """The layouts of these names, each once, or the standard ones after the configuration's own.
+
+    Args:
+        own: the configuration's, `fitted`.
 
     Raises:
         ConfigError: for a name that is none, or that wants more than `limit` ranks.
     """
-    own = Layout.own(parallel, ranks, limit)
     if names is None:
         return [own, *(Layout.parse(name) for name in STANDARD if name != own.sizes)]
-    chosen = [own if name == OWN else Layout.parse(name) for name in names]
+    chosen = [own if name.strip().lower() == OWN else Layout.parse(name) for name in names]
     for layout in chosen:
         if layout.ranks > limit:
             raise ConfigError(
                 f"--layouts: {layout} wants {layout.ranks} ranks, but --processes allows {limit}; raise it (on GPUs, "
                 f"up to their number) or leave that layout out"
             )
-    return chosen
+    return list(dict.fromkeys(chosen))

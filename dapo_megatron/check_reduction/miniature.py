@@ -25,6 +25,9 @@ OPTIMIZER = {"lr": 1e-2, "eps": 1e-3}
 """Adam divides by the root of its second moment plus eps. With a small eps it blows rounding up to a whole step where
 the gradient is about 0, and parameters say nothing about the gradient."""
 
+MAX_DECAY = 1.0
+"""With the miniature's rate, more could take all of a weight away."""
+
 
 @dataclass(frozen=True, slots=True)
 class MiniBatch:
@@ -90,7 +93,9 @@ def run_config(config: Config, layout: Layout, model: Path, dtype: str) -> Confi
         update={
             "model": config.model.model_copy(update={"path": model, "dtype": dtype, "trust_remote_code": False}),
             "parallel": layout.parallel,
-            "optimizer": config.optimizer.model_copy(update=OPTIMIZER),
+            "optimizer": config.optimizer.model_copy(
+                update={**OPTIMIZER, "weight_decay": min(config.optimizer.weight_decay, MAX_DECAY)}
+            ),
             # Larger passes for log-probs have a first ratio of 1 up to rounding only.
             "train": config.train.model_copy(update={"logprob_tokens": None}),
         }

@@ -47,8 +47,8 @@ class RankPool:
             timeout: seconds. Shortly before they are over, every rank prints where it is.
 
         Raises:
-            RankError: with the traceback of every rank that failed, and the ranks that did not end. New processes are
-                started for the next call.
+            RankError: with the traceback of the rank that failed first, the last line of the others', and the ranks
+                that did not end. New processes are started for the next call.
         """
         environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(ranks)}
         environment["LOCAL_WORLD_SIZE"] = str(ranks)
@@ -58,7 +58,8 @@ class RankPool:
             for rank, pipe in enumerate(pipes):
                 own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
                 with contextlib.suppress(OSError):  # a dead rank, which is found where its answer is missing
-                    pipe.send((own, timeout, function, arguments))
+                    # Not pipe.send, which leaves tensors in this process for the other one to fetch.
+                    pipe.send_bytes(pickle.dumps((own, timeout, function, arguments)))
             return _collect(pipes, timeout)
         except BaseException:
             # The other ranks wait for a collective that does not come.
@@ -104,7 +105,9 @@ def _collect(pipes: list[Connection], timeout: float) -> list[Any]:
         if failures:
             deadline = min(deadline, time.monotonic() + GRACE)
     if failures or waiting:
-        problems = [f"rank {rank} failed: {text}" for rank, text in sorted(failures.items())]
+        # What came first is the cause. Others then lose their connection to it.
+        texts = [text if index == 0 else text.rstrip().splitlines()[-1] for index, text in enumerate(failures.values())]
+        problems = [f"rank {rank} failed: {text}" for rank, text in zip(failures, texts, strict=True)]
         if waiting:
             limit = "the others failed" if failures else f"{timeout:g} s"
             problems.append(f"ranks {sorted(waiting.values())} had not answered after {limit}")
@@ -124,11 +127,10 @@ def _serve(pipe: Connection, prepare: Callable[[], None] | None) -> None:
         prepare()
     with contextlib.suppress(EOFError):
         while True:
-            environment, timeout, function, arguments = pipe.recv()
+            environment, timeout, function, arguments = pickle.loads(pipe.recv_bytes())  # from our parent
             os.environ.update(environment)
             faulthandler.dump_traceback_later(max(timeout - GRACE, 1), file=2)
             try:
-                # Not pipe.send, which hands tensors over as open files that end with this process.
                 answer = pickle.dumps((False, function(*arguments)))
             except BaseException:  # whatever it is, the parent should show it
                 answer = pickle.dumps((True, traceback.format_exc()))

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from dapo_megatron.actor.topology import Replicas, Topology
 from dapo_megatron.algo.objective import DapoLoss
 from dapo_megatron.algo.sampler import weigh
 from dapo_megatron.check_reduction.miniature import MiniBatch
-from dapo_megatron.check_reduction.reference import worst
+from dapo_megatron.check_reduction.reference import errors
 from dapo_megatron.config import Config
 from dapo_megatron.pack import pack
 from dapo_megatron.types import Update
@@ -25,6 +24,7 @@ from dapo_megatron.weights.hf import HfCheckpoint
 
 FIRST_RATIO = "first ratio"
 TWO_STEPS = "two steps"
+LOSS = "the loss itself"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,10 @@ class Job:
     """With the miniature's path and the layout's sizes."""
     cases: tuple[MiniBatch, ...]
     answers: Path
-    """File of torch.save: {case or TWO_STEPS: {name: float64}}, and {"loss": {case: float64 0-d}}."""
+    """File of torch.save: {case or TWO_STEPS: {name: (wanted float64, unit of its error float64 0-d)}}. Of the names,
+    LOSS is the loss."""
+    order: float
+    """Of the norm that errors are measured by."""
     steps: tuple[int, int]
     """Which cases the two optimizer steps are made with."""
 
@@ -48,9 +51,14 @@ class Finding:
     micro_batches: int
     """Of each rank."""
     error: float
-    """Largest difference relative to the largest entry of its parameter; inf where there is no number."""
+    """Largest of a parameter, in the units of Job.answers; inf where there is no number."""
     where: str
     """The parameter, or what went wrong."""
+
+
+def beside_one(loss: float) -> Tensor:
+    """float64 [2]. The error of a loss near 0 is not relative to the loss."""
+    return torch.tensor([loss, 1.0], dtype=torch.float64)
 
 
 def check(job: Job) -> list[Finding]:
@@ -68,55 +76,59 @@ class _Check:
         self._checkpoint = HfCheckpoint(job.config.model.path)
         self._actor = Actor(job.config, topo, load_weights=self._checkpoint.load)
         self._loss = DapoLoss(job.config.algo)
-        self._answers: dict[str, dict[str, Tensor]] = torch.load(job.answers, weights_only=True)
+        self._answers: dict[str, dict[str, tuple[Tensor, Tensor]]] = torch.load(job.answers, weights_only=True)
 
     def findings(self) -> list[Finding]:
-        found = [self._measured(case.name, case, self._gradient) for case in self._job.cases]
-        first, second = (self._job.cases[index] for index in self._job.steps)
-        found.append(self._measured(FIRST_RATIO, first, self._first_ratio))
-        found.append(self._measured(TWO_STEPS, first, lambda case, update: self._two_steps(update, second)))
+        packed = [self._update(case) for case in self._job.cases]
+        # All at once, as the updates of one rollout: what counts is an update's own.
+        weighed, _ = weigh(packed, self._job.config.algo, Replicas(self._topo))
+        found = [
+            self._measured(case.name, [update], lambda updates, case=case: self._gradient(case, *updates))
+            for case, update in zip(self._job.cases, weighed, strict=True)
+        ]
+        found.append(self._measured(FIRST_RATIO, [packed[index] for index in self._job.steps], self._first_ratio))
+        found.append(self._measured(TWO_STEPS, [weighed[index] for index in self._job.steps], self._steps))
         return found
 
-    def _measured(self, split: str, case: MiniBatch, measure: Any) -> Finding:
-        update = self._update(case)
+    def _measured(
+        self, split: str, updates: list[Update], measure: Callable[[list[Update]], tuple[float, str]]
+    ) -> Finding:
         try:
-            error, where = measure(case, update)
+            error, where = measure(updates)
         except TokenCountError as problem:  # raised on all ranks alike, which can go on
             error, where = math.inf, str(problem)
-        return Finding(split, len(update.micro_batches), error, where)
+        return Finding(split, len(updates[0].micro_batches), error, where)
 
     def _gradient(self, case: MiniBatch, update: Update) -> tuple[float, str]:
-        loss = self._actor.gradient(self._weighed(update), self._loss)["loss"]
+        loss = self._actor.gradient(update, self._loss)["loss"]
         with self._actor.gradients_as_weights():
-            error, where = self._compare(case.name)
-        want = float(self._answers["loss"][case.name])
-        loss_error = abs(loss - want) / max(1.0, abs(want))
-        return (error, where) if error >= loss_error else (loss_error, "the loss itself")
+            return self._compare(case.name, {LOSS: beside_one(loss)})
 
-    def _first_ratio(self, case: MiniBatch, update: Update) -> tuple[float, str]:
-        (update,), _ = self._actor.with_old_logprobs([update])
-        metrics = self._actor.gradient(update, self._loss)
-        ratios = metrics["ratio"], metrics["ratio_max"]
+    def _first_ratio(self, updates: list[Update]) -> tuple[float, str]:
+        filled, _ = self._actor.with_old_logprobs(updates)
+        ratios = set()
+        for update in filled:
+            metrics = self._actor.gradient(update, self._loss)
+            ratios |= {metrics["ratio"], metrics["ratio_max"]}
         # Exactly 1, or wrong: the two passes see the same micro-batches and kernels.
-        return (0.0, "exactly 1") if ratios == (1, 1) else (math.inf, f"ratio to itself: mean and largest {ratios}")
+        return (0.0, "exactly 1") if ratios == {1} else (math.inf, f"ratios to itself, mean and largest: {ratios}")
 
-    def _two_steps(self, update: Update, second: MiniBatch) -> tuple[float, str]:
-        lr = self._job.config.optimizer.lr
-        for part in (update, self._update(second)):
-            result = self._actor.step(self._weighed(part), self._loss, lr=lr)
+    def _steps(self, updates: list[Update]) -> tuple[float, str]:
+        for update in updates:
+            result = self._actor.step(update, self._loss, lr=self._job.config.optimizer.lr)
             if result.skipped:
                 return math.inf, result.skipped
-        return self._compare(TWO_STEPS)
+        return self._compare(TWO_STEPS, {})
 
-    def _compare(self, name: str) -> tuple[float, str]:
+    def _compare(self, name: str, more: dict[str, Tensor]) -> tuple[float, str]:
         got = {key: tensor.to("cpu", copy=True) for key, tensor in self._checkpoint.export(self._actor.chunks)}
         if not self._topo.is_leader:
             return 0.0, ""
-        return worst(got, self._answers[name], math.inf if self._job.config.model.dtype == "float32" else 2)
-
-    def _weighed(self, update: Update) -> Update:
-        (update,), _ = weigh([update], self._job.config.algo, Replicas(self._topo))
-        return update
+        answers = self._answers[name]
+        off = errors({**got, **more}, {key: want for key, (want, _) in answers.items()}, self._job.order)
+        in_units = {key: error / answers[key][1].item() if key in answers else error for key, error in off.items()}
+        where = max(in_units, key=lambda key: in_units[key])
+        return in_units[where], where
 
     def _update(self, case: MiniBatch) -> Update:
         """This rank's share, packed by the leader as in a run."""
@@ -141,10 +153,12 @@ class _Check:
         if logprobs is not None:
             samples = [replace(s, rollout_logprobs=x) for s, x in zip(samples, logprobs, strict=True)]
         parallel = self._job.config.parallel
+        unit = parallel.sequence_multiple * parallel.total_multiple
+        longest = max(case.budget, *(sample.length for sample in samples))
         return pack(
             samples,
             mini_batch=len(samples),
-            micro_batch_tokens=case.budget,
+            micro_batch_tokens=-(-longest // unit) * unit,
             data_parallel=self._topo.dp,
             seed=case.name,
             sequence_multiple=parallel.sequence_multiple,

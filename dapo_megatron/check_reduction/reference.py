@@ -30,17 +30,17 @@ class Answer:
 
 
 class Reference:
-    """The float64 model of a checkpoint."""
+    """The model of a checkpoint, in Hugging Face's code: in float64 it is right, in bfloat16 it rounds as others do."""
 
-    def __init__(self, folder: Path, config: Config) -> None:
+    def __init__(self, folder: Path, config: Config, dtype: torch.dtype = torch.float64) -> None:
         from transformers import AutoModelForCausalLM
 
         self._config = config
-        self._model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+        self._model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
     def logprobs(self, sample: TrainSample) -> Tensor:
         """float64 [L]: log p(token t | tokens before t) in nats, 0 for the first."""
-        logits = self._model(sample.token_ids[None, :-1]).logits[0] / self._config.rollout.temperature
+        logits = self._model(sample.token_ids[None, :-1]).logits[0].double() / self._config.rollout.temperature
         rest = torch.log_softmax(logits, -1).gather(-1, sample.token_ids[1:, None])[:, 0]
         return torch.cat([rest.new_zeros(1), rest])
 
@@ -51,30 +51,35 @@ class Reference:
         if loss is not None:
             loss.backward()
         gradients = {
-            name: torch.zeros_like(param) if param.grad is None else param.grad.clone()
+            name: torch.zeros_like(param, dtype=torch.float64) if param.grad is None else param.grad.double()
             for name, param in self._model.named_parameters()
         }
         return Answer(0.0 if loss is None else loss.item(), gradients)
 
     def two_steps(self, first: MiniBatch, second: MiniBatch) -> dict[str, Tensor]:
-        """Parameters after an AdamW step on each. The model is trained from here on."""
+        """Parameters after an AdamW step on each, made in float64. The model is trained from here on."""
         settings = self._config.optimizer
         params = list(self._model.parameters())
+        masters = [param.detach().double().requires_grad_() for param in params]
         groups = [
-            {"params": [p for p in params if p.ndim > 1], "weight_decay": settings.weight_decay},
-            {"params": [p for p in params if p.ndim == 1], "weight_decay": 0.0},
+            {"params": [p for p in masters if p.ndim > 1], "weight_decay": settings.weight_decay},
+            {"params": [p for p in masters if p.ndim == 1], "weight_decay": 0.0},
         ]
         optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps)
         for batch in (first, second):
-            optimizer.zero_grad()
+            self._model.zero_grad(set_to_none=True)
             loss = self._loss(batch)
             if loss is None:  # every token was masked: there is no step to make
                 continue
             loss.backward()
+            for master, param in zip(masters, params, strict=True):
+                master.grad = param.grad.double()
             if settings.clip_grad:
-                torch.nn.utils.clip_grad_norm_(params, settings.clip_grad)
+                torch.nn.utils.clip_grad_norm_(masters, settings.clip_grad)
             optimizer.step()
-        return {name: param.detach().clone() for name, param in self._model.named_parameters()}
+            for master, param in zip(masters, params, strict=True):
+                param.data.copy_(master.detach())
+        return {name: param.detach().double() for name, param in self._model.named_parameters()}
 
     def _loss(self, batch: MiniBatch) -> Tensor | None:
         """None where no token is left in it."""
@@ -130,19 +135,17 @@ def _mean(terms: Sequence[tuple[int, Tensor]], scope: str) -> Tensor:
     return torch.stack([torch.cat(values).mean() for values in parts.values()]).mean()
 
 
-def worst(got: dict[str, Tensor], want: dict[str, Tensor], order: float = math.inf) -> tuple[float, str]:
-    """The parameter that differs most from what is wanted, and by how much.
+def errors(got: dict[str, Tensor], want: dict[str, Tensor], order: float) -> dict[str, float]:
+    """How far each parameter is from what is wanted: the norm of the difference over the norm of the parameter.
 
-    That is the norm of the difference over the norm of the parameter. Of order inf: the largest difference, relative to
-    the largest entry. A gradient that should be 0 everywhere counts as wrong where it is not.
+    Of order inf, that is the largest difference, relative to the largest entry. What should be 0 everywhere counts as
+    wrong, inf, where it is not, and so does what is not finite or not in both.
     """
-    if got.keys() != want.keys():
-        return math.inf, ", ".join(sorted(got.keys() ^ want.keys()))
-    errors = {}
-    for name, value in want.items():
+    result = dict.fromkeys(got.keys() ^ want.keys(), math.inf)
+    for name in got.keys() & want.keys():
+        value = want[name]
         off, size = (torch.linalg.vector_norm(x.flatten(), order).item() for x in (got[name].double() - value, value))
-        errors[name] = (off / size if size else math.inf) if off else 0.0
+        result[name] = (off / size if size else math.inf) if off else 0.0
         if not math.isfinite(off):
-            errors[name] = math.inf
-    name = max(errors, key=lambda key: errors[key])
-    return errors[name], name
+            result[name] = math.inf
+    return result

@@ -22,7 +22,7 @@ class Finding(Protocol):
     def where(self) -> str: ...
 
 
-_ROW = "{:<29} {:<6} {:<18} {:>7}  {:<42} {}"
+_ROW = "{:<{width}} {:<6} {:<22} {:>7}  {:<42} {}"
 
 
 class Report:
@@ -36,7 +36,9 @@ class Report:
     def __init__(self, *, limit: float, verbose: bool) -> None:
         self._limit, self._verbose = limit, verbose
         self._checks = self._failures = self._largest = 0
-        self._worst = 0.0
+        self._worst, self._width = 0.0, 0
+        self._remarks: list[str] = []
+        self._error = "relative error" if limit < 1 else "error"
 
     @property
     def passed(self) -> bool:
@@ -46,22 +48,28 @@ class Report:
     def say(self, text: str) -> None:
         print(text, flush=True)
 
-    def start(self, dtype: str, device: str, left_out: Sequence[Layout], limit: int) -> None:
+    def remark(self, text: str) -> None:
+        """Said now, and again with the verdict."""
+        self._remarks.append(text)
+        self.say(text)
+
+    def start(self, dtype: str, gpu: bool, layouts: Sequence[Layout], limit: int) -> None:
+        """What will be shown, of which layouts; those of more than `limit` ranks are left out."""
+        self._width = max(len(str(layout)) for layout in layouts)
         self.say(
             f"Each gradient, and the parameters after two optimizer steps, against Hugging Face in float64; "
-            f"{dtype} on {device}, relative error at most {self._limit:g}."
+            f"{dtype} on {'GPU' if gpu else 'CPU'}, {self._error} at most {self._limit:g}."
         )
         if dtype == "bfloat16":
+            sharp = f"{'CUDA_VISIBLE_DEVICES= ' if gpu else ''}dapo-megatron check-reduction ... --dtype float32"
             self.say(
-                "In bfloat16 errors are those of a parameter's norm, and only gross ones show. For the sharp check, in "
-                "float32 on CPU: CUDA_VISIBLE_DEVICES= dapo-megatron check-reduction ..."
+                "The error is that of a parameter's norm, in units of that of Hugging Face's model in bfloat16. Only "
+                f"gross mistakes show; for the sharp check: {sharp}"
             )
-        if left_out:
+        if left_out := [layout for layout in layouts if layout.ranks > limit]:
             names = ", ".join(f"{layout} ({layout.ranks})" for layout in left_out)
             self.say(f"Left out, for there are {limit} processes: {names}")
-        self.say(
-            _ROW.format("layout", "embed.", "split" if self._verbose else "worst split", "error", "worst parameter", "")
-        )
+        self._row("layout", "embed.", "split" if self._verbose else "worst split", "error", "worst parameter", "")
 
     def layout(self, layout: Layout, embeddings: str, found: Sequence[Finding]) -> None:
         """The findings of one layout."""
@@ -74,27 +82,34 @@ class Report:
         for finding in shown:
             verdict = "FAIL" if finding in failed else "PASS"
             split = f"{finding.split} ({finding.micro_batches})" if self._verbose else finding.split
-            self._row(layout, embeddings, split, finding.error, finding.where, verdict)
+            self._finding(layout, embeddings, split, finding.error, finding.where, verdict)
 
     def failure(self, layout: Layout, embeddings: str, reason: str) -> None:
         """A layout that could not be measured."""
+        self._largest = max(self._largest, layout.ranks)
         self._checks += 1
         self._failures += 1
         self._worst = math.inf
-        self._row(layout, embeddings, "", math.inf, "", "FAIL")
+        self._finding(layout, embeddings, "", math.inf, "", "FAIL")
         self.say(reason)
 
     def end(self, seconds: float) -> None:
         outcome = f"PASS: all {self._checks}" if self.passed else f"FAIL: {self._failures} of {self._checks}"
-        self.say(f"{outcome} checks, worst relative error {self._worst:.1e} (at most {self._limit:g}), {seconds:.0f} s")
+        worst = f"worst {self._error} {self._shown(self._worst)} (at most {self._limit:g})"
+        self.say("\n".join([*self._remarks, f"{outcome} checks, {worst}, {seconds:.0f} s"]))
         if self._largest < 2:
             self.say("No layout of more than one rank was run: this says nothing about the reduction between ranks.")
 
-    def _row(self, layout: Layout, embeddings: str, split: str, error: float, where: str, verdict: str) -> None:
+    def _finding(self, layout: Layout, embeddings: str, split: str, error: float, where: str, verdict: str) -> None:
         name, long = where.replace("model.layers.", "layers."), ""
         if len(name) > 42:
             name, long = "see below", where
-        shown = "exact" if error == 0 else f"{error:.1e}"
-        self.say(_ROW.format(str(layout), embeddings, split, shown, name, verdict))
+        self._row(str(layout), embeddings, split, self._shown(error), name, verdict)
         if long:
             self.say(f"    {long}")
+
+    def _row(self, *cells: str) -> None:
+        self.say(_ROW.format(*cells, width=self._width).rstrip())
+
+    def _shown(self, error: float) -> str:
+        return "exact" if error == 0 else f"{error:.1e}" if self._limit < 1 else f"{error:.2f}"

@@ -96,6 +96,6 @@ class Config(Section):
                 f"train.micro_batch_tokens({train.micro_batch_tokens}) holds {budget} slots in multiples of {unit}; "
                 f"the longest sequence, data.max_prompt_tokens({self.data.max_prompt_tokens}) + "
                 f"rollout.max_response_tokens({rollout.max_response_tokens}) = {self.max_sequence_tokens} tokens, "
-                f"fills {slots}"
+                f"fills {slots}; raise train.micro_batch_tokens to {-(-slots // unit) * unit} or more"
             )
         return self

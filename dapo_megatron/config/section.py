@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -17,3 +17,13 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """pydantic would take true for 1."""
+        kind = cls.model_fields[info.field_name or ""].annotation
+        plain = not (isinstance(kind, type) and issubclass(kind, BaseModel))
+        if isinstance(value, bool) and plain and bool not in (kind, *get_args(kind)):
+            raise ValueError(f"{str(value).lower()} is for switches, and this is none")
+        return value

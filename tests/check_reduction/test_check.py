@@ -135,16 +135,49 @@ def forget_the_dual_clip() -> None:
     objective.dapo_loss = lambda *args, **how: original(*args, **{**how, "dual_clip": None})
 
 
+def exchange_the_logprobs_of_updates() -> None:
+    from dapo_megatron.actor import actor
+
+    original = actor._filled
+
+    def filled(updates: Any, name: str, logprobs: Any) -> Any:
+        return [
+            replace(update, micro_batches=other.micro_batches)
+            for update, other in zip(updates, reversed(original(updates, name, logprobs)), strict=True)
+        ]
+
+    actor._filled = filled
+
+
+def share_one_count_among_updates() -> None:
+    from dapo_megatron.algo import sampler
+
+    class Summed:
+        def __init__(self, replicas: Any) -> None:
+            self._replicas = replicas
+            self.max = replicas.max
+
+        def sum(self, values: Any) -> Any:
+            total = self._replicas.sum(values)
+            return total.sum(0, keepdim=True).expand_as(total)
+
+    original = sampler.scoped
+    sampler.scoped = lambda updates, of, replicas: original(updates, of, Summed(replicas))  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("mutation", "algo"),
     [
+        (share_one_count_among_updates, {"loss_scope": "sample"}),
+        (share_one_count_among_updates, {"loss_scope": "prompt"}),
+        (exchange_the_logprobs_of_updates, {}),
         (ignore_the_cap, {"correction": {"kind": "truncated"}}),
         (widen_the_band, {"correction": {"kind": "masked"}}),
         (widen_the_band, {"correction": {"kind": "masked", "level": "sequence"}}),
         (forget_the_dual_clip, {"dual_clip": 10.0}),
     ],
 )
-def test_a_wrong_correction_or_clip_fails(mutation: Callable[[], None], algo: dict[str, Any], tmp_path: Path) -> None:
+def test_a_wrong_weight_or_clip_fails(mutation: Callable[[], None], algo: dict[str, Any], tmp_path: Path) -> None:
     assert not check_reduction(config_of(tmp_path, algo=algo), ["1"], prepare=mutation)
 
 
@@ -184,6 +217,14 @@ def test_a_wrong_reduction_fails(
     assert not check_reduction(config_of(tmp_path), [layout], prepare=partial(_with_megatron, mutation))
     output = capsys.readouterr().out
     assert "FAIL: " in output and seen in output
+
+
+@pytest.mark.parametrize("mutation", [divide_by_the_replicas, average_micro_batches])
+def test_it_fails_in_bfloat16_too(mutation: Callable[[], None], tmp_path: Path) -> None:
+    from functools import partial
+
+    prepare = partial(_with_megatron, mutation)
+    assert not check_reduction(config_of(tmp_path), ["dp2"], dtype="bfloat16", prepare=prepare)
 
 
 def _die_at_once() -> None:

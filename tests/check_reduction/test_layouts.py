@@ -27,7 +27,9 @@ def test_sizes_are_a_name_again(name: str) -> None:
     [
         ("ep2", r"'ep2' in 'ep2' is neither an axis .* a layout looks like"),
         ("tp0", "'tp0'"),
-        ("", "''"),
+        ("", "a name is empty"),
+        ("1xdp2", "'1' in '1xdp2'"),
+        ("tp2xtp4", "'tp2xtp4' says tp twice"),
         ("dp2+sp", r"'dp2\+sp' cannot be: sequence_parallel .* tp is 1"),
         ("vpp2", r"'vpp2' cannot be: vpp\(2\) .* pp is 1"),
     ],
@@ -37,20 +39,39 @@ def test_what_is_no_layout_is_refused(name: str, message: str) -> None:
         Layout.parse(name)
 
 
+def test_case_and_spaces_in_a_name_say_nothing() -> None:
+    assert Layout.parse(" DP2 + dist-opt ") == Layout.parse("dp2+dist-opt")
+
+
+BIG = ParallelConfig(tp=8, pp=4, cp=2, vpp=4, sequence_parallel=True)
+
+
 def test_the_own_layout_is_halved_until_it_fits() -> None:
-    big = ParallelConfig(tp=8, pp=4, cp=2, vpp=4, sequence_parallel=True)
-    small = Layout.own(big, ranks=128, limit=4)
+    own = Layout.own(BIG, ranks=128)
+    assert own.sizes == "dp2xtp8xpp4xcp2+vpp4+sp+dist-opt"
+    small = own.fitted(4)
     assert small.ranks == 4
     assert str(small) == "yours: tp2xcp2+sp+dist-opt"
-    assert Layout.own(big, ranks=128, limit=128).sizes == "dp2xtp8xpp4xcp2+vpp2+sp+dist-opt"
-    assert Layout.own(ParallelConfig(), ranks=2, limit=4).sizes == "dp2+dist-opt"
+    assert own.fitted(128).sizes == "dp2xtp8xpp4xcp2+vpp2+sp+dist-opt"
+    fits = Layout.own(ParallelConfig(), ranks=2)
+    assert fits.sizes == "dp2+dist-opt"
+    assert fits.fitted(4) == fits
+
+
+def test_the_own_layout_has_the_ranks_of_a_run() -> None:
+    assert Layout.own(BIG, ranks=1).dp == 2  # torchrun decides
+    assert Layout.own(ParallelConfig(), ranks=1).ranks == 1
+    with pytest.raises(ConfigError, match="does not divide world size 2"):
+        Layout.own(ParallelConfig(tp=3), ranks=2)
 
 
 def test_the_own_layout_comes_first_and_only_once() -> None:
-    names = [str(layout) for layout in choose(None, ParallelConfig(), 2, 4)]
+    own = Layout.own(ParallelConfig(), 2)
+    names = [str(layout) for layout in choose(None, own, 4)]
     assert names == ["yours: dp2+dist-opt", *(name for name in STANDARD if name != "dp2+dist-opt")]
+    assert [str(layout) for layout in choose(["dp2", "yours", "dp2"], own, 4)] == ["dp2", "yours: dp2+dist-opt"]
 
 
 def test_a_layout_that_wants_more_ranks_is_refused_when_asked_for() -> None:
     with pytest.raises(ConfigError, match=r"dp4xtp2 wants 8 ranks, but --processes allows 4"):
-        choose(["1", "dp4xtp2"], ParallelConfig(), 1, 4)
+        choose(["1", "dp4xtp2"], Layout.own(ParallelConfig(), 1), 4)

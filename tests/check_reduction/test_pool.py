@@ -48,6 +48,19 @@ def test_a_failing_rank_is_shown_and_the_others_do_not_hold_it_up(pool: RankPool
     assert time.monotonic() - begin < 40
 
 
+def _fail_one_after_the_other() -> None:
+    time.sleep(1 - int(os.environ["RANK"]))
+    raise ConnectionError(f"rank {os.environ['RANK']} says")
+
+
+def test_of_failures_the_first_is_shown_whole(pool: RankPool) -> None:
+    with pytest.raises(RankError) as error:
+        pool.run(2, _fail_one_after_the_other, timeout=50)
+    first, second = str(error.value).split("rank 0 failed: ")
+    assert first.startswith("rank 1 failed: Traceback") and "rank 1 says" in first
+    assert second == "ConnectionError: rank 0 says"
+
+
 def test_a_dead_rank_is_said_and_the_next_call_has_new_ones(pool: RankPool) -> None:
     with pytest.raises(RankError, match="rank 1 failed: it died"):
         pool.run(2, _die_on_rank_1, timeout=50)
