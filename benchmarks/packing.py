@@ -31,7 +31,7 @@ import torch
 
 from dapo_megatron.pack import PackStats, pack
 from dapo_megatron.pack.microbatch import build, slots
-from dapo_megatron.types import TrainSample, Update
+from dapo_megatron.types import MiniBatch, TrainSample
 
 RESPONSES, GROUP, RANKS, BUDGET = 8_192, 16, 16, 32_768
 MEAN, SIGMA, CAP, PROMPT = 3_000, 0.8, 20_480, (100, 300)
@@ -64,24 +64,24 @@ def naive(
     sequence_multiple: int,
     total_multiple: int,
     attention_tokens: float,
-) -> list[list[Update]]:
+) -> list[list[MiniBatch]]:
     """Ranks in turn, micro-batches in order; a rank with fewer than another fills up with padding."""
     del attention_tokens
     shuffled = list(samples)
     random.Random(seed).shuffle(shuffled)
     unit = sequence_multiple * total_multiple
     capacity = micro_batch_tokens // unit * unit
-    ranks: list[list[Update]] = [[] for _ in range(data_parallel)]
+    ranks: list[list[MiniBatch]] = [[] for _ in range(data_parallel)]
     for first in range(0, len(shuffled), mini_batch):
         batch = shuffled[first : first + mini_batch]
         dealt = [_in_order(batch[rank::data_parallel], sequence_multiple, capacity) for rank in range(data_parallel)]
         most = max(map(len, dealt))
-        for updates, bins in zip(ranks, dealt, strict=True):
+        for mini_batches, bins in zip(ranks, dealt, strict=True):
             bins += [[] for _ in range(most - len(bins))]
             micro_batches = tuple(
                 build(bin_, sequence_multiple=sequence_multiple, total_multiple=total_multiple) for bin_ in bins
             )
-            updates.append(Update(micro_batches, loss_tokens=sum(sample.loss_tokens for sample in batch)))
+            mini_batches.append(MiniBatch(micro_batches, loss_tokens=sum(sample.loss_tokens for sample in batch)))
     return ranks
 
 

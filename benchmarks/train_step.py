@@ -143,10 +143,10 @@ def ours(config: Config, topo: topology.Topology, samples: Sequence[TrainSample]
     loss = DapoLoss(config.algo)
     ((packed,),) = pack(samples, mini_batch=len(samples), micro_batch_tokens=BUDGET, data_parallel=1, seed=0)
     batches = tuple(replace(batch, old_logprobs_T=batch.rollout_logprobs_T) for batch in packed.micro_batches)
-    update = replace(packed, micro_batches=batches)
+    mini_batch = replace(packed, micro_batches=batches)
 
     def step() -> tuple[float, float]:
-        result = actor.step(update, loss, lr=config.optimizer.lr)
+        result = actor.update(mini_batch, loss, lr=config.optimizer.lr)
         return result.loss, result.grad_norm
 
     return step

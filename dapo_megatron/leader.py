@@ -9,7 +9,7 @@ from dataclasses import asdict
 
 from torch import Tensor
 
-from dapo_megatron.actor.layout import attention_tokens, read_hf_config
+from dapo_megatron.actor.architecture import attention_tokens, read_hf_config
 from dapo_megatron.actor.topology import Topology
 from dapo_megatron.algo.filter import is_mixed
 from dapo_megatron.algo.samples import to_samples
@@ -26,7 +26,7 @@ from dapo_megatron.reward.judge import Judge
 from dapo_megatron.rollout.collect import Rollout, collect
 from dapo_megatron.rollout.engine import Sampling
 from dapo_megatron.rollout.engines import Engines
-from dapo_megatron.types import Group, StepResult, Update
+from dapo_megatron.types import Group, MiniBatch, UpdateResult
 from dapo_megatron.weights.gloo import GlooPublisher
 
 
@@ -64,7 +64,7 @@ class Leader:
             publisher = GlooPublisher(self.engines, bucket_bytes=self.config.weights.bucket_mib << 20)
             self._publisher = self._open.enter_context(closing(publisher))
 
-    def collect(self, step: int) -> list[list[Update]]:
+    def collect(self, step: int) -> list[list[MiniBatch]]:
         """Sample until there are enough groups to train on; returns the updates of every data-parallel rank."""
         config = self.config
         self._rollout = self.engines.run(
@@ -98,13 +98,13 @@ class Leader:
         assert self._publisher, "wait_for_engines comes first"
         self._publisher.push(weights, version)
 
-    def log(self, step: int, policy: Mapping[str, float], results: Sequence[StepResult]) -> None:
+    def log(self, step: int, policy: Mapping[str, float], results: Sequence[UpdateResult]) -> None:
         assert self._rollout and self._packing, "collect comes first"
         packing = {f"pack/{name}": value for name, value in asdict(self._packing).items()}
         metrics = step_metrics(self._rollout.stats, {**packing, **policy}, results)
         self.obs.step(step, metrics, self._rollout.groups)
 
-    def keep_skipped(self, step: int, index: int, reason: str, ranks: Sequence[Update]) -> None:
+    def keep_skipped(self, step: int, index: int, reason: str, ranks: Sequence[MiniBatch]) -> None:
         """Save the mini-batch of an update that was skipped, the share of every data-parallel rank, and say so."""
         try:
             path = save_skipped(self.config.run.folder, step, index, reason, ranks)

@@ -13,7 +13,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dapo_megatron.actor.layout import check_layout, read_hf_config
+from dapo_megatron.actor.architecture import check_layout, read_hf_config
 from dapo_megatron.config import Config, EngineConfig, EvalConfig, RunConfig
 from dapo_megatron.data.prompts import load_prompts
 from dapo_megatron.data.tokenizer import end_token_ids, load_tokenizer

@@ -6,7 +6,7 @@ from dapo_megatron.actor import topology
 from dapo_megatron.actor.topology import Topology
 from dapo_megatron.errors import DapoError
 from dapo_megatron.leader import Leader
-from dapo_megatron.types import StepResult, Update
+from dapo_megatron.types import MiniBatch, UpdateResult
 
 
 class NotFiniteError(DapoError, RuntimeError):
@@ -25,7 +25,7 @@ class SkipWatch:
         self._limit, self._topo, self._leader = limit, topo, leader
         self._in_a_row = 0
 
-    def seen(self, step: int, index: int, update: Update, result: StepResult) -> StepResult:
+    def seen(self, step: int, index: int, update: MiniBatch, result: UpdateResult) -> UpdateResult:
         """Collective: to be called with every update, number `index` of its step, and what came of it.
 
         Returns:

@@ -15,7 +15,7 @@ from dapo_megatron import config_file
 from dapo_megatron.actor import topology
 from dapo_megatron.actor.actor import Actor
 from dapo_megatron.algo.objective import DapoLoss
-from dapo_megatron.algo.sampler import weigh
+from dapo_megatron.algo.weighing import weigh
 from dapo_megatron.config import Config, OptimizerConfig
 from dapo_megatron.errors import DapoError
 from dapo_megatron.leader import Leader
@@ -64,7 +64,7 @@ def train(config: Config, obs: Observer, checked: Checked | None) -> None:
             with obs.phase("update"):
                 lr = learning_rate(config.optimizer, step)
                 results = [
-                    skips.seen(step, index, update, actor.step(update, loss, lr=lr))
+                    skips.seen(step, index, update, actor.update(update, loss, lr=lr))
                     for index, update in enumerate(updates)
                 ]
             with obs.phase("publish"):

@@ -191,8 +191,8 @@ class MicroBatch:
     """float32 [T], nats: the frozen reference, where the loss asks for one; 0 where not scored."""
 
     @property
-    def tokens(self) -> int:
-        """T: slots, padding included."""
+    def slots(self) -> int:
+        """T, padding included."""
         return self.tokens_T.shape[0]
 
     @property
@@ -201,10 +201,10 @@ class MicroBatch:
 
 
 @dataclass(frozen=True, slots=True)
-class Update:
+class MiniBatch:
     """What one data-parallel rank does between two optimizer steps.
 
-    >>> Update(micro_batches=(first, second), loss_tokens=13_107)  # doctest: +SKIP
+    >>> MiniBatch(micro_batches=(first, second), loss_tokens=13_107)  # doctest: +SKIP
     """
 
     micro_batches: tuple[MicroBatch, ...]
@@ -214,10 +214,10 @@ class Update:
 
 
 @dataclass(frozen=True, slots=True)
-class StepResult:
+class UpdateResult:
     """What an optimizer step did. The same on every rank.
 
-    >>> StepResult(loss=-0.031, grad_norm=0.42, lr=1e-6, loss_tokens=13_107,
+    >>> UpdateResult(loss=-0.031, grad_norm=0.42, lr=1e-6, loss_tokens=13_107,
     ...     metrics={"clip_fraction_high": 0.004})  # doctest: +SKIP
     """
 

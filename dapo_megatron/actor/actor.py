@@ -24,8 +24,8 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
+from dapo_megatron.actor.architecture import check_layout, read_hf_config
 from dapo_megatron.actor.head import RowSelection
-from dapo_megatron.actor.layout import check_layout, read_hf_config
 from dapo_megatron.actor.logprobs import TokenLogprobs, vocab_parallel_logprobs
 from dapo_megatron.actor.model import DTYPES, build_chunks, transformer_config
 from dapo_megatron.actor.norms import ParameterNorms
@@ -41,7 +41,7 @@ from dapo_megatron.actor.shard import LayoutError, Shard, join, joined, make_sha
 from dapo_megatron.actor.topology import Topology, process_groups
 from dapo_megatron.config import Config
 from dapo_megatron.errors import DapoError
-from dapo_megatron.types import MicroBatch, StepResult, TokenLoss, Update
+from dapo_megatron.types import MicroBatch, MiniBatch, TokenLoss, UpdateResult
 
 Loss = Callable[[Tensor, MicroBatch], TokenLoss]
 """(logprobs_T, micro_batch) -> sums. Both hold the scored slots only, under context parallel those of this rank."""
@@ -108,13 +108,13 @@ class Actor:
         """The bare GPTModels of this rank: several where pipeline stages are virtual."""
         return self._chunks
 
-    def with_old_logprobs(self, updates: Sequence[Update]) -> tuple[list[Update], dict[str, float]]:
+    def with_old_logprobs(self, mini_batches: Sequence[MiniBatch]) -> tuple[list[MiniBatch], dict[str, float]]:
         """Fill old_logprobs_T, through the same micro-batches and kernels as `step`: the first ratio is exactly 1.
         (With train.logprob_tokens, through larger ones, and it is 1 up to rounding.)
 
         Returns:
-            The updates, and means over all their loss tokens: entropy (nats) of the policy's next-token distribution,
-            and top_prob, the probability of its most likely token.
+            The mini-batches, and means over all their loss tokens: entropy (nats) of the policy's next-token
+            distribution, and top_prob, the probability of its most likely token.
         """
 
         def sums(scores: TokenLogprobs, batch: MicroBatch) -> dict[str, Tensor]:
@@ -124,14 +124,14 @@ class Actor:
                 "top_prob": (scores.top_prob_T * batch.loss_mask_T).sum(),
             }
 
-        logprobs, means = self._evaluate(updates, sums)
-        return _filled(updates, "old_logprobs_T", logprobs), means
+        logprobs, means = self._evaluate(mini_batches, sums)
+        return _filled(mini_batches, "old_logprobs_T", logprobs), means
 
-    def with_ref_logprobs(self, updates: Sequence[Update]) -> list[Update]:
+    def with_ref_logprobs(self, mini_batches: Sequence[MiniBatch]) -> list[MiniBatch]:
         """Fill ref_logprobs_T with the log-probs of this model, which is the frozen reference."""
-        return _filled(updates, "ref_logprobs_T", self._evaluate(updates, None)[0])
+        return _filled(mini_batches, "ref_logprobs_T", self._evaluate(mini_batches, None)[0])
 
-    def step(self, update: Update, loss: Loss, *, lr: float) -> StepResult:
+    def update(self, mini_batch: MiniBatch, loss: Loss, *, lr: float) -> UpdateResult:
         """One optimizer step on a mini-batch. A mini-batch without loss tokens changes nothing.
 
         Where the loss, a metric of it (the ratio among them) or the gradient is not finite, on whatever rank, no rank
@@ -142,21 +142,21 @@ class Actor:
             and update_ratio/KIND for the kinds of parameters (`norms.KINDS`).
 
         Raises:
-            TokenCountError: where the ranks' loss tokens do not add up to `update.loss_tokens`.
+            TokenCountError: where the ranks' loss tokens do not add up to `mini-batch.loss_tokens`.
         """
-        metrics = self.gradient(update, loss)
+        metrics = self.gradient(mini_batch, loss)
         loss_mean = metrics.pop("loss")
-        if not update.loss_tokens:
-            return StepResult(loss_mean, 0.0, lr, 0, metrics)
+        if not mini_batch.loss_tokens:
+            return UpdateResult(loss_mean, 0.0, lr, 0, metrics)
         grad_norm = gradient_norm(self.optimizer)
         metrics |= self._norms.gradients()
         skipped = self._agreed(_not_finite({"loss": loss_mean, **metrics, "grad_norm": grad_norm}))
         if not skipped:
             apply_gradient(self.optimizer, self._config.optimizer, lr=lr, grad_norm=grad_norm)
             metrics |= self._norms.updates()
-        return StepResult(loss_mean, grad_norm, lr, update.loss_tokens, metrics, skipped)
+        return UpdateResult(loss_mean, grad_norm, lr, mini_batch.loss_tokens, metrics, skipped)
 
-    def gradient(self, update: Update, loss: Loss) -> dict[str, float]:
+    def gradient(self, mini_batch: MiniBatch, loss: Loss) -> dict[str, float]:
         """The gradient of a mini-batch, left in Megatron's buffers: `step` without the step.
 
         Returns:
@@ -174,15 +174,15 @@ class Actor:
             return result.loss_sum, result.loss_tokens, {"loss": result.loss_sum.detach(), **result.metrics}
 
         self._divisor = None
-        parts = self._run(update.micro_batches, reduce, forward_only=False)
+        parts = self._run(mini_batch.micro_batches, reduce, forward_only=False)
         assert self._divisor is not None
-        if int(self._divisor) != update.loss_tokens:
+        if int(self._divisor) != mini_batch.loss_tokens:
             raise TokenCountError(
                 f"the gradient was divided by {int(self._divisor)} loss tokens, the sum over all ranks and "
-                f"micro-batches, but the mini-batch was built with {update.loss_tokens}; either a mask changed after "
-                f"packing or ranks hold micro-batches of different mini-batches"
+                f"micro-batches, but the mini-batch was built with {mini_batch.loss_tokens}; either a mask "
+                f"changed after packing or ranks hold micro-batches of different mini-batches"
             )
-        return token_means(parts, update.loss_tokens, self._groups, self._topology.device)
+        return token_means(parts, mini_batch.loss_tokens, self._groups, self._topology.device)
 
     def gradients_as_weights(self) -> AbstractContextManager[None]:
         """Inside, `chunks` hold the gradient of the last `gradient` in the place of their weights, to be exported."""
@@ -201,11 +201,11 @@ class Actor:
 
     def _evaluate(
         self,
-        updates: Sequence[Update],
+        mini_batches: Sequence[MiniBatch],
         sums: Callable[[TokenLogprobs, MicroBatch], dict[str, Tensor]] | None,
     ) -> tuple[list[Tensor], dict[str, float]]:
         """Log-probs of every micro-batch (whole, on its own device) and means of what `sums` adds up."""
-        batches = [batch for update in updates for batch in update.micro_batches]
+        batches = [batch for mini_batch in mini_batches for batch in mini_batch.micro_batches]
         parts = join(batches, self._config.train.logprob_tokens)
         together = [joined(part) for part in parts]
 
@@ -216,14 +216,14 @@ class Actor:
         with torch.no_grad(), self._at_hand():
             outputs = self._run(together, collect, forward_only=True)
             whole = self._whole([logprobs_t for logprobs_t, _ in outputs], together)
-            loss_tokens = sum(update.loss_tokens for update in updates)
+            loss_tokens = sum(mini_batch.loss_tokens for mini_batch in mini_batches)
             measured = [sums_ for _, sums_ in outputs]
             means = token_means(measured, loss_tokens, self._groups, self._topology.device) if sums else {}
         # Copies, so that a micro-batch sent on does not carry all the others along.
         logprobs = [
             piece_T.clone()
             for part, logprobs_T in zip(parts, whole, strict=True)
-            for piece_T in logprobs_T.split([batch.tokens for batch in part])
+            for piece_T in logprobs_T.split([batch.slots for batch in part])
         ]
         return logprobs, means
 
@@ -283,7 +283,7 @@ class Actor:
             data_iterator=[iter(shards) for _ in self._modules],
             model=self._modules,
             num_microbatches=len(shards),
-            seq_length=max(batch.tokens for batch in batches),
+            seq_length=max(batch.slots for batch in batches),
             micro_batch_size=1,
             forward_only=forward_only,
             collect_non_loss_data=forward_only,
@@ -302,7 +302,7 @@ class Actor:
 
     def _whole(self, local: list[Tensor], batches: Sequence[MicroBatch]) -> list[Tensor]:
         """Log-probs of whole micro-batches on every rank, from those of this rank's slots on the last stage."""
-        cp, sizes = self._topology.cp, [batch.tokens for batch in batches]
+        cp, sizes = self._topology.cp, [batch.slots for batch in batches]
         mine = torch.cat(local) if local else torch.empty(sum(sizes) // cp, device=self._topology.device)
         if self._topology.pp > 1:
             dist.broadcast(mine, group_src=self._topology.pp - 1, group=self._groups.pp)
@@ -318,12 +318,12 @@ class Actor:
         return [x_T.to(batch.tokens_T.device) for x_T, batch in zip(whole, batches, strict=True)]
 
 
-def _filled(updates: Sequence[Update], name: str, logprobs: Sequence[Tensor]) -> list[Update]:
-    """The updates with these log-probs, in order, as field `name` of their micro-batches."""
+def _filled(mini_batches: Sequence[MiniBatch], name: str, logprobs: Sequence[Tensor]) -> list[MiniBatch]:
+    """Return the mini-batches with these log-probs, in order, as field `name` of their micro-batches."""
     rest = iter(logprobs)
     return [
-        replace(update, micro_batches=tuple(replace(batch, **{name: next(rest)}) for batch in update.micro_batches))
-        for update in updates
+        replace(whole, micro_batches=tuple(replace(batch, **{name: next(rest)}) for batch in whole.micro_batches))
+        for whole in mini_batches
     ]
 
 

@@ -98,7 +98,7 @@ def _source(config: Config, report: Report) -> Any:
     from transformers import AutoConfig
     from transformers.utils import logging
 
-    from dapo_megatron.actor.layout import SUPPORTED, check_layout, read_hf_config
+    from dapo_megatron.actor.architecture import SUPPORTED, check_layout, read_hf_config
 
     logging.disable_progress_bar()
     if config.model.path.exists():

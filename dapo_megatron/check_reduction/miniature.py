@@ -30,10 +30,10 @@ MAX_DECAY = 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class MiniBatch:
+class Case:
     """Samples of one update, and how they are split.
 
-    >>> MiniBatch("one long", samples, old, ref, budget=64)  # doctest: +SKIP
+    >>> Case("one long", samples, old, ref, budget=64)  # doctest: +SKIP
     """
 
     name: str
@@ -131,7 +131,7 @@ def samples(
     return made
 
 
-def mini_batches(config: Config, logprobs: Any) -> list[MiniBatch]:
+def mini_batches(config: Config, logprobs: Any) -> list[Case]:
     """The cases. `logprobs(sample)` gives float64 [L] of the initial policy, 0 at the start of the sequence."""
     lengths = (3, 60, 8, 21, 1, 34, 13, 5, 48, 27, 2, 11)
     cases = [
@@ -145,7 +145,7 @@ def mini_batches(config: Config, logprobs: Any) -> list[MiniBatch]:
     return [_case(name, made, config, logprobs, budget) for name, made, budget in cases]
 
 
-def _case(name: str, made: Sequence[TrainSample], config: Config, logprobs: Any, budget: int) -> MiniBatch:
+def _case(name: str, made: Sequence[TrainSample], config: Config, logprobs: Any, budget: int) -> Case:
     """Old policy, reference and engine differ from the policy by random factors: clipping and corrections take part.
 
     What rounding may push over a kink of the objective says nothing: no ratio is near one.
@@ -174,7 +174,7 @@ def _case(name: str, made: Sequence[TrainSample], config: Config, logprobs: Any,
         ref.append((policy + shift(sample.length, 0.5)).float())
         engine = (old[-1].double() + shift(sample.length, _engine_spread(config, sample))).float()
         kept.append(replace(sample, rollout_logprobs=engine * sample.loss_mask))
-    return MiniBatch(name, tuple(kept), tuple(old), tuple(ref), budget)
+    return Case(name, tuple(kept), tuple(old), tuple(ref), budget)
 
 
 def _engine_spread(config: Config, sample: TrainSample) -> float:

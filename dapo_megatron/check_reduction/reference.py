@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dapo_megatron.check_reduction.miniature import MiniBatch
+from dapo_megatron.check_reduction.miniature import Case
 from dapo_megatron.config import AlgoConfig, Config, CorrectionConfig
 from dapo_megatron.types import TrainSample
 
@@ -44,7 +44,7 @@ class Reference:
         rest = torch.log_softmax(logits, -1).gather(-1, sample.token_ids[1:, None])[:, 0]
         return torch.cat([rest.new_zeros(1), rest])
 
-    def answer(self, batch: MiniBatch) -> Answer:
+    def answer(self, batch: Case) -> Answer:
         """Loss and gradients of one mini-batch at the present weights."""
         self._model.zero_grad(set_to_none=True)
         loss = self._loss(batch)
@@ -56,7 +56,7 @@ class Reference:
         }
         return Answer(0.0 if loss is None else loss.item(), gradients)
 
-    def two_steps(self, first: MiniBatch, second: MiniBatch) -> dict[str, Tensor]:
+    def two_steps(self, first: Case, second: Case) -> dict[str, Tensor]:
         """Parameters after an AdamW step on each, made in float64. The model is trained from here on."""
         settings = self._config.optimizer
         params = list(self._model.parameters())
@@ -81,7 +81,7 @@ class Reference:
                 param.data.copy_(master.detach())
         return {name: param.detach().double() for name, param in self._model.named_parameters()}
 
-    def _loss(self, batch: MiniBatch) -> Tensor | None:
+    def _loss(self, batch: Case) -> Tensor | None:
         """None where no token is left in it."""
         algo = self._config.algo
         terms: list[tuple[int, Tensor]] = []

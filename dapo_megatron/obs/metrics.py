@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from dapo_megatron.types import Group, StepResult
+from dapo_megatron.types import Group, UpdateResult
 
 PHASES = ("rollout", "logprobs", "update", "publish")
 """What a step does, in order. Phases of other names belong to no step."""
@@ -135,7 +135,9 @@ class SamplingStats(Protocol):
     def seconds(self) -> float: ...
 
 
-def step_metrics(stats: SamplingStats, policy: Mapping[str, float], results: Sequence[StepResult]) -> dict[str, float]:
+def step_metrics(
+    stats: SamplingStats, policy: Mapping[str, float], results: Sequence[UpdateResult]
+) -> dict[str, float]:
     """All metrics of one step but its lengths and times, which the observer adds.
 
     Args:
@@ -166,7 +168,7 @@ def longest_response(groups: Sequence[Group]) -> float:
     return max((completion.length for group in groups for completion in group.completions), default=math.nan)
 
 
-def _updates(results: Sequence[StepResult]) -> dict[str, float]:
+def _updates(results: Sequence[UpdateResult]) -> dict[str, float]:
     """Means over the updates that were made: one that was skipped, or had no loss tokens, has nothing to average."""
     made = [result for result in results if result.skipped is None and result.loss_tokens]
     metrics: dict[str, float] = {
@@ -194,7 +196,7 @@ def _mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values) if values else math.nan
 
 
-def _token_mean(values: Sequence[float], results: Sequence[StepResult]) -> float:
+def _token_mean(values: Sequence[float], results: Sequence[UpdateResult]) -> float:
     tokens = sum(result.loss_tokens for result in results)
     if not tokens:
         return math.nan

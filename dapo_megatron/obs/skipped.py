@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dapo_megatron.errors import DapoError
-from dapo_megatron.types import MicroBatch, Update
+from dapo_megatron.types import MicroBatch, MiniBatch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,14 +25,14 @@ class SkippedFileError(DapoError, ValueError):
     """A file does not hold a mini-batch that `save_skipped` wrote."""
 
 
-def save_skipped(folder: Path, step: int, update_index: int, reason: str, ranks: Sequence[Update]) -> Path | None:
+def save_skipped(folder: Path, step: int, update_index: int, reason: str, ranks: Sequence[MiniBatch]) -> Path | None:
     """Write one mini-batch to `folder`/skipped, whole or not at all.
 
     Args:
         folder: of the run.
         update_index: among the updates of this step, counted from 0 like `step`.
         reason: what was not finite.
-        ranks: one Update per data-parallel rank.
+        ranks: one MiniBatch per data-parallel rank.
 
     Returns:
         The file, or None where MAX_FILES are there already.
@@ -69,7 +69,7 @@ def save_skipped(folder: Path, step: int, update_index: int, reason: str, ranks:
     return target
 
 
-def load_skipped(path: Path) -> list[Update]:
+def load_skipped(path: Path) -> list[MiniBatch]:
     """The Updates that `save_skipped` was given, one per data-parallel rank, bit for bit and on CPU.
 
     Raises:
@@ -91,7 +91,7 @@ def load_skipped(path: Path) -> list[Update]:
         # The last three: a safetensors file of another kind, or of a version with other fields.
         raise SkippedFileError(f"{path} is not a mini-batch of a skipped update: {error!r}") from error
     return [
-        Update(tuple(batch for (owner, _), batch in whole.items() if owner == rank), loss_tokens)
+        MiniBatch(tuple(batch for (owner, _), batch in whole.items() if owner == rank), loss_tokens)
         for rank in range(ranks)
     ]
 

@@ -115,7 +115,7 @@ def main(folder: Path, seed: int) -> None:
             data_parallel=topo.dp,
             seed=f"{seed}:{step}",
         )
-        result = actor.step(updates[topo.dp_rank][0], loss, lr=rate(step))
+        result = actor.update(updates[topo.dp_rank][0], loss, lr=rate(step))
         if topo.is_leader and (step + 1) % 100 == 0:
             print(f"  step {step + 1}: {result.loss:.4f} nats per token", flush=True)
     checkpoint.save(actor.chunks, folder / "base")

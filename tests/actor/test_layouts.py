@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 
 from dapo_megatron.types import MicroBatch
-from tests.helpers.batches import make_micro_batch, make_update, ratio_loss, reference_logprobs, worst_relative_error
+from tests.helpers.batches import (
+    make_micro_batch,
+    make_mini_batch,
+    ratio_loss,
+    reference_logprobs,
+    worst_relative_error,
+)
 from tests.helpers.distributed import run_distributed
 from tests.helpers.models import load_reference, make_config, save_qwen2
 
@@ -91,20 +97,21 @@ def train(model_path: Path, parallel: dict[str, Any], saved: Path) -> dict[str, 
     batches = all_batches()
     share = len(batches) // topo.dp
     per_dp = [
-        make_update(batches[i * share : (i + 1) * share], sum(b.loss_tokens for b in batches)) for i in range(topo.dp)
+        make_mini_batch(batches[i * share : (i + 1) * share], sum(b.loss_tokens for b in batches))
+        for i in range(topo.dp)
     ]
-    update = topology.scatter(per_dp if topo.is_leader else None, topo)
-    (update,), means = actor.with_old_logprobs([update])
-    (update,) = Actor(config, topo, load_weights=checkpoint.load, trainable=False).with_ref_logprobs([update])
-    results = [actor.step(update, ratio_loss, lr=lr) for lr in LR]
+    mini_batch = topology.scatter(per_dp if topo.is_leader else None, topo)
+    (mini_batch,), means = actor.with_old_logprobs([mini_batch])
+    (mini_batch,) = Actor(config, topo, load_weights=checkpoint.load, trainable=False).with_ref_logprobs([mini_batch])
+    results = [actor.update(mini_batch, ratio_loss, lr=lr) for lr in LR]
     trained = {name: tensor.clone() for name, tensor in checkpoint.export(actor.chunks)}
     checkpoint.save(actor.chunks, saved)
     try:
-        actor.step(replace(update, loss_tokens=update.loss_tokens + 1), ratio_loss, lr=1e-3)
+        actor.update(replace(mini_batch, loss_tokens=mini_batch.loss_tokens + 1), ratio_loss, lr=1e-3)
         complaint = ""
     except TokenCountError as error:
         complaint = str(error)
-    logprobs = [batch.old_logprobs_T for batch in update.micro_batches]
+    logprobs = [batch.old_logprobs_T for batch in mini_batch.micro_batches]
     dp_rank = topo.dp_rank
     topology.shutdown()
     return {
@@ -113,7 +120,7 @@ def train(model_path: Path, parallel: dict[str, Any], saved: Path) -> dict[str, 
         "results": results,
         "means": means,
         "logprobs": logprobs,
-        "ref_logprobs": [batch.ref_logprobs_T for batch in update.micro_batches],
+        "ref_logprobs": [batch.ref_logprobs_T for batch in mini_batch.micro_batches],
         "complaint": complaint,
         "dp_rank": dp_rank,
     }

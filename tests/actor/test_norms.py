@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers.batches import make_micro_batch, make_update, ratio_loss, reference_logprobs
+from tests.helpers.batches import make_micro_batch, make_mini_batch, ratio_loss, reference_logprobs
 from tests.helpers.distributed import run_distributed
 from tests.helpers.models import load_reference, make_config, save_qwen2
 
@@ -82,10 +82,10 @@ def measure(model_path: Path, parallel: dict[str, Any]) -> tuple[dict[str, Tenso
     loaded, batches = export(), all_batches()
     share = len(batches) // topo.dp
     mine = batches[topo.dp_rank * share : (topo.dp_rank + 1) * share]
-    (update,), _ = actor.with_old_logprobs([make_update(mine, sum(batch.loss_tokens for batch in batches))])
+    (update,), _ = actor.with_old_logprobs([make_mini_batch(mine, sum(batch.loss_tokens for batch in batches))])
     steps = []
     for lr in LR:
-        actor.step(update, ratio_loss, lr=lr)
+        actor.update(update, ratio_loss, lr=lr)
         total = float(actor.optimizer.get_grad_norm())
         steps.append(Measured(norms.gradients(), norms.updates(), total, export()))
     topology.shutdown()
@@ -149,10 +149,10 @@ def measure_bfloat16(model_path: Path, distributed_optimizer: bool) -> tuple[Any
 
     batches = all_batches()
     (update,), _ = actor.with_old_logprobs(
-        [make_update(batches[topo.dp_rank :: topo.dp], sum(batch.loss_tokens for batch in batches))]
+        [make_mini_batch(batches[topo.dp_rank :: topo.dp], sum(batch.loss_tokens for batch in batches))]
     )
     before = main_parameters()
-    actor.step(update, ratio_loss, lr=1e-2)
+    actor.update(update, ratio_loss, lr=1e-2)
     measured = norms.gradients() | norms.updates()
     total = float(actor.optimizer.get_grad_norm())
     topology.shutdown()
@@ -189,8 +189,8 @@ def build(model_path: Path, topo: Any) -> tuple[Any, Any]:
 
     save_qwen2(model_path)
     actor = Actor(make_config(model_path, optimizer=OPTIMIZER), topo, load_weights=HfCheckpoint(model_path).load)
-    (update,), _ = actor.with_old_logprobs([make_update(all_batches())])
-    actor.step(update, ratio_loss, lr=1e-2)
+    (update,), _ = actor.with_old_logprobs([make_mini_batch(all_batches())])
+    actor.update(update, ratio_loss, lr=1e-2)
     return actor, ParameterNorms(actor.optimizer, actor.chunks)
 
 

@@ -88,15 +88,15 @@ def average_micro_batches() -> None:
 
     original = Actor.gradient
 
-    def gradient(self: Any, update: Any, loss: Any) -> Any:
-        micro_batches = len(update.micro_batches) * mpu.get_data_parallel_world_size()
+    def gradient(self: Any, mini_batch: Any, loss: Any) -> Any:
+        micro_batches = len(mini_batch.micro_batches) * mpu.get_data_parallel_world_size()
 
         def averaged(logprobs_T: Any, batch: Any) -> Any:
             result = loss(logprobs_T, batch)
-            share = update.loss_tokens / micro_batches / result.loss_tokens.clamp(min=1)
+            share = mini_batch.loss_tokens / micro_batches / result.loss_tokens.clamp(min=1)
             return replace(result, loss_sum=result.loss_sum * share)
 
-        return original(self, update, averaged)
+        return original(self, mini_batch, averaged)
 
     Actor.gradient = gradient
 
@@ -150,7 +150,7 @@ def exchange_the_logprobs_of_updates() -> None:
 
 
 def share_one_count_among_updates() -> None:
-    from dapo_megatron.algo import sampler
+    from dapo_megatron.algo import weighing
 
     class Summed:
         def __init__(self, replicas: Any) -> None:
@@ -161,8 +161,8 @@ def share_one_count_among_updates() -> None:
             total = self._replicas.sum(values)
             return total.sum(0, keepdim=True).expand_as(total)
 
-    original = sampler.scoped
-    sampler.scoped = lambda updates, of, replicas: original(updates, of, Summed(replicas))  # type: ignore[arg-type]
+    original = weighing.scoped
+    weighing.scoped = lambda updates, of, replicas: original(updates, of, Summed(replicas))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

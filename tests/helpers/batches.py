@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dapo_megatron.types import MicroBatch, TokenLoss, Update
+from dapo_megatron.types import MicroBatch, MiniBatch, TokenLoss
 
 
 def make_micro_batch(
@@ -67,10 +67,10 @@ def reference_logprobs(model: Any, batch: MicroBatch, temperature: float = 1.0) 
     return torch.cat(pieces)
 
 
-def make_update(batches: Sequence[MicroBatch], loss_tokens: int | None = None) -> Update:
+def make_mini_batch(batches: Sequence[MicroBatch], loss_tokens: int | None = None) -> MiniBatch:
     """A mini-batch of one replica; with several replicas, give the count of all."""
     own = sum(batch.loss_tokens for batch in batches)
-    return Update(tuple(batches), own if loss_tokens is None else loss_tokens)
+    return MiniBatch(tuple(batches), own if loss_tokens is None else loss_tokens)
 
 
 def worst_relative_error(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:

@@ -8,7 +8,7 @@ import pytest
 
 from dapo_megatron.obs.metrics import METRICS, PHASES, step_metrics
 from dapo_megatron.rollout.collect import RolloutStats
-from dapo_megatron.types import StepResult
+from dapo_megatron.types import UpdateResult
 
 STATS = RolloutStats(
     generation_batches=2,
@@ -29,10 +29,10 @@ STATS = RolloutStats(
 )
 
 
-def result(tokens: int, **changes: Any) -> StepResult:
+def result(tokens: int, **changes: Any) -> UpdateResult:
     metrics = {"clip_fraction_high": 0.1, "clip_fraction_low": 0.0, "ratio": 1.0, "ratio_max": 1.5, "kl_old": 0.0}
     values = {"loss": 0.0, "grad_norm": 1.0, "lr": 1e-6, "loss_tokens": tokens, "metrics": metrics, **changes}
-    return StepResult(**values)
+    return UpdateResult(**values)
 
 
 def test_a_step_of_two_updates() -> None:

@@ -49,7 +49,7 @@ def test_the_worst_update_counts_and_micro_batches_are_averaged():
     stats = PackStats.of(samples, do(samples, mini_batch=2, data_parallel=2))
     assert (
         stats.imbalance_tokens == stats.imbalance_cost == pytest.approx(60 / 32 - 1)
-    )  # 60 beside 4; the other update has 60 beside 60
+    )  # 60 beside 4; the other mini_batch has 60 beside 60
     assert stats.micro_batches == 1
 
 

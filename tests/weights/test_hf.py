@@ -34,7 +34,7 @@ def round_trip(path: Path, parallel: dict[str, Any], saved: Path) -> dict[str, T
 
 
 def _load_and_save(path: Path, parallel: dict[str, Any], saved: Path) -> Iterator[tuple[str, Tensor]]:
-    from dapo_megatron.actor.layout import read_hf_config
+    from dapo_megatron.actor.architecture import read_hf_config
     from dapo_megatron.actor.model import build_chunks, transformer_config
     from dapo_megatron.actor.topology import process_groups
     from dapo_megatron.weights.hf import HfCheckpoint
@@ -76,7 +76,7 @@ def alone() -> Iterator[None]:
 
 
 def build(path: Path) -> tuple[Any, Any]:
-    from dapo_megatron.actor.layout import read_hf_config
+    from dapo_megatron.actor.architecture import read_hf_config
     from dapo_megatron.actor.model import build_chunks, transformer_config
     from dapo_megatron.actor.topology import process_groups
     from dapo_megatron.weights.hf import HfCheckpoint
