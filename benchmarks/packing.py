@@ -144,7 +144,7 @@ def main() -> None:
                     attention_tokens=attention_tokens,
                 )
                 seconds.append(time.perf_counter() - started)
-                stats.append(PackStats.of(samples, ranks, attention_tokens))
+                stats.append(PackStats.measured(samples, ranks, attention_tokens))
                 del ranks
             shown = worst(stats)
             print(row(name, shown, seconds))

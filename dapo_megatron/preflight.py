@@ -13,11 +13,12 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dapo_megatron.actor.architecture import check_layout, read_hf_config
+from dapo_megatron.actor.architecture import check_layout
 from dapo_megatron.config import Config, EngineConfig, EvalConfig, RunConfig
 from dapo_megatron.data.prompts import load_prompts
 from dapo_megatron.data.tokenizer import end_token_ids, load_tokenizer
 from dapo_megatron.errors import ConfigError
+from dapo_megatron.hf_folder import read_hf_config
 from dapo_megatron.obs.run_folder import check_run_folder
 from dapo_megatron.rollout.server import check_gpus, check_port
 from dapo_megatron.types import Prompt
@@ -30,12 +31,10 @@ _EXTRAS = "pip install -e '.[cpu]' or '.[gpu]' in the checkout"
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """What was read to be checked, so that it need not be read again: tokenizing takes a while.
+    """What was read to be checked, so that it need not be read again: tokenizing takes a while."""
 
-    >>> Checked(tokenizer, stop_token_ids=(151_645,), train=[first, second, ...], held_out=[other, ...],
-    ...     warnings=("3 of 17917 prompts of train.jsonl are longer than ...; they are left out",))  # doctest: +SKIP
-    """
-
+    hf_config: Any
+    """The model's config.json, as transformers reads it."""
     tokenizer: PreTrainedTokenizerBase
     stop_token_ids: tuple[int, ...]
     """The tokenizer's end token and those of the config."""
@@ -83,7 +82,6 @@ def _check_sampling(config: Config) -> Any:
     """Whether engines can serve the model; returns its configuration."""
     _check_eval(config.eval)
     _check_ports(config.engine)
-    _check_checkpoint(config.model.path)
     hf_config = read_hf_config(config.model.path, trust_remote_code=config.model.trust_remote_code)
     _check_engine_layout(hf_config, config)
     _check_context(hf_config, config)
@@ -99,7 +97,7 @@ def _read(config: Config, hf_config: Any, train: str | None) -> Checked:
     def prompts(source: str | None) -> list[Prompt]:
         return load_prompts(config.data, tokenizer, source, warnings.append) if source else []
 
-    checked = Checked(tokenizer, ends, prompts(train), prompts(config.eval.data), tuple(warnings))
+    checked = Checked(hf_config, tokenizer, ends, prompts(train), prompts(config.eval.data), tuple(warnings))
     for prompt in (*checked.train, *checked.held_out):
         _check_vocabulary(f"{prompt.uid} holds", prompt.token_ids, hf_config)
     return checked
@@ -179,20 +177,6 @@ def _check_gpus(engine: EngineConfig, ranks: int) -> None:
 
     if gpus := torch.cuda.device_count():
         check_gpus(engine, ranks, gpus)
-
-
-def _check_checkpoint(folder: Path) -> None:
-    if not folder.is_dir():
-        raise ConfigError(
-            f"model.path {folder} is not a folder; give the folder of a Hugging Face checkpoint (config.json, "
-            f"*.safetensors, tokenizer)"
-        )
-    if not (folder / "config.json").is_file():
-        raise ConfigError(f"model.path {folder} has no config.json; it is not a Hugging Face checkpoint")
-    if not any(folder.glob("*.safetensors")):
-        raise ConfigError(
-            f"model.path {folder} has no *.safetensors; convert other formats with save_pretrained of transformers"
-        )
 
 
 def _check_engine_layout(hf_config: Any, config: Config) -> None:

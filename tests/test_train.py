@@ -16,7 +16,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from dapo_megatron.obs.skipped import load_skipped
+from dapo_megatron.skipped import load_skipped
 from examples.quickstart import sums
 from examples.quickstart.base import untrained
 
@@ -85,7 +85,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
             id="pp2-vpp2-masked",
         ),
         pytest.param(["parallel.cp=2"], id="cp2"),
-        pytest.param(["algo.kl.coef=0.05", "algo.loss_scope=sample", "algo.clip_high=0.2"], id="grpo"),
+        pytest.param(["algo.kl.coef=0.05", "algo.loss_scope=sample", "algo.dapo.clip_high=0.2"], id="grpo"),
     ],
 )
 def test_a_run_trains_and_the_engine_follows(material: Path, tmp_path: Path, overrides: Sequence[str]) -> None:

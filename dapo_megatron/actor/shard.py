@@ -98,8 +98,8 @@ def make_shard(
     )
 
 
-def join(batches: Sequence[MicroBatch], limit: int | None) -> list[list[MicroBatch]]:
-    """Consecutive micro-batches together, up to `limit` slots; each by itself where it is None."""
+def runs_of(batches: Sequence[MicroBatch], limit: int | None) -> list[list[MicroBatch]]:
+    """Group consecutive micro-batches of up to `limit` slots together; each is by itself where it is None."""
     parts: list[list[MicroBatch]] = []
     room = 0
     for batch in batches:
@@ -111,8 +111,8 @@ def join(batches: Sequence[MicroBatch], limit: int | None) -> list[list[MicroBat
     return parts
 
 
-def joined(batches: Sequence[MicroBatch]) -> MicroBatch:
-    """One micro-batch with the sequences of all of them."""
+def concatenated(batches: Sequence[MicroBatch]) -> MicroBatch:
+    """Return one micro-batch with the sequences of all of them."""
     if len(batches) == 1:
         return batches[0]
 

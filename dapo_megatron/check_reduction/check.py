@@ -53,6 +53,11 @@ def check_reduction(
     """
     import torch
 
+    if config.algo.found_loss.reference is None:
+        raise ConfigError(
+            f"algo.loss={config.algo.loss} brings no reference, and there is nothing to compare its gradient with; "
+            f"give its Loss one (algo/losses/dapo.py shows how), or check another loss: the reduction is the same"
+        )
     started = time.monotonic()
     gpus = torch.cuda.device_count()
     limit = processes or gpus or DEFAULT_PROCESSES
@@ -98,7 +103,8 @@ def _source(config: Config, report: Report) -> Any:
     from transformers import AutoConfig
     from transformers.utils import logging
 
-    from dapo_megatron.actor.architecture import SUPPORTED, check_layout, read_hf_config
+    from dapo_megatron.actor.architecture import SUPPORTED, check_layout
+    from dapo_megatron.hf_folder import read_hf_config
 
     logging.disable_progress_bar()
     if config.model.path.exists():
@@ -119,6 +125,7 @@ def _jobs(
     import torch
 
     from dapo_megatron.check_reduction import miniature
+    from dapo_megatron.check_reduction.cases import make_cases
     from dapo_megatron.check_reduction.rank import Job
     from dapo_megatron.check_reduction.reference import Reference, errors
 
@@ -127,7 +134,7 @@ def _jobs(
     own = miniature.run_config(config, layouts[0], model, dtype)
     reference = Reference(model, own)
     with torch.no_grad():
-        cases = tuple(miniature.mini_batches(own, reference.logprobs))
+        cases = tuple(make_cases(own, reference.logprobs))
     steps, order = (1, 2), math.inf if dtype == "float32" else 2.0
     wanted = _answers(reference, cases, steps)
     units = {case: dict.fromkeys(values, 1.0) for case, values in wanted.items()}

@@ -12,11 +12,10 @@ from torch import Tensor
 
 from dapo_megatron.actor import topology
 from dapo_megatron.actor.actor import Actor, TokenCountError
-from dapo_megatron.actor.topology import Replicas, Topology
-from dapo_megatron.algo.objective import DapoLoss
+from dapo_megatron.actor.topology import Topology
+from dapo_megatron.algo.objective import Objective
 from dapo_megatron.algo.weighing import weigh
-from dapo_megatron.check_reduction.miniature import Case
-from dapo_megatron.check_reduction.reference import errors
+from dapo_megatron.check_reduction.reference import Case, errors
 from dapo_megatron.config import Config
 from dapo_megatron.pack import pack
 from dapo_megatron.types import MiniBatch
@@ -74,14 +73,14 @@ class _Check:
     def __init__(self, job: Job, topo: Topology) -> None:
         self._job, self._topo = job, topo
         self._checkpoint = HfCheckpoint(job.config.model.path)
-        self._actor = Actor(job.config, topo, load_weights=self._checkpoint.load)
-        self._loss = DapoLoss(job.config.algo)
+        self._actor = Actor(job.config, topo, self._checkpoint)
+        self._objective = Objective(job.config.algo)
         self._answers: dict[str, dict[str, tuple[Tensor, Tensor]]] = torch.load(job.answers, weights_only=True)
 
     def findings(self) -> list[Finding]:
         packed = [self._update(case) for case in self._job.cases]
         # All at once, as the mini-batches of one rollout: what counts is a mini-batch's own.
-        weighed, _ = weigh(packed, self._job.config.algo, Replicas(self._topo))
+        weighed, _ = weigh(packed, self._job.config.algo, self._topo)
         found = [
             self._measured(case.name, [mini_batch], lambda mini_batches, case=case: self._gradient(case, *mini_batches))
             for case, mini_batch in zip(self._job.cases, weighed, strict=True)
@@ -100,7 +99,7 @@ class _Check:
         return Finding(split, len(mini_batches[0].micro_batches), error, where)
 
     def _gradient(self, case: Case, mini_batch: MiniBatch) -> tuple[float, str]:
-        loss = self._actor.gradient(mini_batch, self._loss)["loss"]
+        loss = self._actor.gradient(mini_batch, self._objective)["loss"].value
         with self._actor.gradients_as_weights():
             return self._compare(case.name, {LOSS: beside_one(loss)})
 
@@ -108,14 +107,14 @@ class _Check:
         filled, _ = self._actor.with_old_logprobs(mini_batches)
         ratios = set()
         for mini_batch in filled:
-            metrics = self._actor.gradient(mini_batch, self._loss)
-            ratios |= {metrics["ratio"], metrics["ratio_max"]}
+            measures = self._actor.gradient(mini_batch, self._objective)
+            ratios |= {measures["ratio/mean"].value, measures["ratio/max"].value}
         # Exactly 1, or wrong: the two passes see the same micro-batches and kernels.
         return (0.0, "exactly 1") if ratios == {1} else (math.inf, f"ratios to itself, mean and largest: {ratios}")
 
     def _steps(self, mini_batches: list[MiniBatch]) -> tuple[float, str]:
         for mini_batch in mini_batches:
-            result = self._actor.update(mini_batch, self._loss, lr=self._job.config.optimizer.lr)
+            result = self._actor.update(mini_batch, self._objective, lr=self._job.config.optimizer.lr)
             if result.skipped:
                 return math.inf, result.skipped
         return self._compare(TWO_STEPS, {})
@@ -145,7 +144,7 @@ class _Check:
                 )
                 for (mini_batch,), (x,), (y,) in zip(ranks, old, ref, strict=True)
             ]
-        return topology.scatter(ranks, self._topo)
+        return self._topo.scatter(ranks)
 
     def _packed(self, case: Case, logprobs: Sequence[Tensor] | None) -> list[list[MiniBatch]]:
         """With these in the place of the engine's log-probs: packing looks at lengths alone."""

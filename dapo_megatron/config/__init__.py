@@ -5,7 +5,7 @@ Files and command lines are read by `config_file`.
 
 from __future__ import annotations
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from dapo_megatron.config.algo import AlgoConfig, CorrectionConfig, KlConfig, OptimizerConfig, TrainConfig
 from dapo_megatron.config.model import LaunchConfig, ModelConfig, ParallelConfig
@@ -46,7 +46,7 @@ class Config(Section):
     engine: EngineConfig = EngineConfig()
     weights: WeightsConfig = WeightsConfig()
     reward: RewardConfig = RewardConfig()
-    algo: AlgoConfig = AlgoConfig()
+    algo: AlgoConfig = Field(default_factory=AlgoConfig)
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()

@@ -4,24 +4,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import TypedDict
+from typing import Any
 
 from dapo_megatron.errors import ConfigError
 from dapo_megatron.types import Prompt
-
-
-class Cursor(TypedDict):
-    """Where a stream stands; plain JSON.
-
-    >>> Cursor(seed=0, size=17_917, epoch=2, position=4_608)  # doctest: +SKIP
-    """
-
-    seed: int
-    size: int
-    """Prompts of an epoch."""
-    epoch: int
-    position: int
-    """Prompts of the epoch that were taken."""
 
 
 class PromptStream:
@@ -48,10 +34,15 @@ class PromptStream:
             self._position += len(indices)
         return taken
 
-    def state(self) -> Cursor:
-        return Cursor(seed=self._seed, size=len(self._prompts), epoch=self._epoch, position=self._position)
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "seed": self._seed,
+            "size": len(self._prompts),
+            "epoch": self._epoch,
+            "position": self._position,
+        }
 
-    def restore(self, state: Cursor) -> None:
+    def load_state_dict(self, state: dict[str, Any], /) -> None:
         """Go on where the stream that gave `state` stood.
 
         Raises:

@@ -15,10 +15,7 @@ from dapo_megatron.types import MicroBatch, MiniBatch, TrainSample
 
 @dataclass(frozen=True, slots=True)
 class PackStats:
-    """Measures of one rollout step, all its mini-batches. Nothing to improve where the first three are 0.
-
-    >>> PackStats(waste=0.004, imbalance_tokens=0.01, imbalance_cost=0.002, micro_batches=4.0)  # doctest: +SKIP
-    """
+    """Measures of one rollout step, all its mini-batches. Nothing to improve where the first three are 0."""
 
     waste: float
     """Part of all slots that are padding, from 0 to 1; micro-batches of nothing but padding count, too."""
@@ -30,7 +27,7 @@ class PackStats:
     """Micro-batches of each rank and mini-batch, the mean over mini-batches; ranks have the same number."""
 
     @classmethod
-    def of(
+    def measured(
         cls, samples: Sequence[TrainSample], ranks: Sequence[Sequence[MiniBatch]], attention_tokens: float = math.inf
     ) -> PackStats:
         """Measure what `pack` made of `samples`; attention_tokens as given there."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dapo_megatron.errors import ConfigError
+from dapo_megatron.measures import Mean, values
 from dapo_megatron.types import MicroBatch, TokenLoss
 from tests.helpers.batches import (
     make_micro_batch,
@@ -30,7 +31,7 @@ def build(model_path: Path, topo: Any, **sections: Any) -> tuple[Any, Any]:
     trainable = sections.pop("trainable", True)
     checkpoint = HfCheckpoint(model_path)
     config = make_config(model_path, **sections)
-    return Actor(config, topo, load_weights=checkpoint.load, trainable=trainable), checkpoint
+    return Actor(config, topo, checkpoint, trainable=trainable), checkpoint
 
 
 def exported(actor: Any, checkpoint: Any) -> dict[str, Tensor]:
@@ -70,8 +71,8 @@ def test_first_ratio_is_exactly_one(alone: Any, dtype: str, recompute: str, tmp_
     actor, _ = build(tmp_path, alone, model={"dtype": dtype, "recompute": recompute})
     (mini_batch,), _ = actor.with_old_logprobs([make_mini_batch(BATCHES)])
     result = actor.update(mini_batch, ratio_loss, lr=1e-3)
-    assert (result.metrics["ratio"], result.metrics["ratio_max"]) == (1.0, 1.0)
-    assert result.grad_norm > 0
+    assert (result["ratio/mean"], result["ratio/max"]) == (1.0, 1.0)
+    assert result["grad_norm"] > 0
 
 
 def test_bfloat16_keeps_small_steps_in_float32(alone: Any, tmp_path: Path) -> None:
@@ -94,33 +95,29 @@ def test_a_mini_batch_without_loss_tokens_changes_nothing(alone: Any, tmp_path: 
     save_qwen2(tmp_path)
     actor, checkpoint = build(tmp_path, alone)
     before = exported(actor, checkpoint)
-    (mini_batch,), means = actor.with_old_logprobs([make_mini_batch([make_micro_batch([8, 4], seed=3, masked=True)])])
+    (mini_batch,), found = actor.with_old_logprobs([make_mini_batch([make_micro_batch([8, 4], seed=3, masked=True)])])
     result = actor.update(mini_batch, ratio_loss, lr=1.0)
-    assert (result.loss, result.grad_norm, result.loss_tokens, means) == (
-        0.0,
-        0.0,
-        0,
-        {"entropy": 0.0, "top_prob": 0.0},
-    )
+    assert (result.loss_tokens, result.skipped) == (0, None)
+    assert result.measures["loss"] == found["entropy"] == found["top_prob"] == Mean(0, 0)
     assert all(torch.equal(tensor, before[name]) for name, tensor in exported(actor, checkpoint).items())
 
 
 @pytest.mark.parametrize("broken", ["loss", "gradient", "metric"])
 def test_what_is_not_finite_is_skipped_and_changes_nothing(alone: Any, broken: str, tmp_path: Path) -> None:
-    def loss(logprobs_T: Tensor, batch: MicroBatch) -> TokenLoss:
+    def loss(logprobs_T: Tensor, batch: MicroBatch, *_: Any) -> TokenLoss:
         total = logprobs_T.sum()
         if broken == "loss":
             total = total * torch.nan
         if broken == "gradient":
             total = (total - total.detach()).sqrt()
         ratio = torch.full((), torch.inf if broken == "metric" else 1.0)
-        return TokenLoss(total, batch.loss_mask_T.sum(), {"ratio": ratio})
+        return TokenLoss(total, batch.loss_mask_T.sum(), {"ratio/mean": Mean(ratio)})
 
     save_qwen2(tmp_path)
     actor, checkpoint = build(tmp_path, alone)
     before = exported(actor, checkpoint)
     result = actor.update(make_mini_batch(BATCHES), loss, lr=1e-3)
-    want = {"loss": "loss is nan", "gradient": r"grad_norm/norm is (nan|inf)", "metric": "ratio is inf"}
+    want = {"loss": "loss is nan", "gradient": r"grad_norm/norm is (nan|inf)", "metric": "ratio/mean is inf"}
     assert result.skipped is not None and re.fullmatch(want[broken], result.skipped)
     assert all(torch.equal(tensor, before[name]) for name, tensor in exported(actor, checkpoint).items())
 
@@ -134,19 +131,19 @@ def test_larger_passes_for_logprobs_give_the_same_up_to_rounding(alone: Any, tmp
     save_qwen2(tmp_path)
     batches = [*BATCHES, make_micro_batch([30, 2], seed=4), make_micro_batch([17], seed=5)]
     actor, _ = build(tmp_path, alone)
-    (apart,), means = actor.with_old_logprobs([make_mini_batch(batches)])
+    (apart,), measures = actor.with_old_logprobs([make_mini_batch(batches)])
     settings = {"mini_batch": 8, "micro_batch_tokens": 266, "logprob_tokens": 500}
     actor, _ = build(tmp_path, alone, train=settings)
     passes = []
     actor.chunks[0].register_forward_pre_hook(lambda module, inputs: passes.append(inputs[0].shape[1]))
-    (together,), means_together = actor.with_old_logprobs([make_mini_batch(batches)])
+    (together,), together_measures = actor.with_old_logprobs([make_mini_batch(batches)])
     assert passes == [498, 17]
-    assert means_together == pytest.approx(means, rel=1e-6)
+    assert values(together_measures) == pytest.approx(values(measures), rel=1e-6)
     for a, b in zip(apart.micro_batches, together.micro_batches, strict=True):
         assert a.old_logprobs_T is not None and b.old_logprobs_T is not None
         torch.testing.assert_close(a.old_logprobs_T, b.old_logprobs_T, rtol=0, atol=1e-5)
     result = actor.update(together, ratio_loss, lr=1e-3)
-    assert result.metrics["ratio_max"] == pytest.approx(1.0, abs=1e-5)
+    assert result["ratio/max"] == pytest.approx(1.0, abs=1e-5)
 
 
 def test_only_scored_slots_go_through_the_output_layer(alone: Any, tmp_path: Path) -> None:

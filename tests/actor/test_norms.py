@@ -73,7 +73,7 @@ def measure(model_path: Path, parallel: dict[str, Any]) -> tuple[dict[str, Tenso
     config = make_config(model_path, parallel=parallel, optimizer=OPTIMIZER)
     topo = topology.initialize(config.parallel)
     checkpoint = HfCheckpoint(model_path)
-    actor = Actor(config, topo, load_weights=checkpoint.load)
+    actor = Actor(config, topo, checkpoint)
     norms = ParameterNorms(actor.optimizer, actor.chunks)
 
     def export() -> dict[str, Tensor]:
@@ -139,7 +139,7 @@ def measure_bfloat16(model_path: Path, distributed_optimizer: bool) -> tuple[Any
     parallel = {"distributed_optimizer": distributed_optimizer}
     config = make_config(model_path, parallel=parallel, optimizer=OPTIMIZER, model={"dtype": "bfloat16"})
     topo = topology.initialize(config.parallel)
-    actor = Actor(config, topo, load_weights=HfCheckpoint(model_path).load)
+    actor = Actor(config, topo, HfCheckpoint(model_path))
     norms = ParameterNorms(actor.optimizer, actor.chunks)
 
     def main_parameters() -> dict[str, Tensor]:
@@ -188,7 +188,7 @@ def build(model_path: Path, topo: Any) -> tuple[Any, Any]:
     from dapo_megatron.weights.hf import HfCheckpoint
 
     save_qwen2(model_path)
-    actor = Actor(make_config(model_path, optimizer=OPTIMIZER), topo, load_weights=HfCheckpoint(model_path).load)
+    actor = Actor(make_config(model_path, optimizer=OPTIMIZER), topo, HfCheckpoint(model_path))
     (update,), _ = actor.with_old_logprobs([make_mini_batch(all_batches())])
     actor.update(update, ratio_loss, lr=1e-2)
     return actor, ParameterNorms(actor.optimizer, actor.chunks)

@@ -21,20 +21,20 @@ def train(model: Path, parallel: dict[str, Any], dtype: str) -> tuple[dict[str, 
     """Two good mini-batches by themselves; the same after one whose last replica has a nan; why that was skipped."""
     from dapo_megatron.actor import topology
     from dapo_megatron.actor.actor import Actor
-    from dapo_megatron.algo.objective import DapoLoss
+    from dapo_megatron.algo.objective import Objective
     from dapo_megatron.types import MiniBatch
     from dapo_megatron.weights.hf import HfCheckpoint
 
     config = make_config(model, model={"dtype": dtype}, parallel=parallel)
     topo = topology.initialize(config.parallel)
-    checkpoint, loss = HfCheckpoint(model), DapoLoss(AlgoConfig())
+    checkpoint, loss = HfCheckpoint(model), Objective(AlgoConfig())
     batches = [make_micro_batch(lengths, seed=len(lengths), multiple=4) for lengths in ([12, 28], [40], [9, 3, 5], [7])]
     share = len(batches) // topo.dp
     own = batches[topo.dp_rank * share : (topo.dp_rank + 1) * share]
     mini_batch = MiniBatch(tuple(own), sum(batch.loss_tokens for batch in batches))
 
     def after(spoil: bool) -> tuple[dict[str, Any], str | None]:
-        actor = Actor(config, topo, load_weights=checkpoint.load)
+        actor = Actor(config, topo, checkpoint)
         (good,), _ = actor.with_old_logprobs([mini_batch])
         skipped = None
         if spoil:

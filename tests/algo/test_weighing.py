@@ -8,14 +8,28 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dapo_megatron.algo.weighing import RATIO_QUANTILES, weigh
+from dapo_megatron.algo import weighing
+from dapo_megatron.algo.weighing import RATIO_QUANTILES
 from dapo_megatron.config import AlgoConfig, CorrectionConfig
+from dapo_megatron.measures import values
 from dapo_megatron.pack.microbatch import build
 from dapo_megatron.types import MiniBatch, TrainSample
 from tests.helpers.replicas import Alone, on_replicas
 
+SCOPES = ["token", "prompt", "sample", "constant"]
+LENGTH = 40
+"""Tokens that a response counts for in scope constant."""
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden/algo.json").read_text())["correction"]
 PROMPT = 2
+
+
+def weigh(mini_batches, algo, replicas):
+    weighed, measures = weighing.weigh(mini_batches, algo, replicas)
+    return weighed, values(measures)
+
+
+def scoped(scope, **algo):
+    return AlgoConfig(loss_scope=scope, scope_length=LENGTH if scope == "constant" else None, **algo)
 
 
 class Response:
@@ -83,9 +97,9 @@ def worked_example():
 def test_worked_example_is_measured():
     mini_batches = updates_of(worked_example(), [[[0, 1], [2]]])
     weighed, metrics = weigh(mini_batches, AlgoConfig(), Alone())
-    assert metrics.pop("mismatch_kl") == pytest.approx(GOLDEN["mismatch_kl"], rel=1e-6)
-    assert metrics.pop("mismatch_abs") == pytest.approx(GOLDEN["mismatch_abs"], rel=1e-6)
-    assert metrics.pop("mismatch_abs_max") == pytest.approx(math.log(6), rel=1e-6)
+    assert metrics.pop("mismatch/kl") == pytest.approx(GOLDEN["mismatch_kl"], rel=1e-6)
+    assert metrics.pop("mismatch/abs") == pytest.approx(GOLDEN["mismatch_abs"], rel=1e-6)
+    assert metrics.pop("mismatch/abs_max") == pytest.approx(math.log(6), rel=1e-6)
     # of 0.25, 0.5, 1.5, 1.5, 4 and 6
     assert metrics == pytest.approx(dict(zip(RATIO_QUANTILES, [0.25, 1.5, 6.0, 6.0], strict=True)), rel=1e-6)
     assert [mini_batch.loss_tokens for mini_batch in weighed] == [6]
@@ -100,13 +114,13 @@ def test_worked_example_is_measured():
             "weights_masked_token_scope_prompt",
             CorrectionConfig(kind="masked", band=(0.4, 5.0)),
             "prompt",
-            {"correction_weight": 7.5 / 4, "correction_masked": 2 / 6, "tokens": 4},
+            {"correction/weight": 7.5 / 4, "correction/masked": 2 / 6, "tokens": 4},
         ),
         (
             "weights_truncated_token_scope_sample",
             CorrectionConfig(kind="truncated", cap=2.0),
             "sample",
-            {"correction_weight": 7.75 / 6, "correction_truncated": 2 / 6, "tokens": 6},
+            {"correction/weight": 7.75 / 6, "correction/truncated": 2 / 6, "tokens": 6},
         ),
     ],
 )
@@ -129,16 +143,16 @@ def test_everything_masked():
     algo = AlgoConfig(correction=CorrectionConfig(kind="masked", band=(10.0, 11.0)), loss_scope="prompt")
     weighed, metrics = weigh(updates_of(worked_example(), [[[0, 1], [2]]]), algo, Alone())
     assert (weighed[0].loss_tokens, by_label([weighed])) == (0, {})
-    assert metrics["correction_masked"] == 1.0
-    assert math.isnan(metrics["correction_weight"])
+    assert metrics["correction/masked"] == 1.0
+    assert math.isnan(metrics["correction/weight"])
 
 
-@pytest.mark.parametrize("scope", ["token", "prompt", "sample"])
+@pytest.mark.parametrize("scope", SCOPES)
 def test_no_loss_tokens_at_all(scope):
-    weighed, metrics = weigh(updates_of([], [[[]]]), AlgoConfig(loss_scope=scope), Alone())
+    weighed, metrics = weigh(updates_of([], [[[]]]), scoped(scope), Alone())
     assert (weighed[0].loss_tokens, by_label([weighed])) == (0, {})
-    assert math.isnan(metrics["mismatch_kl"])
-    assert math.isnan(metrics["mismatch_ratio_p50"])
+    assert math.isnan(metrics["mismatch/kl"])
+    assert math.isnan(metrics["mismatch/ratio_p50"])
 
 
 def test_a_wrong_count_of_packing_stays_wrong():
@@ -153,8 +167,8 @@ def test_nan_is_seen():
     responses[1].old[0] = math.nan
     algo = AlgoConfig(correction=CorrectionConfig(kind="masked"))
     weighed, metrics = weigh(updates_of(responses, [[[0, 1, 2]]]), algo, Alone())
-    assert math.isnan(metrics["mismatch_kl"])
-    assert math.isnan(metrics["mismatch_ratio_p999"])
+    assert math.isnan(metrics["mismatch/kl"])
+    assert math.isnan(metrics["mismatch/ratio_p999"])
     assert math.isnan(by_label([weighed])[responses[1].labels[0]])
 
 
@@ -205,10 +219,12 @@ def expected_of(responses, correction, scope, mini_batch):
                 weight = importance if correction.kind == "masked" else 1.0
             outside = importance < correction.band[0] or importance > correction.band[1]
             if not math.isnan(log) and not (correction.kind == "masked" and outside):
-                kept.append(({"token": 0, "prompt": response.group, "sample": index}[scope], label, weight))
+                kept.append(({"token": 0, "prompt": response.group}.get(scope, index), label, weight))
     sizes = {}
     for part, *_ in kept:
         sizes[part] = sizes.get(part, 0) + 1
+    if scope == "constant":
+        return {label: weight * len(kept) / len(sizes) / LENGTH for _, label, weight in kept}, len(kept)
     # mean over parts of the mean over a part's tokens, times N
     return {label: weight * len(kept) / len(sizes) / sizes[part] for part, label, weight in kept}, len(kept)
 
@@ -218,8 +234,8 @@ def expected_of(responses, correction, scope, mini_batch):
 def test_weights_counts_and_metrics_do_not_depend_on_the_layout(data):
     responses = responses_of(data.draw(st.lists(response, max_size=8)))
     correction = data.draw(st.sampled_from(CORRECTIONS))
-    scope = data.draw(st.sampled_from(["token", "prompt", "sample"]))
-    algo = AlgoConfig(correction=correction, loss_scope=scope)
+    scope = data.draw(st.sampled_from(SCOPES))
+    algo = scoped(scope, correction=correction)
 
     together = [[[i for i, r in enumerate(responses) if r.mini_batch == mini_batch]] for mini_batch in (0, 1)]
     whole, metrics = weigh(updates_of(responses, together), algo, Alone())
@@ -243,7 +259,7 @@ def test_weights_counts_and_metrics_do_not_depend_on_the_layout(data):
             mini_batch.loss_tokens for mini_batch in whole
         ]
         assert others == pytest.approx(metrics, rel=1e-12, abs=1e-15, nan_ok=True)
-        exact = [*RATIO_QUANTILES, "mismatch_abs_max"]
+        exact = [*RATIO_QUANTILES, "mismatch/abs_max"]
         assert str([others[name] for name in exact]) == str([metrics[name] for name in exact])
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dapo_megatron.measures import Max, Mean
 from dapo_megatron.types import MicroBatch, MiniBatch, TokenLoss
 
 
@@ -45,7 +46,7 @@ def make_micro_batch(
     )
 
 
-def ratio_loss(logprobs_T: Tensor, batch: MicroBatch) -> TokenLoss:
+def ratio_loss(logprobs_T: Tensor, batch: MicroBatch, *_: Any) -> TokenLoss:
     """Unclipped policy gradient on the ratio to old_logprobs_T: smooth, so that float32 and float64 agree."""
     assert batch.old_logprobs_T is not None
     ratio_T = (logprobs_T - batch.old_logprobs_T).exp()
@@ -54,7 +55,7 @@ def ratio_loss(logprobs_T: Tensor, batch: MicroBatch) -> TokenLoss:
     return TokenLoss(
         loss_sum=-(ratio_T * batch.advantages_T * mask_T).sum(),
         loss_tokens=mask_T.sum(),
-        metrics={"ratio": (ratio_T.detach() * mask_T).sum(), "ratio_max": highest},
+        measures={"ratio/mean": Mean((ratio_T.detach() * mask_T).sum(), mask_T.sum()), "ratio/max": Max(highest)},
     )
 
 

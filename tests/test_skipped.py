@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dapo_megatron.obs.skipped import MAX_FILES, SkippedFileError, load_skipped, save_skipped
+from dapo_megatron.skipped import MAX_FILES, SkippedFileError, load_skipped, save_skipped
 from dapo_megatron.types import MicroBatch, MiniBatch
 
 
