@@ -41,7 +41,7 @@ def check_reduction(
     """Compare gradients of every layout with the reference, print a table, and say whether all agree.
 
     Args:
-        layouts: names as `layouts.Layout.parse` reads them; None for all standard ones and the config's own.
+        layouts: names of `layouts.STANDARD`, or "yours", the config's own; None for all of them.
         processes: ranks at the most; None for the number of GPUs, or 4 where there is none.
         dtype: of the miniature; None for bfloat16 on GPUs, where Transformer Engine's packed attention has no float32
             kernel, and float32 elsewhere.
@@ -49,7 +49,7 @@ def check_reduction(
         prepare: called in every rank's process before the check; the tests break the reduction with it.
 
     Raises:
-        ConfigError: for a layout that cannot be, or more processes than GPUs.
+        ConfigError: for a layout that is unknown or too large, or more processes than GPUs.
     """
     import torch
 
@@ -64,7 +64,7 @@ def check_reduction(
     fitting = [layout for layout in chosen if layout.ranks <= limit]
     dtype = dtype or ("bfloat16" if gpus else "float32")
     report = Report(limit=LIMITS[dtype], verbose=verbose)
-    with TemporaryDirectory(prefix="dapo-megatron-check-") as folder, closing(RankPool(limit, prepare)) as pool:
+    with TemporaryDirectory(prefix="dapo-megatron-check-") as folder, closing(RankPool(prepare)) as pool:
         source = _source(config, report)
         if fitted in fitting and fitted != own:
             report.say(

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.multiproc
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[RankPool]:
-    with closing(RankPool(2)) as pool:
+    with closing(RankPool()) as pool:
         yield pool
 
 
