@@ -87,14 +87,14 @@ def check_reduction(
 
 
 def _check(job: Any) -> Any:
-    """On a rank: what it needs is imported there, not in the process that prints the table."""
+    """Runs on a rank: what it needs is imported there, not in the process that prints the table."""
     from dapo_megatron.check_reduction.rank import check
 
     return check(job)
 
 
 def _source(config: Config, report: Report) -> Any:
-    """The user's model, whose settings the miniature takes; only its config.json is read."""
+    """Reads the settings of the user's model, its config.json, which the miniature takes."""
     from transformers import AutoConfig
     from transformers.utils import logging
 
@@ -115,7 +115,7 @@ def _source(config: Config, report: Report) -> Any:
 def _jobs(
     config: Config, source: Any, layouts: Sequence[Layout], folder: Path, dtype: str, *, tied: bool
 ) -> Callable[[Layout], Any]:
-    """Writes the model and the answers; gives the job of a layout."""
+    """Writes the model and the answers, and returns what makes the job of a layout."""
     import torch
 
     from dapo_megatron.check_reduction import miniature
@@ -143,12 +143,13 @@ def _jobs(
 
 
 def _floored(noise: dict[str, float]) -> dict[str, float]:
+    """Raises small errors to the units in which LIMITS counts."""
     floor = max(FINEST, median(noise.values()))
     return {name: max(error, floor) for name, error in noise.items()}
 
 
 def _answers(reference: Any, cases: Sequence[Any], steps: tuple[int, int]) -> dict[str, dict[str, Any]]:
-    """Case -> name -> value: loss and gradients, and under TWO_STEPS parameters. The reference is trained by it."""
+    """Computes case -> name -> loss or gradient, and under TWO_STEPS parameters; the reference is trained by it."""
     from dapo_megatron.check_reduction.rank import LOSS, TWO_STEPS, beside_one
 
     wanted = {}

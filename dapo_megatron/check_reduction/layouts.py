@@ -86,7 +86,7 @@ class Layout:
 
     @property
     def sizes(self) -> str:
-        """Axes and switches, as in the names of the standard layouts."""
+        """What the ranks share, spelled as in the names of the standard layouts."""
         sizes = {"dp": self.dp, **{axis: getattr(self.parallel, axis) for axis in ("tp", "pp", "cp")}}
         axes = "x".join(f"{axis}{size}" for axis, size in sizes.items() if size > 1) or "1"
         flags = [flag for flag, name in _FLAGS.items() if getattr(self.parallel, name)]
@@ -104,7 +104,7 @@ STANDARD = {name: Layout(name, *_standard(**sizes)) for name, sizes in _SIZES.it
 
 
 def choose(names: Sequence[str] | None, own: Layout, limit: int) -> list[Layout]:
-    """The layouts of these names, each once, or the standard ones after the configuration's own.
+    """Looks up the layouts of these names, each once, or the standard ones after the configuration's own.
 
     Args:
         own: the configuration's, `fitted`.

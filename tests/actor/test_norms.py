@@ -38,7 +38,7 @@ def kind_of(hf_name: str) -> str:
 
 
 def norms_by_kind(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, float]:
-    """Float64 norms of tensors with Hugging Face names."""
+    """Computes float64 norms of tensors with Hugging Face names."""
     squares: dict[str, float] = {}
     for name, tensor in tensors:
         squares[kind_of(name)] = squares.get(kind_of(name), 0.0) + float(tensor.double().square().sum())
@@ -64,7 +64,7 @@ class Measured(NamedTuple):
 
 
 def measure(model_path: Path, parallel: dict[str, Any]) -> tuple[dict[str, Tensor], list[Measured]]:
-    """What a rank sees: parameters as loaded, and both steps."""
+    """Returns what a rank sees: parameters as loaded, and both steps."""
     from dapo_megatron.actor import topology
     from dapo_megatron.actor.actor import Actor
     from dapo_megatron.actor.norms import ParameterNorms
@@ -93,7 +93,7 @@ def measure(model_path: Path, parallel: dict[str, Any]) -> tuple[dict[str, Tenso
 
 
 def reference_gradients(model_path: Path, loaded: dict[str, Tensor]) -> dict[str, float]:
-    """Norms of the first step's gradients, by Hugging Face's model in float64."""
+    """Computes norms of the first step's gradients with Hugging Face's model in float64."""
     model = load_reference(model_path)
     assert {name for name, _ in model.named_parameters()} == set(loaded)
     with torch.no_grad():
@@ -128,7 +128,7 @@ def test_every_layout_measures_the_same_model(layout: str, tied: bool, tmp_path:
 
 
 def measure_bfloat16(model_path: Path, distributed_optimizer: bool) -> tuple[Any, Any, dict[str, float], float]:
-    """What a rank sees: its parts of the float32 main parameters before and after a step, by name, and the norms."""
+    """Returns a rank's parts of the float32 main parameters before and after a step, by name, and the norms."""
     from dapo_megatron.actor import topology
     from dapo_megatron.actor.actor import Actor
     from dapo_megatron.actor.norms import ParameterNorms
@@ -180,7 +180,7 @@ def test_bfloat16_is_measured_on_float32_main_parameters(
 
 
 def build(model_path: Path, topo: Any) -> tuple[Any, Any]:
-    """On one rank, after a step."""
+    """Builds an actor of one rank, which has made a step."""
     from dapo_megatron.actor.actor import Actor
     from dapo_megatron.actor.norms import ParameterNorms
     from dapo_megatron.weights.hf import HfCheckpoint

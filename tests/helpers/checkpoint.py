@@ -25,7 +25,7 @@ TINY: dict[str, Any] = {
 
 
 def write_checkpoint(folder: Path, *, end_token: bool = True, **changes: Any) -> Path:
-    """config.json of a tiny Qwen2 (with `changes`), a safetensors file, and a tokenizer of one token per character."""
+    """Writes config.json of a tiny Qwen2 with `changes`, weights, and a tokenizer of one token per character."""
     folder.mkdir(parents=True)
     config = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", **TINY, "max_position_embeddings": 64}
     (folder / "config.json").write_text(json.dumps({**config, **changes}))
@@ -51,7 +51,7 @@ def write_prompts(path: Path, *prompts: str) -> Path:
 
 
 def values(folder: Path) -> dict[str, Any]:
-    """A configuration of a run in `folder` that passes every check: checkpoint, prompts and settings."""
+    """Makes a configuration of a run in `folder` that passes every check, with its checkpoint and prompts."""
     return {
         "model": {"path": str(write_checkpoint(folder / "model")), "dtype": "float32"},
         "data": {"train": str(write_prompts(folder / "train.jsonl", "1+2=", "2+2=")), "max_prompt_tokens": 8},

@@ -12,5 +12,5 @@ _pool = RankPool()
 
 
 def run_distributed(function: Callable[..., Any], ranks: int, *args: Any, timeout: float = 120.0) -> list[Any]:
-    """As `RankPool.run`. The function must leave its process as it found it, without a process group."""
+    """Calls `RankPool.run`. The function must leave its process as it found it, without a process group."""
     return _pool.run(ranks, function, *args, timeout=timeout)

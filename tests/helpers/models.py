@@ -25,14 +25,14 @@ def save_qwen2(
 
 
 def load_reference(folder: Path, dtype: torch.dtype = torch.float64) -> Any:
-    """The Hugging Face model of a checkpoint."""
+    """Loads the Hugging Face model of a checkpoint."""
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
 
 def make_config(checkpoint: Path, /, **sections: dict[str, Any]) -> Config:
-    """A whole config around one checkpoint, in float32 unless `model` in `sections` says otherwise."""
+    """Makes a whole config around one checkpoint, in float32 unless `model` in `sections` says otherwise."""
     settings: dict[str, Any] = {name: dict(section) for name, section in sections.items()}
     settings["model"] = {"path": checkpoint, "dtype": "float32", **settings.get("model", {})}
     settings.setdefault("data", {"train": "unused.jsonl", "max_prompt_tokens": 64})
