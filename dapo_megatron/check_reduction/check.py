@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -36,7 +36,7 @@ def check_reduction(
     processes: int | None = None,
     dtype: Literal["float32", "bfloat16"] | None = None,
     verbose: bool = False,
-    prepare: Callable[[], None] | None = None,
+    pool: RankPool | None = None,
 ) -> bool:
     """Compare gradients of every layout with the reference, print a table, and say whether all agree.
 
@@ -46,7 +46,7 @@ def check_reduction(
         dtype: of the miniature; None for bfloat16 on GPUs, where Transformer Engine's packed attention has no float32
             kernel, and float32 elsewhere.
         verbose: print every split instead of the worst of each layout.
-        prepare: called in every rank's process before the check; the tests break the reduction with it.
+        pool: what runs the ranks; None for one that ends with the check.
 
     Raises:
         ConfigError: for a layout that is unknown or too large, or more processes than GPUs.
@@ -64,7 +64,10 @@ def check_reduction(
     fitting = [layout for layout in chosen if layout.ranks <= limit]
     dtype = dtype or ("bfloat16" if gpus else "float32")
     report = Report(limit=LIMITS[dtype], verbose=verbose)
-    with TemporaryDirectory(prefix="dapo-megatron-check-") as folder, closing(RankPool(prepare)) as pool:
+    with (
+        TemporaryDirectory(prefix="dapo-megatron-check-") as folder,
+        nullcontext(pool) if pool else closing(RankPool()) as ranks,
+    ):
         source = _source(config, report)
         if fitted in fitting and fitted != own:
             report.say(
@@ -78,7 +81,7 @@ def check_reduction(
             jobs = _jobs(config, source, fitting, Path(folder) / embeddings, dtype, tied=tied)
             for layout in fitting:
                 try:
-                    found = pool.run(layout.ranks, _check, jobs(layout), timeout=TIMEOUT)[0]
+                    found = ranks.run(layout.ranks, _check, jobs(layout), timeout=TIMEOUT)[0]
                     report.layout(layout, embeddings, found)
                 except RankError as error:
                     report.failure(layout, embeddings, str(error))

@@ -28,14 +28,9 @@ class RankError(DapoError, RuntimeError):
 
 
 class RankPool:
-    """Ranks, each a pool of one process, for one that dies takes its pool along. They start when first needed.
+    """Ranks, each a pool of one process, for one that dies takes its pool along. They start when first needed."""
 
-    Args:
-        prepare: called once in every process, before anything else.
-    """
-
-    def __init__(self, prepare: Callable[[], None] | None = None) -> None:
-        self._prepare = prepare
+    def __init__(self) -> None:
         self._ranks: list[ProcessPoolExecutor] = []
 
     def run(self, ranks: int, function: Callable[..., Any], *arguments: Any, timeout: float) -> list[Any]:
@@ -56,8 +51,7 @@ class RankPool:
         work = pickle.dumps((function, arguments))
         try:
             while len(self._ranks) < ranks:
-                prepare = (pickle.dumps(self._prepare),)
-                self._ranks.append(ProcessPoolExecutor(1, get_context("spawn"), _start, prepare))
+                self._ranks.append(ProcessPoolExecutor(1, get_context("spawn"), _start))
             futures = [
                 executor.submit(_call, {**world, "RANK": str(rank), "LOCAL_RANK": str(rank)}, timeout, work)
                 for rank, executor in enumerate(self._ranks[:ranks])
@@ -101,8 +95,8 @@ def _collect(futures: Sequence[Future[bytes]], timeout: float) -> list[Any]:
     raise RankError("\n".join(problems))
 
 
-def _start(prepare: bytes) -> None:
-    """In a new process, before it imports torch."""
+def _start() -> None:
+    """Prepares a new process, before it imports torch."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends us
     end_with_parent()
     warnings.simplefilter("ignore")
@@ -110,12 +104,10 @@ def _start(prepare: bytes) -> None:
     import torch
 
     torch.set_num_threads(1)
-    if function := pickle.loads(prepare):  # from our parent
-        function()
 
 
 def _call(environment: dict[str, str], timeout: float, work: bytes) -> bytes:
-    """In the process of a rank. Whatever is raised there is told in words: not every exception can be pickled."""
+    """Runs in the process of a rank. What is raised there is told in words: not every exception can be pickled."""
     os.environ.update(environment)
     faulthandler.dump_traceback_later(max(timeout - GRACE, 1), file=2)
     try:

@@ -7,10 +7,10 @@ from typing import Any
 
 from dapo_megatron.check_reduction.pool import RankPool
 
-_pool = RankPool()
+POOL = RankPool()
 """Shared by all tests: to import torch and Megatron takes longer than most of them."""
 
 
 def run_distributed(function: Callable[..., Any], ranks: int, *args: Any, timeout: float = 120.0) -> list[Any]:
     """Calls `RankPool.run`. The function must leave its process as it found it, without a process group."""
-    return _pool.run(ranks, function, *args, timeout=timeout)
+    return POOL.run(ranks, function, *args, timeout=timeout)
