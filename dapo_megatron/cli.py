@@ -108,8 +108,8 @@ def _parser() -> argparse.ArgumentParser:
         "--layouts",
         metavar="A,B",
         type=lambda text: text.split(","),
-        help="such as 1,dp2+dist-opt,tp2xcp2+sp,pp2+vpp2, or yours, which is that of CONFIG made to fit; "
-        "default: yours and 16 standard ones",
+        help="standard ones (a wrong name lists them), or yours, which is that of CONFIG made to fit; "
+        "default: yours and all 16 standard ones",
     )
     check.add_argument(
         "--processes", type=int, metavar="N", help="ranks at the most; default: the number of GPUs, or 4 without any"

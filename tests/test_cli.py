@@ -272,8 +272,8 @@ def check_reduction(*arguments: str | Path) -> subprocess.Popen[str]:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--layouts", ""], "a name is empty"),
-        (["--layouts", "dp8"], "dp8 wants 8 ranks, but --processes allows 4"),
+        (["--layouts", "dp8"], "'dp8' is not one of yours, 1, dp2, "),
+        (["--layouts", "dp2xtp2", "--processes", "2"], "dp2xtp2 wants 4 ranks, but --processes allows 2"),
         (["--processes", "0"], "at least one process is needed"),
         (["launch.processes=2", "parallel.tp=3"], "tp(3) x pp(1) x cp(1) = 3 does not divide world size 2"),
     ],

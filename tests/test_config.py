@@ -145,7 +145,7 @@ def test_defaults_are_the_published_run(tmp_path: Path) -> None:
     config = load(tmp_path)
     assert (config.algo.loss, config.algo.loss_scope, config.algo.kl.coef) == ("dapo", "token", 0.0)
     assert (config.algo.settings.clip_low, config.algo.settings.clip_high) == (0.2, 0.28)
-    assert (config.rollout.batch_size, config.updates_per_step) == (512 * 16, 16)
+    assert (config.rollout.batch_size, config.train.mini_batch) == (512 * 16, 512)
     assert (config.rollout.max_response_tokens, config.reward.overlong.cache) == (20_480, 4096)
     assert (config.optimizer.lr, config.optimizer.weight_decay) == (1e-6, 0.1)
 

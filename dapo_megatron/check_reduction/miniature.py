@@ -24,7 +24,7 @@ MAX_DECAY = 1.0
 
 
 def hf_config(source: Any, layouts: Sequence[Layout], *, tied: bool) -> Any:
-    """`source` made small: as many layers, heads and columns as the layouts need, all else as it is."""
+    """Makes `source` small: as many layers, heads and columns as the layouts need, all else as it is."""
     from transformers import AutoConfig
 
     tp = math.lcm(*(layout.parallel.tp for layout in layouts))
@@ -51,8 +51,8 @@ def hf_config(source: Any, layouts: Sequence[Layout], *, tied: bool) -> Any:
     return AutoConfig.for_model(values.pop("model_type"), **values)
 
 
-def save_model(config: Any, folder: Path, dtype: str) -> None:
-    """Random weights that `dtype` holds exactly; biases and norms too, so that a forgotten one shows."""
+def save_model(config: Any, folder: Path, dtype: torch.dtype) -> None:
+    """Saves random weights that `dtype` holds exactly; biases and norms too, so that a forgotten one shows."""
     from transformers import AutoModelForCausalLM
 
     generator = torch.Generator().manual_seed(7)
@@ -61,7 +61,7 @@ def save_model(config: Any, folder: Path, dtype: str) -> None:
         for name, param in model.named_parameters():
             noise = torch.randn(param.shape, generator=generator)
             param.copy_(1 + 0.1 * noise if "norm" in name else 0.1 * noise)
-    model.to(getattr(torch, dtype)).save_pretrained(folder)
+    model.to(dtype).save_pretrained(folder)
 
 
 def run_config(config: Config, layout: Layout, model: Path, dtype: str) -> Config:

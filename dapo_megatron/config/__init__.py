@@ -57,10 +57,6 @@ class Config(Section):
         """Longest sequence that the engine or the actor can meet."""
         return self.data.max_prompt_tokens + self.rollout.max_response_tokens
 
-    @property
-    def updates_per_step(self) -> int:
-        return self.rollout.batch_size // self.train.mini_batch
-
     @model_validator(mode="after")
     def _sizes_fit(self) -> Config:
         rollout, train, overlong = self.rollout, self.train, self.reward.overlong

@@ -18,6 +18,7 @@ _KINDS = {
     "mlp": "the feed-forward layers",
     "norm": "the norms",
     "output": "the output layer, where it is not the embedding",
+    "other": "parameters of other names, where the model has any",
 }
 
 METRICS = {

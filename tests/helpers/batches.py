@@ -16,7 +16,7 @@ from dapo_megatron.types import MicroBatch, MiniBatch, TokenLoss
 def make_micro_batch(
     lengths: Sequence[int], *, seed: int, vocab_size: int = 50, multiple: int = 1, masked: bool = False
 ) -> MicroBatch:
-    """Sequences of these many slots, each padded to a multiple; about 70% loss tokens, or none where `masked`."""
+    """Makes sequences of these many slots, each padded to a multiple; about 70% loss tokens, or none where `masked`."""
     generator = torch.Generator().manual_seed(seed)
     rows: dict[str, list[Tensor]] = {name: [] for name in ("tokens", "labels", "positions", "mask", "advantages")}
     bounds = [0]
@@ -60,7 +60,7 @@ def ratio_loss(logprobs_T: Tensor, batch: MicroBatch, *_: Any) -> TokenLoss:
 
 
 def reference_logprobs(model: Any, batch: MicroBatch, temperature: float = 1.0) -> Tensor:
-    """Log-probs [T] from a Hugging Face model, sequence by sequence, each alone."""
+    """Computes log-probs [T] with a Hugging Face model, sequence by sequence, each alone."""
     pieces = []
     for start, end in pairwise(batch.cu_seqlens.tolist()):
         logits = model(batch.tokens_T[None, start:end]).logits[0] / temperature
@@ -75,6 +75,6 @@ def make_mini_batch(batches: Sequence[MicroBatch], loss_tokens: int | None = Non
 
 
 def worst_relative_error(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
-    """Largest difference of two sets of tensors, each relative to its tensor's largest entry."""
+    """Returns the largest difference of two sets of tensors, each relative to its tensor's largest entry."""
     assert got.keys() == want.keys(), got.keys() ^ want.keys()
     return max(float((got[name].double() - want[name]).abs().max() / want[name].abs().max()) for name in want)
