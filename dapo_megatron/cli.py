@@ -44,6 +44,8 @@ exit codes: 0 done, 1 the run failed, 2 input that cannot work (nothing was star
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    # A loss or an engine of the user's own is found in the working directory, as it is under `python -m` and torchrun.
+    sys.path.append(str(Path.cwd()))
     parser = _parser()
     # Overrides may stand on either side of an option.
     arguments, more = parser.parse_known_args(argv)

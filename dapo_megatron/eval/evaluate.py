@@ -32,12 +32,7 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class EvalResult:
-    """Accuracy on held-out prompts.
-
-    >>> EvalResult(prompts=30, samples=32, accuracy=0.5, standard_error=0.07, interval=(0.36, 0.64),
-    ...     pass_at_k={1: 0.5, 2: 0.58, 4: 0.65, 8: 0.7, 16: 0.75, 32: 0.8}, majority_at_k=0.6,
-    ...     mean_length=8412.0, truncated=0.03, examples=(first, second, third))  # doctest: +SKIP
-    """
+    """Accuracy on held-out prompts."""
 
     prompts: int
     samples: int
@@ -45,7 +40,7 @@ class EvalResult:
     accuracy: float
     """avg@samples: mean over samples and prompts."""
     standard_error: float
-    """Of the accuracy, over prompts. nan for a single one."""
+    """Standard error of the accuracy, over prompts. nan for a single one."""
     interval: tuple[float, float]
     """95% bootstrap interval of the accuracy, over prompts."""
     pass_at_k: Mapping[int, float]
