@@ -189,7 +189,7 @@ def _launch(ranks: int, module: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     logging.disable(logging.ERROR)
-    options = ["--standalone", "--nproc-per-node", str(ranks), "--module"]
+    options = ["--standalone", "--nproc-per-node", str(ranks), "--signals-to-handle", ",".join(_heeded()), "--module"]
     try:
         torchrun.run(torchrun.parse_args([*options, *module]))
     except ChildFailedError as error:
@@ -201,6 +201,12 @@ def _launch(ranks: int, module: Sequence[str]) -> int:
     except SignalException as error:
         return INTERRUPTED if error.sigval == signal.SIGINT else 128 + error.sigval
     return 0
+
+
+def _heeded() -> list[str]:
+    """Signals that end us, but those that we were started to ignore: SIGHUP under nohup, SIGINT behind a script's &."""
+    names = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
+    return [name for name in names if signal.getsignal(signal.Signals[name]) is not signal.SIG_IGN]
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
@@ -272,7 +278,7 @@ def _check_reduction(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--processes {arguments.processes}: at least one process is needed")
     config = config_file.load(arguments.config, arguments.overrides)
     # Processes and files are cleaned up on the way out.
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in {signal.SIGTERM, signal.SIGHUP} & {signal.Signals[name] for name in _heeded()}:
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     agree = check_reduction(
         config,

@@ -218,13 +218,18 @@ def test_eval_without_data_is_refused(config: Path) -> None:
     assert "eval.data is null" in done.stderr
 
 
-def launch(folder: Path, code: str, ranks: int = 1) -> subprocess.Popen[str]:
+def launch(folder: Path, code: str, ranks: int = 1, stdin: int | None = None) -> subprocess.Popen[str]:
     """`cli._launch` on ranks that run `code`."""
     (folder / "job.py").write_text(code)
     program = f"import sys; from dapo_megatron import cli; sys.exit(cli._launch({ranks}, ['job']))"
     environment = {**os.environ, "PYTHONPATH": f"{folder}:{Path.cwd()}"}
     return subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        [sys.executable, "-c", program],
+        stdin=stdin,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
     )
 
 
@@ -262,6 +267,25 @@ def test_an_interrupt_reaches_the_ranks(tmp_path: Path) -> None:
     assert (job.returncode, output, errors) == (130, "told\n", "")
     assert time.monotonic() - started < 20
     assert not [rank for rank in ranks if rank.is_running()]
+
+
+@pytest.mark.multiproc
+@pytest.mark.parametrize("ignored", [signal.SIGHUP, signal.SIGINT], ids=["nohup", "background"])
+def test_a_signal_that_we_were_started_to_ignore_is_ignored(tmp_path: Path, ignored: signal.Signals) -> None:
+    """The rank outlives the signal as well, and goes on to its own end."""
+    code = "import sys\nprint('ready', flush=True)\nsys.exit(len(sys.stdin.readline()))"
+    before = signal.signal(ignored, signal.SIG_IGN)
+    try:
+        job = launch(tmp_path, code, stdin=subprocess.PIPE)
+    finally:
+        signal.signal(ignored, before)
+    assert job.stdout
+    assert job.stdout.readline() == "ready\n"
+    for process in (psutil.Process(job.pid), *psutil.Process(job.pid).children(recursive=True)):
+        process.send_signal(ignored)
+    time.sleep(0.5)
+    _, errors = job.communicate("12\n", timeout=60)
+    assert (job.returncode, errors) == (3, "")
 
 
 def check_reduction(*arguments: str | Path) -> subprocess.Popen[str]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from dapo_megatron.config import DataConfig
+from dapo_megatron.data.lossless import check_lossless
 from dapo_megatron.data.sources import read_rows
 from dapo_megatron.errors import ConfigError
 from dapo_megatron.types import Prompt
@@ -29,7 +30,8 @@ def load_prompts(
 
     Raises:
         ConfigError: as `read_rows`; for a row without question or answer, or with one of a wrong type; where
-            chat_template is on and the tokenizer has none; for prompts that are too long, unless they are dropped.
+            chat_template is on and the tokenizer has none; for prompts that the tokenizer changes (see
+            `check_lossless`), and for those that are too long, unless they are dropped.
     """
     if config.chat_template and not tokenizer.chat_template:
         raise ConfigError("data.chat_template is true, but the tokenizer has no chat template; set it to false")
@@ -38,13 +40,20 @@ def load_prompts(
         uids.append(uid)
         texts.append(_text(_question(row, config.prompt_field, uid), config, tokenizer))
         answers.append(_answer(row, config.answer_field, uid))
-    encoded = tokenizer(texts, add_special_tokens=not config.chat_template, verbose=False)["input_ids"]
+    encoded = tokenizer(
+        texts, add_special_tokens=not config.chat_template, return_special_tokens_mask=True, verbose=False
+    )
     prompts = [
         Prompt(uid, tuple(ids), text, answer)
-        for uid, ids, text, answer in zip(uids, encoded, texts, answers, strict=True)
+        for uid, ids, text, answer in zip(uids, encoded["input_ids"], texts, answers, strict=True)
     ]
     if empty := next((prompt for prompt in prompts if not prompt.token_ids), None):
         raise ConfigError(f"{empty.uid}: the prompt {empty.text!r} has no tokens")
+    own = [
+        [token for token, added in zip(ids, mask, strict=True) if not added]
+        for ids, mask in zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True)
+    ]
+    check_lossless(tokenizer, texts, own, uids)
     return _within_limit(prompts, config, source, warn)
 
 

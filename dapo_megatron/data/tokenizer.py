@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +16,10 @@ _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "token
 
 
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer in the folder of a Hugging Face checkpoint. Never goes to the network.
+    """Load the tokenizer in the folder of a Hugging Face checkpoint. Never goes to the network.
+
+    A tokenizer.json is taken as it is. `AutoTokenizer` of transformers 5 does not do that: for a checkpoint of type
+    qwen2 it puts Qwen2's own normalizer and pre-tokenizer around the vocabulary, whatever the file says.
 
     Raises:
         ConfigError: where there is no such folder, no tokenizer in it, or one that cannot be loaded.
@@ -26,16 +30,24 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreT
     if not any((folder / name).is_file() for name in _FILES):
         raise ConfigError(f"no tokenizer in {folder}; expected one of {', '.join(_FILES)}")
 
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:
+        if (folder / "tokenizer.json").is_file() and not (trust_remote_code and _has_code(folder)):
+            return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:  # broken files raise whatever the parser beneath has: KeyError, ValueError, OSError, ...
         raise ConfigError(f"cannot load the tokenizer in {folder}: {error}") from error
 
 
+def _has_code(folder: Path) -> bool:
+    """Whether the checkpoint brings a tokenizer class of its own."""
+    config = folder / "tokenizer_config.json"
+    return config.is_file() and "auto_map" in json.loads(config.read_text(encoding="utf-8"))
+
+
 def end_token_ids(tokenizer: PreTrainedTokenizerBase, extra: Iterable[int]) -> tuple[int, ...]:
-    """Tokens that end a response: the tokenizer's end token, then `extra`, each once.
+    """Collect the tokens that end a response: the tokenizer's end token, then `extra`, each once.
 
     Raises:
         ConfigError: where there is none, or one that the tokenizer does not have.
@@ -51,5 +63,7 @@ def end_token_ids(tokenizer: PreTrainedTokenizerBase, extra: Iterable[int]) -> t
 
 
 def decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[Sequence[int]], str]:
-    """Token ids to text, without special tokens."""
-    return lambda token_ids: str(tokenizer.decode(list(token_ids), skip_special_tokens=True))
+    """Return what turns token ids into text: special tokens are left out, blanks stay as they were written."""
+    return lambda token_ids: str(
+        tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from dapo_megatron.errors import ConfigError
 from dapo_megatron.hf_folder import read_hf_config, tensor_names
+from dapo_megatron.weights.side_files import copy_side_files, declare_tokenizer
 
 _SHARD_BYTES = 4 << 30
 _LOCAL_NAMES = {
@@ -23,7 +23,6 @@ _LOCAL_NAMES = {
     ".pre_mlp_layernorm.": ".mlp.linear_fc1.layer_norm_",
 }
 """Norms of Megatron's local layer spec -> the same, fused into the linear layer by Transformer Engine's."""
-_SIDE_FILES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"}
 
 
 class HfCheckpoint:
@@ -72,7 +71,10 @@ class HfCheckpoint:
                 yield name, tensor.detach()
 
     def save(self, chunks: Sequence[torch.nn.Module], folder: Path) -> None:
-        """Write a checkpoint that `AutoModelForCausalLM` reloads bit for bit, tokenizer included. Rank 0 writes."""
+        """Write a checkpoint that `AutoModelForCausalLM` reloads bit for bit, and `AutoTokenizer` id for id.
+
+        Rank 0 writes.
+        """
         weights = self.export(chunks)
         if dist.get_rank() != 0:
             for _ in weights:
@@ -81,10 +83,9 @@ class HfCheckpoint:
         folder.mkdir(parents=True, exist_ok=True)
         dtype = next(chunks[0].parameters()).dtype
         _write_tensors(weights, folder)
-        for file in self.path.iterdir():
-            if file.is_file() and file.suffix in _SIDE_FILES and not file.name.endswith(".index.json"):
-                shutil.copyfile(file, folder / file.name)
+        copy_side_files(self.path, folder)
         _write_config(self.path / "config.json", folder / "config.json", dtype)
+        declare_tokenizer(folder)
 
     def _check_names(self, chunks: Sequence[torch.nn.Module]) -> None:
         there = tensor_names(self.path)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from rich.progress import track
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from dapo_megatron.actor import topology
@@ -49,7 +49,7 @@ def untrained(seed: int) -> Qwen2ForCausalLM:
     )
 
 
-def batches(problems: list[sums.Numbers], tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[list[TrainSample]]:
+def batches(problems: list[sums.Numbers], tokenizer: PreTrainedTokenizerBase, seed: int) -> Iterator[list[TrainSample]]:
     """Endless batches of demonstrations, the same on every rank."""
     rng = random.Random(seed)
     end = tokenizer.eos_token_id

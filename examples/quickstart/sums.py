@@ -7,8 +7,7 @@ import random
 from collections.abc import Iterable
 from pathlib import Path
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AddedToken, Qwen2Tokenizer
 
 from examples.quickstart.recipe import GUESS_ERROR, GUESSES, SLIPS
 
@@ -18,12 +17,12 @@ VOCABULARY = [END, "Answer:", " ", "\n", "+", "=", ",", *"0123456789"]
 Numbers = tuple[int, ...]
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    """Characters, and `Answer:` as one token."""
-    core = Tokenizer(models.WordLevel({token: index for index, token in enumerate(VOCABULARY)}, unk_token=END))
-    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"Answer:|.|\n"), "isolated")
-    core.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token=END, pad_token=END)
+def tokenizer() -> Qwen2Tokenizer:
+    """Build a tokenizer of characters, and `Answer:` as one token: Qwen2's, as the model is, without merges."""
+    as_bytes = {" ": "Ġ", "\n": "Ċ"}  # how byte-level vocabularies write them
+    core = Qwen2Tokenizer({as_bytes.get(token, token): index for index, token in enumerate(VOCABULARY)}, [])
+    core.add_tokens(AddedToken("Answer:", normalized=False))
+    return core
 
 
 def problem(rng: random.Random) -> Numbers:

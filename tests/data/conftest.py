@@ -1,8 +1,8 @@
 import pytest
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-CHARACTERS = "0123456789+=?abcdefghijklmnopqrstuvwxyz \n"
+CHARACTERS = "0123456789+=?{}abcdefghijklmnopqrstuvwxyz \n"
 CHAT = "{% for m in messages %}<user>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<reply>{% endif %}"
 
 
@@ -12,7 +12,8 @@ def tokenizer():
     specials = ["<end>", "<begin>", "<user>", "<reply>", "<unk>"]
     vocabulary = {token: index for index, token in enumerate([*specials, *CHARACTERS])}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")  # pyright: ignore[reportAttributeAccessIssue]
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(r".|\n"), "isolated")  # pyright: ignore[reportAttributeAccessIssue]
+    core.decoder = decoders.Fuse()  # pyright: ignore[reportAttributeAccessIssue]
     core.post_processor = processors.TemplateProcessing(  # pyright: ignore[reportAttributeAccessIssue]
         single="<begin> $A", special_tokens=[("<begin>", 1)]
     )

@@ -111,3 +111,13 @@ def test_long_prompts_are_dropped_and_counted(load, caplog):
     assert "1 of 3 prompts" in caplog.text
     with pytest.raises(ConfigError, match="leaves none"):
         load(row("10+1="), max_prompt_tokens=5, long_prompts="drop")
+
+
+def test_a_prompt_that_the_tokenizer_changes_is_refused(load):
+    with pytest.raises(ConfigError, match=r"changes 1 of 2 prompts. The first is train.jsonl:2: .*'A' becomes tokens"):
+        load(row(), row("A+1="))
+
+
+@pytest.mark.parametrize("chat_template", [False, True])
+def test_special_tokens_around_a_prompt_are_no_change(load, chat_template):
+    assert len(load(row("1+ 1\n="), row("<user>"), chat_template=chat_template)) == 2

@@ -1,6 +1,9 @@
-import pytest
+import json
 
-from dapo_megatron.data.tokenizer import end_token_ids, load_tokenizer
+import pytest
+from transformers import AutoTokenizer
+
+from dapo_megatron.data.tokenizer import decoder, end_token_ids, load_tokenizer
 from dapo_megatron.errors import ConfigError
 
 
@@ -9,6 +12,36 @@ def test_round_trip(tokenizer, tmp_path):
     loaded = load_tokenizer(tmp_path)
     assert loaded("1+2=")["input_ids"] == tokenizer("1+2=")["input_ids"]
     assert loaded.eos_token_id == 0
+
+
+def test_the_file_counts_whatever_the_type_of_the_model(tokenizer, tmp_path):
+    """transformers builds Qwen2's own pre-tokenizer around this vocabulary, and drops the blanks."""
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    expected = tokenizer("1 + 2\n=")["input_ids"]
+    assert AutoTokenizer.from_pretrained(tmp_path)("1 + 2\n=")["input_ids"] != expected
+    assert load_tokenizer(tmp_path)("1 + 2\n=")["input_ids"] == expected
+
+
+def test_a_checkpoints_own_class_is_used_where_it_is_trusted(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = tmp_path / "model"
+    tokenizer.save_pretrained(folder)
+    (folder / "config.json").write_text('{"model_type": "qwen2"}')
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["auto_map"] = {"AutoTokenizer": [None, "own.Own"]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(
+        "from transformers import PreTrainedTokenizerFast\n\nclass Own(PreTrainedTokenizerFast):\n    pass\n"
+    )
+    assert type(load_tokenizer(folder)).__name__ != "Own"
+    assert type(load_tokenizer(folder, trust_remote_code=True)).__name__ == "Own"
+
+
+def test_text_is_decoded_as_it_was_written(tokenizer):
+    tokenizer.clean_up_tokenization_spaces = True  # would take the blank before the question mark away
+    ids = tokenizer("is 1 ?")["input_ids"]
+    assert decoder(tokenizer)([*ids, tokenizer.eos_token_id]) == "is 1 ?"
 
 
 def test_no_folder(tmp_path):

@@ -35,11 +35,12 @@ def write_checkpoint(folder: Path, *, end_token: bool = True, **changes: Any) ->
 
 
 def write_tokenizer(folder: Path, *, end_token: bool) -> None:
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     vocabulary = {token: index for index, token in enumerate([END, *CHARACTERS])}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token=END))
     core.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")  # pyright: ignore[reportAttributeAccessIssue]
+    core.decoder = decoders.Fuse()  # pyright: ignore[reportAttributeAccessIssue]
     core.save(str(folder / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END if end_token else None}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
