@@ -20,6 +20,7 @@ from dapo_megatron.data.tokenizer import end_token_ids, load_tokenizer
 from dapo_megatron.errors import ConfigError
 from dapo_megatron.hf_folder import read_hf_config
 from dapo_megatron.obs.run_folder import check_run_folder
+from dapo_megatron.reward.math import PACKAGES
 from dapo_megatron.rollout.server import check_gpus, check_port
 from dapo_megatron.types import Prompt
 
@@ -106,8 +107,8 @@ def _read(config: Config, hf_config: Any, train: str | None) -> Checked:
 def _engine_packages(config: Config) -> dict[str, str]:
     """What sampling and grading import: package -> how to come by it."""
     needed = {config.engine.kind: _EXTRAS}
-    if config.reward.rule == "math_verify":
-        needed["math_verify"] = "pip install math-verify, or set another reward.rule"
+    if package := PACKAGES.get(config.reward.rule):
+        needed[package] = "pip install math-verify, or set reward.rule=dapo"
     return needed
 
 
