@@ -56,8 +56,8 @@ class GlooPublisher:
         self._group = None
 
     async def _connect(self, host: str) -> Any:
-        replicas = self._receivers.replicas
-        world_size = 1 + sum(replica.workers for replica in replicas)
+        engines = list(self._receivers)
+        world_size = 1 + sum(engine.workers for engine in engines)
         # A listener of ours, because the store's own would be on every interface. It takes the socket over.
         listener = socket.create_server((host, 0), backlog=world_size)
         port = listener.getsockname()[1]
@@ -65,7 +65,7 @@ class GlooPublisher:
             _in_thread(lambda: join_group(host, port, 0, world_size, self._timeout, listener.detach()))
         ]
         offset = 1
-        for replica in replicas:
+        for engine in engines:
             info = {
                 "host": host,
                 "port": port,
@@ -73,19 +73,19 @@ class GlooPublisher:
                 "world_size": world_size,
                 "timeout_seconds": self._timeout,
             }
-            joins.append(replica.init_transfer(info))
-            offset += replica.workers
+            joins.append(engine.join_group(info))
+            offset += engine.workers
         group, *_ = await self._all(joins, "joining the weight-transfer group")
         return group
 
     async def _push(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         assert self._group, "the publisher is closed"
-        replicas = self._receivers.replicas
-        await self._all([replica.start_update() for replica in replicas], "starting a weight update")
+        engines = list(self._receivers)
+        await self._all([engine.begin_transfer() for engine in engines], "starting a weight update")
         for bucket in buckets(weights, self._bucket_bytes):
-            announced = [replica.update(describe(bucket)) for replica in replicas]
+            announced = [engine.receive(describe(bucket)) for engine in engines]
             await self._all([self._broadcast(bucket), *announced], f"sending {bucket[0][0]} and what follows it")
-        await self._all([replica.finish_update(version) for replica in replicas], "finishing a weight update")
+        await self._all([engine.finish_transfer(version) for engine in engines], "finishing a weight update")
 
     async def _broadcast(self, bucket: Named) -> None:
         flat = pack(bucket)
@@ -103,7 +103,7 @@ class GlooPublisher:
             async with asyncio.timeout(self._timeout):
                 return await asyncio.gather(*tasks)
         except TimeoutError as error:
-            names = ", ".join(replica.name for replica in self._receivers.replicas)
+            names = ", ".join(engine.name for engine in self._receivers)
             raise EngineError(f"{doing}: no end after {self._timeout:g} s; waiting for {names}") from error
         except RuntimeError as error:
             # Gloo only knows that a connection broke. The engine that broke it is about to say why.

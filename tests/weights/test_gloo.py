@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from typing import Any
 
 import psutil
@@ -75,9 +76,9 @@ def engines(first: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[En
         "rollout": {"prompts": 4, "responses": 4, "max_response_tokens": 64},
         "train": {"mini_batch": 16, "micro_batch_tokens": 1024},
         "reward": {"overlong": {"punishment": False}},
-        "engine": {"replicas": 2, "startup_seconds": 120, "request_seconds": 60},
+        "engine": {"count": 2, "startup_seconds": 120, "request_seconds": 60},
     }
-    with Engines(parse(values), tmp_path_factory.mktemp("run"), lambda ids: "", ranks=0) as engines:
+    with closing(Engines(parse(values), tmp_path_factory.mktemp("run"), lambda ids: "", ranks=0)) as engines:
         engines.wait_ready()
         yield engines
 
@@ -90,10 +91,10 @@ def publisher(engines: Engines) -> Iterator[GlooPublisher]:
 
 
 def generate(engines: Engines) -> list[list[Completion]]:
-    """Responses of each replica."""
+    """Responses of each engine."""
 
     async def everywhere() -> list[list[Completion]]:
-        return await asyncio.gather(*(engine.generate(PROMPT, SAMPLING, 4) for engine in engines.replicas))
+        return await asyncio.gather(*(engine.generate(PROMPT, SAMPLING, 4) for engine in engines))
 
     return engines.run(everywhere())
 

@@ -1,7 +1,4 @@
-"""Runs inside vLLM's worker processes: naming `WorkerExtension` to vLLM registers the gloo transport there.
-
-The only module that imports vLLM.
-"""
+"""Runs inside vLLM's worker processes: naming `WorkerExtension` to vLLM registers the gloo transport there."""
 
 from __future__ import annotations
 
