@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict
-
-from torch import Tensor
 
 from dapo_megatron.actor.layout import attention_tokens, read_hf_config
 from dapo_megatron.actor.topology import Topology
@@ -27,7 +25,6 @@ from dapo_megatron.rollout.collect import Rollout, collect
 from dapo_megatron.rollout.engine import Sampling
 from dapo_megatron.rollout.engines import Engines
 from dapo_megatron.types import Group, StepResult, Update
-from dapo_megatron.weights.gloo import GlooPublisher
 
 
 class Leader:
@@ -56,13 +53,10 @@ class Leader:
             engines = Engines(config, config.run.folder, decoder(checked.tokenizer))
             self.engines = stack.enter_context(closing(engines))
             self._open = stack.pop_all()
-        self._publisher: GlooPublisher | None = None
 
     def wait_for_engines(self) -> None:
         with self.obs.phase("starting engines"):
             self.engines.wait_ready()
-            publisher = GlooPublisher(self.engines, bucket_bytes=self.config.weights.bucket_mib << 20)
-            self._publisher = self._open.enter_context(closing(publisher))
 
     def collect(self, step: int) -> list[list[Update]]:
         """Sample until there are enough groups to train on; returns the updates of every data-parallel rank."""
@@ -93,10 +87,6 @@ class Leader:
         )
         self._packing = PackStats.of(samples, ranks, self._attention_tokens)
         return ranks
-
-    def publish(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        assert self._publisher, "wait_for_engines comes first"
-        self._publisher.push(weights, version)
 
     def log(self, step: int, policy: Mapping[str, float], results: Sequence[StepResult]) -> None:
         assert self._rollout and self._packing, "collect comes first"

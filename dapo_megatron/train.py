@@ -25,7 +25,7 @@ from dapo_megatron.preflight import Checked, preflight
 from dapo_megatron.processes import end_with_parent
 from dapo_megatron.skips import SkipWatch
 from dapo_megatron.weights.hf import HfCheckpoint
-from dapo_megatron.weights.publish import drain
+from dapo_megatron.weights.publish import open_publisher
 
 
 def train(config: Config, obs: Observer, checked: Checked | None) -> None:
@@ -52,6 +52,9 @@ def train(config: Config, obs: Observer, checked: Checked | None) -> None:
 
         if leader:
             leader.wait_for_engines()
+        publisher = open_publisher(config.weights, leader.engines if leader else None)
+        stack.callback(publisher.close)
+        if leader:
             leader.evaluate("before")
         for step in range(config.train.steps):
             with obs.phase("rollout"):
@@ -68,8 +71,7 @@ def train(config: Config, obs: Observer, checked: Checked | None) -> None:
                     for index, update in enumerate(updates)
                 ]
             with obs.phase("publish"):
-                weights = checkpoint.export(actor.chunks)
-                leader.publish(weights, version=step + 1) if leader else drain(weights)
+                publisher.push(checkpoint.export(actor.chunks))
             if leader:
                 leader.log(step, {**policy, **sampler}, results)
                 if config.eval.due(step + 1) and step + 1 < config.train.steps:
