@@ -67,7 +67,7 @@ class Leader:
                 self._prompts.take,
                 self.judge,
                 config.rollout,
-                is_mixed=is_mixed,
+                keep=is_mixed,
                 sampling=Sampling.from_config(config.rollout, self._stop),
                 carried=self._carried,
             )

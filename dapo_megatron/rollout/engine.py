@@ -32,7 +32,7 @@ class Sampling:
         return cls(config.temperature, config.top_p, config.max_response_tokens, tuple(stop_token_ids))
 
 
-class Sampler(Protocol):
+class Responder(Protocol):
     """Whatever writes responses: one engine, or all of them."""
 
     @property
@@ -45,7 +45,7 @@ class Sampler(Protocol):
         ...
 
 
-class Engine(Sampler, Protocol):
+class Engine(Responder, Protocol):
     """A copy of the policy that samples, in processes of its own. Every method raises EngineError when it fails."""
 
     @property

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 
 from dapo_megatron.errors import EngineError
-from dapo_megatron.weights.buckets import Named, buckets, describe, pack
+from dapo_megatron.weights.buckets import Named, buckets, describe, flatten
 from dapo_megatron.weights.publish import Receivers
 
 BACKEND = "gloo"
@@ -107,12 +107,12 @@ class _Sender:
         await self._all([engine.begin_transfer() for engine in engines], "beginning to send weights")
         for bucket in buckets(weights, self._bucket_bytes):
             announced = [engine.receive(describe(bucket)) for engine in engines]
-            await self._all([self._broadcast(bucket), *announced], f"sending {bucket[0][0]} and what follows it")
+            await self._all([self._transmit(bucket), *announced], f"sending {bucket[0][0]} and what follows it")
         await self._all([engine.finish_transfer(version) for engine in engines], "putting weights to use")
 
-    async def _broadcast(self, bucket: Named) -> None:
-        flat = pack(bucket)
-        work = broadcast(self._group, flat)
+    async def _transmit(self, bucket: Named) -> None:
+        flat = flatten(bucket)
+        work = transmit(self._group, flat)
         # Waiting on the work itself would keep an engine's error from being heard.
         deadline = time.monotonic() + self._timeout
         while not work.is_completed() and time.monotonic() < deadline:
@@ -180,8 +180,8 @@ def _in_thread(function: Callable[[], Any]) -> Awaitable[Any]:
     return future
 
 
-def broadcast(group: Any, flat: Tensor) -> c10d.Work:
-    """Start sending (rank 0) or receiving (the others) a packed bucket."""
+def transmit(group: Any, flat: Tensor) -> c10d.Work:
+    """Start sending (rank 0) or receiving (the others) a flat bucket."""
     options = c10d.BroadcastOptions()
     options.rootRank = 0
     return group.broadcast([flat], options)

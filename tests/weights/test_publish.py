@@ -13,8 +13,8 @@ import torch
 
 from dapo_megatron.config import WeightsConfig
 from dapo_megatron.errors import EngineError
-from dapo_megatron.weights.buckets import allocate, unpack
-from dapo_megatron.weights.gloo import GlooPublisher, broadcast, join_group
+from dapo_megatron.weights.buckets import allocate, unflatten
+from dapo_megatron.weights.gloo import GlooPublisher, join_group, transmit
 from dapo_megatron.weights.publish import Publisher, open_publisher
 
 WEIGHTS = {f"w{index}": torch.full((index, 3), index, dtype=torch.bfloat16) for index in range(1, 6)}
@@ -40,8 +40,8 @@ class Keeper:
 
     async def receive(self, info: dict[str, Any]) -> None:
         flat = allocate(info["dtypes"], info["shapes"])
-        await asyncio.to_thread(broadcast(self.group, flat).wait)
-        self.coming |= unpack(flat, **info)
+        await asyncio.to_thread(transmit(self.group, flat).wait)
+        self.coming |= unflatten(flat, **info)
 
     async def finish_transfer(self, version: int) -> None:
         self.held[version] = self.coming
