@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
-
-from torch import Tensor
 
 from dapo_megatron.actor.architecture import attention_tokens
 from dapo_megatron.config import Config
@@ -25,7 +23,6 @@ from dapo_megatron.rollout.engine import Sampling
 from dapo_megatron.rollout.engines import Engines
 from dapo_megatron.state import Kept, Stateful
 from dapo_megatron.types import Group, MiniBatch, TrainSample, UpdateResult
-from dapo_megatron.weights.gloo import GlooPublisher
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,17 +60,11 @@ class Leader:
             engines = Engines(config, config.run.folder, decoder(checked.tokenizer))
             self.engines = stack.enter_context(closing(engines))
             self._open = stack.pop_all()
-        self._publisher: GlooPublisher | None = None
 
     @property
     def state(self) -> dict[str, Stateful]:
         """Its parts that survive a restart."""
         return {"prompts": self.prompts, "carried": self.carried, "evaluations": self.evaluations}
-
-    def wait_for_engines(self) -> None:
-        self.engines.wait_ready()
-        publisher = GlooPublisher(self.engines, bucket_bytes=self.config.weights.bucket_mib << 20)
-        self._publisher = self._open.enter_context(closing(publisher))
 
     def pack(self, samples: Sequence[TrainSample], replicas: int, step: int) -> tuple[list[list[MiniBatch]], PackStats]:
         """Pack the samples of a step into the mini-batches of every data-parallel replica."""
@@ -90,10 +81,6 @@ class Leader:
             attention_tokens=self._attention_tokens,
         )
         return packed, PackStats.measured(samples, packed, self._attention_tokens)
-
-    def publish(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        assert self._publisher, "wait_for_engines comes first"
-        self._publisher.push(weights, version)
 
     def log(self, step: int, batch: Batch, measures: Measures, results: Sequence[UpdateResult]) -> None:
         """Record a step: its batch, what was measured before its first update, and its updates."""

@@ -20,7 +20,7 @@ from dapo_megatron.rollout.collect import collect
 from dapo_megatron.skipped import SkippedUpdates
 from dapo_megatron.state import RunState
 from dapo_megatron.weights.hf import HfCheckpoint
-from dapo_megatron.weights.publish import drain
+from dapo_megatron.weights.publish import open_publisher
 
 
 def train(config: Config, obs: Observer, checked: Checked | None) -> None:
@@ -43,8 +43,10 @@ def train(config: Config, obs: Observer, checked: Checked | None) -> None:
         skipped = SkippedUpdates(config, topo, obs)
         with obs.phase("starting engines"):
             if leader:
-                leader.wait_for_engines()
-        state = RunState(skipped_in_a_row=skipped.in_a_row, **(leader.state if leader else {}))
+                leader.engines.wait_ready()
+            publisher = open_publisher(config.weights, leader.engines if leader else None)
+            stack.enter_context(closing(publisher))
+        state = RunState(published=publisher, skipped=skipped.in_a_row, **(leader.state if leader else {}))
 
         if leader:
             leader.evaluate("before")
@@ -64,8 +66,7 @@ def train(config: Config, obs: Observer, checked: Checked | None) -> None:
                     for index, mini_batch in enumerate(mini_batches)
                 ]
             with obs.phase("publish"):
-                weights = checkpoint.export(actor.chunks)
-                leader.publish(weights, version=step + 1) if leader else drain(weights)
+                publisher.push(checkpoint.export(actor.chunks))
             state.steps_done.value = step + 1
             if leader and batch:
                 leader.log(step, batch, {**policy, **weighing}, results)
@@ -89,7 +90,7 @@ def make_batch(leader: Leader, replicas: int, step: int) -> Batch:
             leader.prompts.take,
             leader.judge,
             config.rollout,
-            is_mixed=is_mixed,
+            keep=is_mixed,
             sampling=leader.sampling,
             carried=leader.carried.value,
         )

@@ -189,7 +189,7 @@ def test_the_log_of_an_engine_that_fails_in_an_evaluation_is_kept(
     config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = [sys.executable, "-c", r"print('out of \x1b[2J memory'); raise SystemExit(3)"]
-    monkeypatch.setattr("dapo_megatron.rollout.engines.vllm_command", lambda *_: command)
+    monkeypatch.setattr("dapo_megatron.rollout.adapters.vllm.Adapter.command", lambda *_: command)
     assert cli.main(["eval", str(config)]) == 1
     errors = capsys.readouterr().err
     assert "engine 0 ended with exit status 3" in errors

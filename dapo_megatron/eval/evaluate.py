@@ -9,8 +9,8 @@ import numpy as np
 
 from dapo_megatron.config import EvalConfig
 from dapo_megatron.eval.statistics import accuracy, bootstrap_interval, majority, pass_at_k, standard_error
-from dapo_megatron.rollout.collect import Judge, sample_groups
-from dapo_megatron.rollout.engine import Sampler, Sampling
+from dapo_megatron.rollout.collect import Grader, sample_groups
+from dapo_megatron.rollout.engine import Responder, Sampling
 from dapo_megatron.types import Group, Prompt
 
 EXAMPLES = 3
@@ -56,9 +56,9 @@ class EvalResult:
 
 
 async def evaluate(
-    engines: Sampler,
+    engines: Responder,
     prompts: Sequence[Prompt],
-    judge: Judge,
+    judge: Grader,
     config: EvalConfig,
     *,
     max_tokens: int,

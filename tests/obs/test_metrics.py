@@ -12,10 +12,8 @@ from dapo_megatron.types import UpdateResult
 
 STATS = RolloutStats(
     generation_batches=2,
-    prompts=64,
     all_right=3,
     all_wrong=20,
-    mixed=41,
     discarded=9,
     accuracy=0.25,
     reward=-0.5,

@@ -15,7 +15,7 @@ import pytest
 from dapo_megatron.algo.filter import is_mixed
 from dapo_megatron.config import RolloutConfig
 from dapo_megatron.errors import RolloutError
-from dapo_megatron.rollout.collect import Judge, Rollout, collect
+from dapo_megatron.rollout.collect import Grader, Rollout, collect
 from dapo_megatron.rollout.engine import Sampling
 from dapo_megatron.types import Completion, FinishReason, Group, Prompt, VersionSpan
 
@@ -58,16 +58,14 @@ async def judge(prompt: Prompt, completions: Sequence[Completion]) -> Group:
 
 
 def roll(
-    source: Prompts, carried: Sequence[Group] = (), engine: Engine | None = None, judge: Judge = judge, **config: Any
+    source: Prompts, carried: Sequence[Group] = (), engine: Engine | None = None, judge: Grader = judge, **config: Any
 ) -> Rollout:
     values = {"prompts": 4, "responses": RESPONSES} | config
     if values.get("dynamic_sampling", True):
         values = {"generation_batch": 6} | values
     settings = RolloutConfig.model_validate(values)
     sampling = Sampling.from_config(settings, (2,))
-    work = collect(
-        engine or Engine(), source.take, judge, settings, is_mixed=is_mixed, sampling=sampling, carried=carried
-    )
+    work = collect(engine or Engine(), source.take, judge, settings, keep=is_mixed, sampling=sampling, carried=carried)
     return asyncio.run(work)
 
 
@@ -82,9 +80,9 @@ def test_filling_a_published_batch(case: dict[str, Any]) -> None:
     rollout = roll(prompts, prompts=GOLDEN["prompts"], generation_batch=GOLDEN["generation_batch"], responses=2)
     assert len(rollout.groups) == GOLDEN["prompts"]
     assert rollout.stats.generation_batches == case["generation_batches"]
-    assert rollout.stats.mixed == case["kept"]
+    assert len(rollout.groups) + rollout.stats.discarded == case["kept"]
     assert rollout.stats.discarded == case["dropped"]
-    assert rollout.stats.prompts == prompts.drawn == case["generation_batches"] * GOLDEN["generation_batch"]
+    assert prompts.drawn == case["generation_batches"] * GOLDEN["generation_batch"]
 
 
 def test_giving_up_says_what_was_found() -> None:
@@ -136,6 +134,14 @@ def test_too_few_groups_can_be_trained_on() -> None:
         roll(Prompts(prompts.kinds), max_generation_batches=3)
 
 
+def test_giving_up_counts_what_was_carried_over() -> None:
+    carried = roll(Prompts(["mixed"]), surplus_groups="carry").carried
+    with pytest.raises(
+        RolloutError, match=r"3 groups to train on.*12 groups of 4 responses: 1 mixed and 2 carried over"
+    ):
+        roll(Prompts(["mixed", *["right"] * 11]), carried=carried, max_generation_batches=2)
+
+
 def test_no_group_at_all_is_always_an_error() -> None:
     with pytest.raises(RolloutError, match="0 groups to train on"):
         roll(Prompts(["wrong"]), too_few_groups="train", max_generation_batches=2)
@@ -146,13 +152,13 @@ def test_without_dynamic_sampling_one_batch_is_taken_as_it_is() -> None:
     rollout = roll(prompts, dynamic_sampling=False)
     assert uids(rollout.groups) == [0, 1, 2, 3]
     assert prompts.drawn == 4
-    assert (rollout.stats.all_right, rollout.stats.mixed, rollout.stats.all_wrong) == (2, 1, 1)
+    assert (rollout.stats.all_right, rollout.stats.all_wrong) == (2, 1)
 
 
 def test_means_are_over_every_graded_response() -> None:
     stats = roll(Prompts(["mixed", "right", "wrong"]), max_generation_batches=2, generation_batch=6).stats
     # Twelve groups of four: four with 1, four with 4 and four with 0 right responses.
-    assert (stats.generation_batches, stats.prompts) == (2, 12)
+    assert (stats.generation_batches, stats.all_right, stats.all_wrong) == (2, 4, 4)
     assert stats.accuracy == pytest.approx(20 / 48)
     assert stats.reward == pytest.approx((20 - 28) / 48)
     assert (stats.length, stats.truncated, stats.tokens) == (2.0, 0.0, 96)
@@ -219,7 +225,7 @@ def test_grading_does_not_wait_for_the_slowest_prompt() -> None:
         Prompts(["mixed"]).take,
         judge_and_tell,
         config,
-        is_mixed=is_mixed,
+        keep=is_mixed,
         sampling=Sampling.from_config(config, (2,)),
     )
     assert uids(asyncio.run(asyncio.wait_for(work, 5)).groups) == [0, 1, 2, 3]
