@@ -23,13 +23,13 @@ import random
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import fields
 from itertools import product
 from statistics import median
 
 import torch
 
-from dapo_megatron.pack import PackStats, pack
+from dapo_megatron.measures import values
+from dapo_megatron.pack import pack, packing
 from dapo_megatron.pack.microbatch import build, slots
 from dapo_megatron.types import MiniBatch, TrainSample
 
@@ -98,14 +98,15 @@ def _in_order(samples: Sequence[TrainSample], sequence_multiple: int, capacity: 
     return bins
 
 
-def worst(stats: Sequence[PackStats]) -> PackStats:
-    return PackStats(*(max(getattr(one, field.name) for one in stats) for field in fields(PackStats)))
+def worst(stats: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {name: max(one[name] for one in stats) for name in stats[0]}
 
 
-def row(name: str, stats: PackStats, seconds: Sequence[float]) -> str:
+def row(name: str, stats: dict[str, float], seconds: Sequence[float]) -> str:
     return (
-        f"  {name:12} {stats.waste:9.2%} {stats.imbalance_tokens:13.2%} {stats.imbalance_cost:13.2%} "
-        f"{stats.micro_batches:13.2f} {median(seconds):8.2f} {max(seconds):8.2f}"
+        f"  {name:12} {stats['pack/waste']:9.2%} {stats['pack/imbalance_tokens']:13.2%} "
+        f"{stats['pack/imbalance_cost']:13.2%} {stats['pack/micro_batches']:13.2f} "
+        f"{median(seconds):8.2f} {max(seconds):8.2f}"
     )
 
 
@@ -144,13 +145,13 @@ def main() -> None:
                     attention_tokens=attention_tokens,
                 )
                 seconds.append(time.perf_counter() - started)
-                stats.append(PackStats.measured(samples, ranks, attention_tokens))
+                stats.append(values(packing(samples, ranks, attention_tokens)))
                 del ranks
             shown = worst(stats)
             print(row(name, shown, seconds))
             if packer is pack:
-                imbalance = max(shown.imbalance_tokens, shown.imbalance_cost)
-                missed += shown.waste > MAX_WASTE or imbalance > MAX_IMBALANCE or median(seconds) > MAX_SECONDS
+                imbalance = max(shown["pack/imbalance_tokens"], shown["pack/imbalance_cost"])
+                missed += shown["pack/waste"] > MAX_WASTE or imbalance > MAX_IMBALANCE or median(seconds) > MAX_SECONDS
     print(f"{missed} settings miss a target" if missed else "all targets met")
     sys.exit(1 if missed else 0)
 

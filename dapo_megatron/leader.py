@@ -15,7 +15,7 @@ from dapo_megatron.eval.evaluate import EvalResult, evaluate
 from dapo_megatron.measures import Measures
 from dapo_megatron.obs.metrics import step_metrics
 from dapo_megatron.obs.observer import Observer
-from dapo_megatron.pack import PackStats, pack
+from dapo_megatron.pack import pack, packing
 from dapo_megatron.preflight import Checked
 from dapo_megatron.reward.judge import Judge
 from dapo_megatron.rollout.collect import Rollout
@@ -30,7 +30,7 @@ class Batch:
     """What a step trains on, and how it came about."""
 
     rollout: Rollout
-    packing: PackStats
+    packing: Measures
     replicas: Sequence[Sequence[MiniBatch]]
     """The mini-batches of the step, the share of every data-parallel replica."""
 
@@ -66,7 +66,7 @@ class Leader:
         """Its parts that survive a restart."""
         return {"prompts": self.prompts, "carried": self.carried, "evaluations": self.evaluations}
 
-    def pack(self, samples: Sequence[TrainSample], replicas: int, step: int) -> tuple[list[list[MiniBatch]], PackStats]:
+    def pack(self, samples: Sequence[TrainSample], replicas: int, step: int) -> tuple[list[list[MiniBatch]], Measures]:
         """Pack the samples of a step into the mini-batches of every data-parallel replica."""
         train, parallel = self.config.train, self.config.parallel
         packed = pack(
@@ -80,11 +80,11 @@ class Leader:
             micro_batch_multiple=parallel.micro_batch_multiple,
             attention_tokens=self._attention_tokens,
         )
-        return packed, PackStats.measured(samples, packed, self._attention_tokens)
+        return packed, packing(samples, packed, self._attention_tokens)
 
     def log(self, step: int, batch: Batch, measures: Measures, results: Sequence[UpdateResult]) -> None:
         """Record a step: its batch, what was measured before its first update, and its updates."""
-        metrics = step_metrics(batch.rollout.stats, batch.packing, measures, results)
+        metrics = step_metrics({**batch.rollout.measures, **batch.packing, **measures}, results)
         self._obs.step(step, metrics, batch.rollout.groups)
 
     def evaluate(self, when: str) -> None:

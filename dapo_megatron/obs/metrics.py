@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Protocol
 
 from dapo_megatron.measures import Measures, reduce, values
-from dapo_megatron.types import Group, UpdateResult
+from dapo_megatron.types import UpdateResult
 
 PHASES = ("rollout", "logprobs", "update", "publish")
 """What a step does, in order. Phases of other names belong to no step."""
@@ -84,54 +83,8 @@ METRICS = {
 (`algo.loss.Loss.meanings`)."""
 
 
-class SamplingStats(Protocol):
-    """What a rollout counts (`rollout.collect.RolloutStats`)."""
-
-    @property
-    def generation_batches(self) -> int: ...
-    @property
-    def all_right(self) -> int: ...
-    @property
-    def all_wrong(self) -> int: ...
-    @property
-    def discarded(self) -> int: ...
-    @property
-    def accuracy(self) -> float: ...
-    @property
-    def reward(self) -> float: ...
-    @property
-    def length(self) -> float: ...
-    @property
-    def truncated(self) -> float: ...
-    @property
-    def truncated_right(self) -> float: ...
-    @property
-    def timed_out(self) -> int: ...
-    @property
-    def staleness(self) -> float: ...
-    @property
-    def tokens(self) -> int: ...
-    @property
-    def seconds(self) -> float: ...
-
-
-class Packing(Protocol):
-    """How well a packing uses the ranks (`pack.stats.PackStats`)."""
-
-    @property
-    def waste(self) -> float: ...
-    @property
-    def imbalance_tokens(self) -> float: ...
-    @property
-    def imbalance_cost(self) -> float: ...
-    @property
-    def micro_batches(self) -> float: ...
-
-
-def step_metrics(
-    stats: SamplingStats, packing: Packing, before: Measures, results: Sequence[UpdateResult]
-) -> dict[str, float]:
-    """All metrics of one step but its lengths and times, which the observer adds.
+def step_metrics(before: Measures, results: Sequence[UpdateResult]) -> dict[str, float]:
+    """All metrics of one step but its times, which the observer adds.
 
     Args:
         before: what was measured before the first update.
@@ -139,22 +92,6 @@ def step_metrics(
     """
     made = [result for result in results if result.skipped is None and result.loss_tokens]
     metrics = {
-        "accuracy": stats.accuracy,
-        "reward": stats.reward,
-        "response_length": stats.length,
-        "truncated": stats.truncated,
-        "truncated_right": stats.truncated_right,
-        "grading_timeouts": stats.timed_out,
-        "staleness": stats.staleness,
-        "groups/all_right": stats.all_right,
-        "groups/all_wrong": stats.all_wrong,
-        "groups/discarded": stats.discarded,
-        "generation_batches": stats.generation_batches,
-        "tokens_per_second": stats.tokens / stats.seconds if stats.seconds else math.nan,
-        "pack/waste": packing.waste,
-        "pack/imbalance_tokens": packing.imbalance_tokens,
-        "pack/imbalance_cost": packing.imbalance_cost,
-        "pack/micro_batches": packing.micro_batches,
         **values(before),
         "loss": math.nan,
         "grad_norm": math.nan,
@@ -166,8 +103,3 @@ def step_metrics(
     if made and made[0] is results[0] and "ratio/max" in made[0].measures:
         metrics["ratio/first_max"] = made[0]["ratio/max"]
     return metrics
-
-
-def longest_response(groups: Sequence[Group]) -> float:
-    """In tokens; nan without groups."""
-    return max((completion.length for group in groups for completion in group.completions), default=math.nan)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from dapo_megatron.config import RolloutConfig
 from dapo_megatron.errors import RolloutError
+from dapo_megatron.measures import Max, Mean, Measure, Measures, Sum
 from dapo_megatron.rollout.engine import Responder, Sampling
 from dapo_megatron.types import Completion, FinishReason, Group, Prompt
 
@@ -22,43 +23,13 @@ Grader = Callable[[Prompt, Sequence[Completion]], Awaitable[Group]]
 
 
 @dataclass(frozen=True, slots=True)
-class RolloutStats:
-    """What one rollout step generated. Unless it says otherwise, a number is over every response graded in the step,
-    kept or not. Means and shares of nothing are nan, for example where all groups were carried over.
-    """
-
-    generation_batches: int
-    all_right: int
-    """Groups without a wrong response."""
-    all_wrong: int
-    discarded: int
-    """Groups worth training on, thrown away because there were more than needed."""
-    accuracy: float
-    reward: float
-    length: float
-    """Tokens of a response, the end token included."""
-    truncated: float
-    """Share of responses that ran into the cap."""
-    truncated_right: float
-    """Share of those whose answer is right, also where reward.truncated_is_wrong makes nothing of it."""
-    timed_out: int
-    """Responses whose grading ran out of time."""
-    staleness: float
-    """Versions between the oldest weights that wrote a response and those in use: mean over the responses to train on,
-    carried ones included.
-    """
-    tokens: int
-    """Generated."""
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True)
 class Rollout:
     groups: tuple[Group, ...]
     """What to train on."""
     carried: tuple[Group, ...]
     """What was worth training on beyond that, for the next step; empty unless rollout.surplus_groups is "carry"."""
-    stats: RolloutStats
+    measures: Measures
+    """What the rollout generated (`obs.metrics.METRICS` has the meanings)."""
 
 
 async def collect(
@@ -89,7 +60,7 @@ async def collect(
     started = time.monotonic()
     if not config.dynamic_sampling:
         groups = await sample_groups(engines, take(config.prompts), judge, sampling, config.responses)
-        return Rollout(groups, (), _stats(groups, groups, engines.version, 1, 0, started))
+        return Rollout(groups, (), _measures(groups, groups, engines.version, 1, 0, started))
 
     graded: list[Group] = []
     kept = list(carried)
@@ -102,10 +73,10 @@ async def collect(
 
     chosen, surplus = tuple(kept[: config.prompts]), tuple(kept[config.prompts :])
     carry = config.surplus_groups == "carry"
-    stats = _stats(graded, chosen, engines.version, batches, 0 if carry else len(surplus), started)
+    measures = _measures(graded, chosen, engines.version, batches, 0 if carry else len(surplus), started)
     if len(chosen) < config.prompts and (not chosen or config.too_few_groups == "raise"):
-        raise RolloutError(_shortage(len(chosen), len(carried), stats, config))
-    return Rollout(chosen, surplus if carry else (), stats)
+        raise RolloutError(_shortage(len(chosen), len(carried), measures, config))
+    return Rollout(chosen, surplus if carry else (), measures)
 
 
 async def sample_groups(
@@ -136,51 +107,45 @@ async def sample_groups(
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _stats(
-    groups: Sequence[Group],
-    chosen: Sequence[Group],
-    version: int,
-    batches: int,
-    discarded: int,
-    started: float,
-) -> RolloutStats:
+def _measures(
+    groups: Sequence[Group], chosen: Sequence[Group], version: int, batches: int, discarded: int, started: float
+) -> dict[str, Measure]:
     completions = _completions(groups)
+    lengths = [completion.length for completion in completions]
+    rights = [right for group in groups for right in group.correct]
+    rewards = [reward for group in groups for reward in group.rewards]
+    ages = [version - min(span.version for span in completion.versions) for completion in _completions(chosen)]
     truncated = sum(completion.truncated for completion in completions)
-    return RolloutStats(
-        generation_batches=batches,
-        all_right=sum(all(group.correct) for group in groups),
-        all_wrong=sum(not any(group.correct) for group in groups),
-        discarded=discarded,
-        accuracy=_mean([float(right) for group in groups for right in group.correct]),
-        reward=_mean([reward for group in groups for reward in group.rewards]),
-        length=_mean([float(completion.length) for completion in completions]),
-        truncated=truncated / len(completions) if completions else math.nan,
-        truncated_right=sum(group.truncated_right for group in groups) / truncated if truncated else math.nan,
-        timed_out=sum(group.timed_out for group in groups),
-        staleness=_mean([float(version - _oldest(completion)) for completion in _completions(chosen)]),
-        tokens=sum(completion.length for completion in completions),
-        seconds=time.monotonic() - started,
-    )
+    return {
+        "accuracy": Mean(sum(rights), len(rights)),
+        "reward": Mean(math.fsum(rewards), len(rewards)),
+        "response_length": Mean(sum(lengths), len(lengths)),
+        "response_length_max": Max(max((completion.length for completion in _completions(chosen)), default=math.nan)),
+        "truncated": Mean(truncated, len(completions)),
+        "truncated_right": Mean(sum(group.truncated_right for group in groups), truncated),
+        "grading_timeouts": Sum(sum(group.timed_out for group in groups)),
+        "staleness": Mean(sum(ages), len(ages)),
+        "groups/kept": Sum(len(chosen)),
+        "groups/all_right": Sum(sum(all(group.correct) for group in groups)),
+        "groups/all_wrong": Sum(sum(not any(group.correct) for group in groups)),
+        "groups/discarded": Sum(discarded),
+        "generation_batches": Sum(batches),
+        "tokens_per_second": Mean(sum(lengths), time.monotonic() - started),
+    }
 
 
 def _completions(groups: Sequence[Group]) -> list[Completion]:
     return [completion for group in groups for completion in group.completions]
 
 
-def _oldest(completion: Completion) -> int:
-    return min(span.version for span in completion.versions)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values) if values else math.nan
-
-
-def _shortage(found: int, carried: int, stats: RolloutStats, config: RolloutConfig) -> str:
-    batches = stats.generation_batches
+def _shortage(found: int, carried: int, measures: Measures, config: RolloutConfig) -> str:
+    batches, right, wrong = (
+        round(measures[name].value) for name in ("generation_batches", "groups/all_right", "groups/all_wrong")
+    )
     advice = (
         "most prompts are too hard for this model, or its answers are not recognised: look at rollouts.jsonl and "
         "reward.rule, or train on easier prompts"
-        if stats.all_wrong >= stats.all_right
+        if wrong >= right
         else "most prompts are too easy for this model: train on harder ones"
     )
     remedies = "raise rollout.max_generation_batches or rollout.responses, or lower rollout.prompts"
@@ -190,5 +155,5 @@ def _shortage(found: int, carried: int, stats: RolloutStats, config: RolloutConf
         f"rollout: {found} groups to train on, {config.prompts} wanted (rollout.prompts). "
         f"{batches} generation batches x {config.draw} prompts = {batches * config.draw} groups of "
         f"{config.responses} responses: {found - carried} mixed{f' and {carried} carried over' if carried else ''}, "
-        f"{stats.all_right} all right, {stats.all_wrong} all wrong. It seems that {advice}. Otherwise {remedies}"
+        f"{right} all right, {wrong} all wrong. It seems that {advice}. Otherwise {remedies}"
     )
