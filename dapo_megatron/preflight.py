@@ -19,6 +19,7 @@ from dapo_megatron.data.prompts import load_prompts
 from dapo_megatron.data.tokenizer import end_token_ids, load_tokenizer
 from dapo_megatron.errors import ConfigError
 from dapo_megatron.obs.run_folder import check_run_folder
+from dapo_megatron.obs.sinks import check_sinks
 from dapo_megatron.rollout.server import check_gpus, check_port
 from dapo_megatron.types import Prompt
 
@@ -62,6 +63,7 @@ def preflight(config: Config, world_size: int, local_ranks: int | None = None) -
     hf_config = _check_sampling(config)
     check_layout(hf_config, config.parallel)
     _check_gpus(config.engine, world_size if local_ranks is None else local_ranks)
+    check_sinks(config.run)
     return _read(config, hf_config, config.data.train)
 
 
