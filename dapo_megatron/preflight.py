@@ -21,6 +21,7 @@ from dapo_megatron.data.tokenizer import end_token_ids, load_tokenizer
 from dapo_megatron.errors import ConfigError
 from dapo_megatron.hf_folder import read_hf_config
 from dapo_megatron.obs.run_folder import check_run_folder
+from dapo_megatron.obs.sinks import check_sinks
 from dapo_megatron.reward.math import PACKAGES
 from dapo_megatron.rollout.adapter import adapter_for
 from dapo_megatron.rollout.place import check_gpus
@@ -67,6 +68,7 @@ def preflight(config: Config, world_size: int, local_ranks: int | None = None) -
     hf_config = _check_sampling(config)
     check_layout(hf_config, config.parallel)
     check_gpus(config.engine, world_size if local_ranks is None else local_ranks)
+    check_sinks(config.run)
     return _read(config, hf_config, config.data.train)
 
 

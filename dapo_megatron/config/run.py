@@ -43,7 +43,7 @@ class RunConfig(Section):
     wandb_project: str | None = None
     """Also log to Weights & Biases (needs the wandb extra)."""
     mlflow_uri: str | None = None
-    """Also log to this MLflow tracking server or folder (needs the mlflow extra)."""
+    """Also log to this MLflow server, database, or folder, where mlflow.db is made (needs the mlflow extra)."""
 
     @property
     def folder(self) -> Path:

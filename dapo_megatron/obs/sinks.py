@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
+import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from dapo_megatron.config import Config
+from dapo_megatron.config import Config, RunConfig
 from dapo_megatron.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 
 class Sink(Protocol):
@@ -21,21 +25,70 @@ class Sink(Protocol):
     def close(self) -> None: ...
 
 
-def open_sinks(config: Config, folder: Path) -> list[Sink]:
-    """The sinks that `config.run` names.
+def check_sinks(run: RunConfig) -> None:
+    """Refuse what cannot be logged to. Asks the servers that the run names; the packages must be installed.
 
     Raises:
-        ConfigError: for a package that is not installed.
+        ConfigError: for an MLflow address that is none or does not answer, and for Weights & Biases without a login or
+            a server that takes it.
     """
-    run = config.run
-    sinks: list[Sink] = [JsonlSink(folder / "metrics.jsonl")]
-    if run.tensorboard:
-        sinks.append(TensorBoardSink(folder / "tensorboard"))
     if run.wandb_project is not None:
-        sinks.append(WandbSink(run.wandb_project, run.name, folder, config.model_dump(mode="json")))
+        _check_wandb()
     if run.mlflow_uri is not None:
-        sinks.append(MlflowSink(run.mlflow_uri, run.name, config.model_dump(mode="json")))
+        _check_mlflow(run.mlflow_uri)
+
+
+def open_sinks(config: Config, folder: Path) -> list[Sink]:
+    """Open the sinks that `config.run` names. What one of them cannot write later is no error: see `Resilient`.
+
+    Raises:
+        ConfigError: for a sink that cannot be opened, although `check_sinks` has passed.
+    """
+    run, values = config.run, config.model_dump(mode="json")
+    sinks: list[Sink] = []
+    try:
+        sinks.append(Resilient("metrics.jsonl", JsonlSink(folder / "metrics.jsonl")))
+        if run.tensorboard:
+            sinks.append(Resilient("run.tensorboard", TensorBoardSink(folder / "tensorboard")))
+        if run.wandb_project is not None:
+            sinks.append(Resilient("run.wandb_project", WandbSink(run.wandb_project, run.name, folder, values)))
+        if run.mlflow_uri is not None:
+            sinks.append(Resilient("run.mlflow_uri", MlflowSink(run.mlflow_uri, run.name, values)))
+    except Exception as error:  # each library has errors of its own, and so have the ones beneath it
+        for sink in sinks:
+            sink.close()
+        raise ConfigError(f"cannot open the metrics of this run: {type(error).__name__}: {error}") from error
     return sinks
+
+
+class Resilient:
+    """A sink that never ends a run: what fails is told once, as a warning, and again after it has worked in between.
+
+    A server may be gone for an hour, a disk full until somebody looks. A run of weeks goes on meanwhile, and every step
+    is tried again.
+    """
+
+    def __init__(self, name: str, sink: Sink) -> None:
+        self._name, self._sink = name, sink
+        self._failing = False
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        try:
+            self._sink.log(step, metrics)
+            self._failing = False
+        except Exception as error:  # whatever the library or the system raises, training does not depend on it
+            if not self._failing:
+                log.warning(
+                    f"{self._name}: could not log step {step} ({type(error).__name__}: {error}); "
+                    f"the run goes on, and later steps are tried again"
+                )
+            self._failing = True
+
+    def close(self) -> None:
+        try:
+            self._sink.close()
+        except Exception as error:
+            log.warning(f"{self._name}: could not be closed ({type(error).__name__}: {error})")
 
 
 class JsonlSink:
@@ -58,10 +111,8 @@ class JsonlSink:
 
 class TensorBoardSink:
     def __init__(self, folder: Path) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ConfigError(_missing("tensorboard", "run.tensorboard=false", "pip install tensorboard")) from error
+        from torch.utils.tensorboard import SummaryWriter
+
         self._writer = SummaryWriter(str(folder))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -74,13 +125,14 @@ class TensorBoardSink:
 
 
 class WandbSink:
+    """A run of Weights & Biases. WANDB_MODE=offline keeps it in the run's folder, for `wandb sync`.
+
+    wandb sends from a process of its own, which waits for a server that is gone.
+    """
+
     def __init__(self, project: str, name: str, folder: Path, config: Mapping[str, Any]) -> None:
-        try:
-            import wandb  # pyright: ignore[reportMissingImports]
-        except ImportError as error:
-            raise ConfigError(
-                _missing("wandb", "run.wandb_project=null", "pip install 'dapo_megatron[wandb]'")
-            ) from error
+        import wandb
+
         self._run: Any = wandb.init(project=project, name=name, dir=str(folder), config=dict(config))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -91,17 +143,13 @@ class WandbSink:
 
 
 class MlflowSink:
+    """A run of MLflow: metrics, and the config as parameters `section.key`. Writes no artifacts."""
+
     def __init__(self, uri: str, name: str, config: Mapping[str, Any]) -> None:
-        try:
-            import mlflow  # pyright: ignore[reportMissingImports]
-        except ImportError as error:
-            raise ConfigError(
-                _missing("mlflow", "run.mlflow_uri=null", "pip install 'dapo_megatron[mlflow]'")
-            ) from error
-        self._mlflow: Any = mlflow
-        mlflow.set_tracking_uri(uri)
-        mlflow.start_run(run_name=name)
-        mlflow.log_dict(dict(config), "config.json")
+        self._mlflow = _mlflow()
+        self._mlflow.set_tracking_uri(tracking_uri(uri))
+        self._mlflow.start_run(run_name=name)
+        self._mlflow.log_params(dict(_flat(config)))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._mlflow.log_metrics({name: value for name, value in metrics.items() if math.isfinite(value)}, step=step)
@@ -110,5 +158,57 @@ class MlflowSink:
         self._mlflow.end_run()
 
 
-def _missing(package: str, switch: str, install: str) -> str:
-    return f"run: {package} is not installed; {install}, or set {switch}"
+def tracking_uri(uri: str) -> str:
+    """Return what MLflow is given: for a folder, the database mlflow.db in it, because MLflow 3 refuses plain folders.
+
+    >>> tracking_uri("/results/mlflow"), tracking_uri("http://tracker:5000")
+    ('sqlite:////results/mlflow/mlflow.db', 'http://tracker:5000')
+    """
+    if uri.startswith("file:"):
+        uri = uri.removeprefix("file:").removeprefix("//")
+    elif "://" in uri or uri == "databricks":
+        return uri
+    return f"sqlite:///{Path(uri).absolute() / 'mlflow.db'}"
+
+
+def _mlflow() -> Any:
+    import mlflow
+
+    # By its own defaults MLflow tries for minutes, and a step of the run would wait for it.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    return mlflow
+
+
+def _check_mlflow(uri: str) -> None:
+    try:
+        _mlflow().MlflowClient(tracking_uri(uri)).search_experiments(max_results=1)
+    except Exception as error:  # MLflow's, the database's, the network's, and those of packages for one kind of URI
+        raise ConfigError(
+            f"run.mlflow_uri={uri}: MLflow cannot be reached there ({type(error).__name__}: {error}); give a folder, a "
+            f"database such as sqlite:////folder/mlflow.db, or a server such as http://host:5000, or set it to null"
+        ) from error
+
+
+def _check_wandb() -> None:
+    remedy = "run `wandb login`, set WANDB_MODE=offline, or set run.wandb_project=null"
+    try:
+        import wandb
+
+        if wandb.setup().settings.mode in ("offline", "dryrun", "disabled"):
+            return
+        logged_in = wandb.login(prompt=False, verify=True)
+        wandb.teardown()
+    except Exception as error:  # no server, a key that it refuses, settings that cannot be read
+        raise ConfigError(f"run.wandb_project: Weights & Biases cannot be used ({error}); {remedy}") from error
+    if not logged_in:
+        raise ConfigError(f"run.wandb_project is set, but nobody is logged in to Weights & Biases: {remedy}")
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -2,15 +2,25 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import struct
+import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dapo_megatron import config_file
+from dapo_megatron.config import Config
 from dapo_megatron.errors import ConfigError
-from dapo_megatron.obs.sinks import JsonlSink, TensorBoardSink, open_sinks
+from dapo_megatron.obs.sinks import JsonlSink, Resilient, TensorBoardSink, check_sinks, open_sinks
+
+
+def parse(run: dict[str, Any]) -> Config:
+    return config_file.parse({"model": {"path": "x"}, "data": {"train": "x"}, "run": {"tensorboard": False, **run}})
 
 
 def refuse_constants(name: str) -> None:
@@ -41,19 +51,205 @@ def test_tensorboard_reads_it_back(tmp_path: Path) -> None:
     assert [(event.step, event.value) for event in events.Scalars("seconds/rollout")] == [(3, 1.5)]
 
 
+@pytest.mark.parametrize("form", ["{}", "file:{}", "file://{}", "sqlite:///{}/mlflow.db"])
+def test_mlflow_reads_it_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    """The real MLflow: a folder that is not there yet, and the database that it becomes."""
+    from mlflow import MlflowClient
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
+    uri = form.format(tmp_path / "results/mlflow")
+    if uri.startswith("sqlite"):
+        (tmp_path / "results/mlflow").mkdir(parents=True)
+    config = parse({"mlflow_uri": uri, "name": "sums"})
+    check_sinks(config.run)
+    _, sink = open_sinks(config, tmp_path)
+    sink.log(1, {"seconds/rollout": 1.5, "loss": math.nan})
+    sink.log(2, {"seconds/rollout": 2.5, "loss": 0.25})
+    sink.close()
+
+    client = MlflowClient(f"sqlite:///{tmp_path}/results/mlflow/mlflow.db")
+    (run,) = client.search_runs(["0"])
+    assert (run.info.run_name, run.info.status) == ("sums", "FINISHED")
+    history = client.get_metric_history(run.info.run_id, "seconds/rollout")
+    assert [(point.step, point.value) for point in history] == [(1, 1.5), (2, 2.5)]
+    assert [point.step for point in client.get_metric_history(run.info.run_id, "loss")] == [2]
+    assert run.data.params["train.seed"] == "0" and run.data.params["run.name"] == "sums"
+    assert {path.name for path in tmp_path.iterdir()} == {"results", "metrics.jsonl"}
+
+
 @pytest.mark.parametrize(
-    ("package", "setting", "extra"),
+    ("uri", "reason"),
     [
-        ("wandb", {"wandb_project": "math"}, r"\[wandb\].*run.wandb_project=null"),
-        ("mlflow", {"mlflow_uri": "file:/nowhere"}, r"\[mlflow\].*run.mlflow_uri=null"),
+        ("http://127.0.0.1:9", "Connection refused"),
+        ("nonsense://place", "Supported URI schemes"),
+        ("{}/file/folder", "Not a directory"),
+        ("sqlite:////proc/no/mlflow.db", "cannot be reached there"),
     ],
 )
-def test_a_missing_package_is_named(
-    tmp_path: Path, package: str, setting: dict[str, str], extra: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, package, None)
-    config = config_file.parse(
-        {"model": {"path": "x"}, "data": {"train": "x"}, "run": {"tensorboard": False, **setting}}
+def test_mlflow_that_cannot_be_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uri: str, reason: str) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    (tmp_path / "file").touch()
+    uri = uri.format(tmp_path)
+    with pytest.raises(ConfigError) as refused:
+        check_sinks(parse({"mlflow_uri": uri}).run)
+    assert f"run.mlflow_uri={uri}: MLflow cannot be reached there" in str(refused.value)
+    assert reason in str(refused.value) and "give a folder" in str(refused.value)
+
+
+@pytest.fixture
+def nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Settings of wandb as on a machine where nobody has logged in, with a server that is not there."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    for name, value in {
+        "HOME": str(tmp_path / "home"),
+        "NETRC": str(tmp_path / "home/netrc"),
+        "WANDB_CONFIG_DIR": str(tmp_path / "home"),
+        "WANDB_BASE_URL": "http://127.0.0.1:9",
+        "WANDB_SILENT": "true",
+    }.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+
+
+def in_a_process_of_its_own(code: str, *arguments: str | Path) -> str:
+    """wandb keeps its settings for the life of a process. Returns what `code` prints."""
+    program = f"import sys\nfrom tests.obs.test_sinks import *\n{code}"
+    done = subprocess.run(
+        [sys.executable, "-c", program, *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=150,
     )
-    with pytest.raises(ConfigError, match=f"{package} is not installed.*{extra}"):
-        open_sinks(config, tmp_path)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.usefixtures("nobody")
+def test_wandb_offline_reads_it_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real wandb, offline: what was logged is in the file that `wandb sync` sends."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    in_a_process_of_its_own(
+        "config = parse({'wandb_project': 'math', 'name': 'sums'})\n"
+        "check_sinks(config.run)\n"
+        "_, sink = open_sinks(config, Path(sys.argv[1]))\n"
+        "sink.log(1, {'seconds/rollout': 1.5})\n"
+        "sink.log(2, {'seconds/rollout': 2.5})\n"
+        "sink.close()",
+        tmp_path,
+    )
+    (file,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    history, run = read_wandb(file)
+    assert [(row["_step"], row["seconds/rollout"]) for row in history] == [(1, 1.5), (2, 2.5)]
+    assert (run.project, run.display_name) == ("math", "sums")
+    settings = {item.key: json.loads(item.value_json) for item in run.config.update}
+    assert settings["run"]["name"] == "sums"
+
+
+def read_wandb(file: Path) -> tuple[list[dict[str, Any]], Any]:
+    """The rows of the history and the run, from the file of an offline run: a LevelDB log of protobuf records."""
+    from wandb.proto import wandb_internal_pb2
+
+    data = file.read_bytes()
+    assert data.startswith(b":W&B") and len(data) <= 32_768, "one block, so that no record is split"
+    history, run, place = [], None, 7
+    while place < len(data):
+        _, length, kind = struct.unpack_from("<IHB", data, place)
+        assert kind == 1, "a whole record"
+        record = wandb_internal_pb2.Record.FromString(data[place + 7 : place + 7 + length])
+        place += 7 + length
+        if record.HasField("run"):
+            run = record.run
+        if record.HasField("history"):
+            items = record.history.item
+            history.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})
+    return history, run
+
+
+@pytest.mark.usefixtures("nobody")
+@pytest.mark.parametrize(
+    ("key", "reason"),
+    [(None, "nobody is logged in"), ("short", "Weights & Biases cannot be used"), ("a" * 40, "127.0.0.1:9")],
+)
+def test_wandb_that_takes_no_run(monkeypatch: pytest.MonkeyPatch, key: str | None, reason: str) -> None:
+    if key:
+        monkeypatch.setenv("WANDB_API_KEY", key)
+    said = in_a_process_of_its_own(
+        "try:\n    check_sinks(parse({'wandb_project': 'math'}).run)\nexcept ConfigError as error:\n    print(error)"
+    )
+    assert reason in said
+    assert "run `wandb login`, set WANDB_MODE=offline, or set run.wandb_project=null" in said
+
+
+class Flaky:
+    """A sink that fails while `broken` says why."""
+
+    def __init__(self) -> None:
+        self.broken: Exception | None = None
+        self.steps: list[int] = []
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        if self.broken:
+            raise self.broken
+        self.steps.append(step)
+
+    def close(self) -> None:
+        if self.broken:
+            raise self.broken
+
+
+def test_a_sink_that_fails_in_between_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    inner = Flaky()
+    sink = Resilient("run.mlflow_uri", inner)
+    sink.log(1, {})
+    inner.broken = OSError(28, "No space left on device")
+    for step in (2, 3, 4):
+        sink.log(step, {})
+    assert [record.getMessage() for record in caplog.records] == [
+        "run.mlflow_uri: could not log step 2 (OSError: [Errno 28] No space left on device); the run goes on, and "
+        "later steps are tried again"
+    ]
+    inner.broken = None
+    sink.log(5, {})
+    inner.broken = ValueError("gone")
+    sink.log(6, {})
+    sink.close()
+    assert inner.steps == [1, 5]
+    assert [record.getMessage().split(" (")[0] for record in caplog.records[1:]] == [
+        "run.mlflow_uri: could not log step 6",
+        "run.mlflow_uri: could not be closed",
+    ]
+
+
+def test_mlflow_whose_database_is_gone_does_not_end_a_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    import sqlite3
+
+    config = parse({"mlflow_uri": str(tmp_path / "mlflow")})
+    lines, sink = open_sinks(config, tmp_path)
+    with sqlite3.connect(tmp_path / "mlflow/mlflow.db") as database:
+        database.execute("DROP TABLE metrics")
+    for step in (1, 2):
+        for each in (lines, sink):
+            each.log(step, {"loss": 0.5})
+    sink.close()
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+    (warning,) = [record.getMessage() for record in caplog.records if record.name == "dapo_megatron.obs.sinks"]
+    assert warning.startswith("run.mlflow_uri: could not log step 1 (MlflowException: ")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a disk that has no space")
+def test_a_full_disk_does_not_end_a_run(caplog: pytest.LogCaptureFixture) -> None:
+    sink = Resilient("metrics.jsonl", JsonlSink(Path("/dev/full")))
+    for step in (1, 2):
+        sink.log(step, {"loss": 0.5})
+    assert "metrics.jsonl: could not log step 1 (OSError: [Errno 28]" in caplog.text
+    assert "step 2" not in caplog.text
+
+
+def test_a_sink_that_cannot_be_opened_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(ConfigError, match=r"cannot open the metrics of this run: IsADirectoryError: .*metrics.jsonl"):
+        open_sinks(parse({}), tmp_path)
