@@ -28,5 +28,6 @@ def find(value: str, home: str, attribute: str, kind: type) -> Any:
     except (ImportError, AttributeError) as error:
         raise ValueError(f"{value!r} cannot be loaded: {error}; give it as some.module:NAME") from error
     if not isinstance(found, kind):
-        raise ValueError(f"{value!r} is {found!r}; expected a {kind.__module__}.{kind.__qualname__}")
+        expected = "class" if kind is type else f"{kind.__module__}.{kind.__qualname__}"
+        raise ValueError(f"{value!r} is {found!r}; expected a {expected}")
     return found

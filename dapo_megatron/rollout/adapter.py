@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import pkgutil
 from collections.abc import Callable, Mapping, Sequence
-from importlib import import_module
 from typing import Any, Protocol
 
-from dapo_megatron.config import Config
+from dapo_megatron.config import Config, named
 from dapo_megatron.errors import ConfigError
 from dapo_megatron.rollout import adapters
 from dapo_megatron.rollout.engine import Engine
@@ -60,18 +58,8 @@ def adapter_for(config: Config) -> EngineAdapter:
     Raises:
         ConfigError: where there is none of that name.
     """
-    kind = config.engine.kind
-    module, colon, name = kind.partition(":")
-    if not colon:
-        known = [found.name for found in pkgutil.iter_modules(adapters.__path__)]
-        if kind not in known:
-            raise ConfigError(
-                f"engine.kind={kind!r} is unknown; choose {' or '.join(known)}, or give your own adapter as "
-                f"some.module:name"
-            )
-        module, name = f"{adapters.__name__}.{kind}", "Adapter"
     try:
-        make = getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"engine.kind={kind!r} cannot be loaded: {error}") from error
+        make = named.find(config.engine.kind, adapters.__name__, "Adapter", type)
+    except ValueError as error:
+        raise ConfigError(f"engine.kind: {error}") from error
     return make(config)

@@ -111,8 +111,8 @@ def test_the_kind_is_the_name_of_a_module() -> None:
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("vlm", "engine.kind='vlm' is unknown; choose vllm, or give your own adapter as some.module:name"),
-        ("no.such.module:Adapter", "engine.kind='no.such.module:Adapter' cannot be loaded: No module named 'no'"),
+        ("vlm", "engine.kind: 'vlm' is not known; known are vllm, or some.module:NAME for another"),
+        ("no.such.module:Adapter", "'no.such.module:Adapter' cannot be loaded: No module named 'no'"),
         ("json:Adapter", "module 'json' has no attribute 'Adapter'"),
         (":Adapter", "Empty module name"),
     ],
