@@ -23,15 +23,15 @@ import random
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import fields
 from itertools import product
 from statistics import median
 
 import torch
 
-from dapo_megatron.pack import PackStats, pack
+from dapo_megatron.measures import values
+from dapo_megatron.pack import pack, packing
 from dapo_megatron.pack.microbatch import build, slots
-from dapo_megatron.types import TrainSample, Update
+from dapo_megatron.types import MiniBatch, TrainSample
 
 RESPONSES, GROUP, RANKS, BUDGET = 8_192, 16, 16, 32_768
 MEAN, SIGMA, CAP, PROMPT = 3_000, 0.8, 20_480, (100, 300)
@@ -64,24 +64,24 @@ def naive(
     sequence_multiple: int,
     total_multiple: int,
     attention_tokens: float,
-) -> list[list[Update]]:
+) -> list[list[MiniBatch]]:
     """Ranks in turn, micro-batches in order; a rank with fewer than another fills up with padding."""
     del attention_tokens
     shuffled = list(samples)
     random.Random(seed).shuffle(shuffled)
     unit = sequence_multiple * total_multiple
     capacity = micro_batch_tokens // unit * unit
-    ranks: list[list[Update]] = [[] for _ in range(data_parallel)]
+    ranks: list[list[MiniBatch]] = [[] for _ in range(data_parallel)]
     for first in range(0, len(shuffled), mini_batch):
         batch = shuffled[first : first + mini_batch]
         dealt = [_in_order(batch[rank::data_parallel], sequence_multiple, capacity) for rank in range(data_parallel)]
         most = max(map(len, dealt))
-        for updates, bins in zip(ranks, dealt, strict=True):
+        for mini_batches, bins in zip(ranks, dealt, strict=True):
             bins += [[] for _ in range(most - len(bins))]
             micro_batches = tuple(
                 build(bin_, sequence_multiple=sequence_multiple, total_multiple=total_multiple) for bin_ in bins
             )
-            updates.append(Update(micro_batches, loss_tokens=sum(sample.loss_tokens for sample in batch)))
+            mini_batches.append(MiniBatch(micro_batches, loss_tokens=sum(sample.loss_tokens for sample in batch)))
     return ranks
 
 
@@ -98,14 +98,15 @@ def _in_order(samples: Sequence[TrainSample], sequence_multiple: int, capacity: 
     return bins
 
 
-def worst(stats: Sequence[PackStats]) -> PackStats:
-    return PackStats(*(max(getattr(one, field.name) for one in stats) for field in fields(PackStats)))
+def worst(stats: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {name: max(one[name] for one in stats) for name in stats[0]}
 
 
-def row(name: str, stats: PackStats, seconds: Sequence[float]) -> str:
+def row(name: str, stats: dict[str, float], seconds: Sequence[float]) -> str:
     return (
-        f"  {name:12} {stats.waste:9.2%} {stats.imbalance_tokens:13.2%} {stats.imbalance_cost:13.2%} "
-        f"{stats.micro_batches:13.2f} {median(seconds):8.2f} {max(seconds):8.2f}"
+        f"  {name:12} {stats['pack/waste']:9.2%} {stats['pack/imbalance_tokens']:13.2%} "
+        f"{stats['pack/imbalance_cost']:13.2%} {stats['pack/micro_batches']:13.2f} "
+        f"{median(seconds):8.2f} {max(seconds):8.2f}"
     )
 
 
@@ -144,13 +145,13 @@ def main() -> None:
                     attention_tokens=attention_tokens,
                 )
                 seconds.append(time.perf_counter() - started)
-                stats.append(PackStats.of(samples, ranks, attention_tokens))
+                stats.append(values(packing(samples, ranks, attention_tokens)))
                 del ranks
             shown = worst(stats)
             print(row(name, shown, seconds))
             if packer is pack:
-                imbalance = max(shown.imbalance_tokens, shown.imbalance_cost)
-                missed += shown.waste > MAX_WASTE or imbalance > MAX_IMBALANCE or median(seconds) > MAX_SECONDS
+                imbalance = max(shown["pack/imbalance_tokens"], shown["pack/imbalance_cost"])
+                missed += shown["pack/waste"] > MAX_WASTE or imbalance > MAX_IMBALANCE or median(seconds) > MAX_SECONDS
     print(f"{missed} settings miss a target" if missed else "all targets met")
     sys.exit(1 if missed else 0)
 

@@ -44,7 +44,7 @@ from transformers.utils.logging import disable_progress_bar
 from benchmarks import logprob_memory
 from dapo_megatron.actor import topology
 from dapo_megatron.actor.actor import Actor
-from dapo_megatron.algo.objective import DapoLoss
+from dapo_megatron.algo.objective import Objective
 from dapo_megatron.config import Config, ParallelConfig
 from dapo_megatron.config_file import parse
 from dapo_megatron.pack import pack
@@ -139,15 +139,15 @@ def settings(folder: Path, dtype: str, size: Size) -> Config:
 
 
 def ours(config: Config, topo: topology.Topology, samples: Sequence[TrainSample]) -> Step:
-    actor = Actor(config, topo, load_weights=HfCheckpoint(config.model.path).load)
-    loss = DapoLoss(config.algo)
+    actor = Actor(config, topo, HfCheckpoint(config.model.path))
+    loss = Objective(config.algo)
     ((packed,),) = pack(samples, mini_batch=len(samples), micro_batch_tokens=BUDGET, data_parallel=1, seed=0)
     batches = tuple(replace(batch, old_logprobs_T=batch.rollout_logprobs_T) for batch in packed.micro_batches)
-    update = replace(packed, micro_batches=batches)
+    mini_batch = replace(packed, micro_batches=batches)
 
     def step() -> tuple[float, float]:
-        result = actor.step(update, loss, lr=config.optimizer.lr)
-        return result.loss, result.grad_norm
+        result = actor.update(mini_batch, loss, lr=config.optimizer.lr)
+        return result["loss"], result["grad_norm"]
 
     return step
 
@@ -215,7 +215,7 @@ def hugging_face(config: Config, batches: Sequence[Rows], *, all_logits: bool = 
     masters = params if in_float32 else [param.detach().float() for param in params]
     optimizer = torch.optim.AdamW(masters, lr=config.optimizer.lr, weight_decay=0.1, fused=True)
     loss_tokens = sum(int(rows.loss_mask_BW.sum()) for rows in batches)
-    low, high = 1 - config.algo.clip_low, 1 + config.algo.clip_high
+    low, high = 1 - config.algo.settings.clip_low, 1 + config.algo.settings.clip_high
 
     def loss_of(rows: Rows) -> Tensor:
         mask_BW = rows.loss_mask_BW

@@ -44,6 +44,8 @@ exit codes: 0 done, 1 the run failed, 2 input that cannot work (nothing was star
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    # A loss or an engine of the user's own is found in the working directory, as it is under `python -m` and torchrun.
+    sys.path.append(str(Path.cwd()))
     parser = _parser()
     # Overrides may stand on either side of an option.
     arguments, more = parser.parse_known_args(argv)
@@ -108,8 +110,8 @@ def _parser() -> argparse.ArgumentParser:
         "--layouts",
         metavar="A,B",
         type=lambda text: text.split(","),
-        help="such as 1,dp2+dist-opt,tp2xcp2+sp,pp2+vpp2, or yours, which is that of CONFIG made to fit; "
-        "default: yours and 16 standard ones",
+        help="standard ones (a wrong name lists them), or yours, which is that of CONFIG made to fit; "
+        "default: yours and all 16 standard ones",
     )
     check.add_argument(
         "--processes", type=int, metavar="N", help="ranks at the most; default: the number of GPUs, or 4 without any"

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, get_args
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from dapo_megatron.config import Config
+from dapo_megatron.config.section import Section
 from dapo_megatron.errors import ConfigError
 
 
@@ -119,25 +120,25 @@ def _unknown_key(location: list[str]) -> str:
         return f"{message}; did you mean {'.'.join([*parents, near[0]])}?"
     if elsewhere := difflib.get_close_matches(last, _all_keys(), n=1, cutoff=0.85):
         return f"{message}; did you mean {_all_keys()[elsewhere[0]]}?"
-    return f"{message}; {section or 'the top level'} knows {', '.join(sorted(known))}"
+    return f"{message}; {section or 'the top level'} knows {', '.join(sorted(known))}" if known else message
 
 
 def _fields(parents: Sequence[str]) -> dict[str, Any]:
-    section: type[BaseModel] = Config
+    """Key -> type in the section at `parents`; empty for the section of a loss that is not known by name."""
+    section: type[Section] = Config
     for parent in parents:
-        section = _section(section.model_fields[parent].annotation)
-    return dict(section.model_fields)
+        annotation = section.key_types().get(parent)
+        if annotation is None:
+            return {}
+        section = next(kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type))
+    return section.key_types()
 
 
-def _section(annotation: Any) -> type[BaseModel]:
-    return next(kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type))
-
-
-def _all_keys(section: type[BaseModel] = Config, prefix: str = "") -> dict[str, str]:
+def _all_keys(section: type[Section] = Config, prefix: str = "") -> dict[str, str]:
     """Last part of every key -> the whole key."""
     keys: dict[str, str] = {}
-    for name, info in section.model_fields.items():
+    for name, annotation in section.key_types().items():
         keys.setdefault(name, prefix + name)
-        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
-            keys = {**_all_keys(info.annotation, f"{prefix}{name}."), **keys}
+        if isinstance(annotation, type) and issubclass(annotation, Section):
+            keys = {**_all_keys(annotation, f"{prefix}{name}."), **keys}
     return keys

@@ -3,133 +3,107 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict
+from dataclasses import dataclass
 
-from torch import Tensor
-
-from dapo_megatron.actor.layout import attention_tokens, read_hf_config
-from dapo_megatron.actor.topology import Topology
-from dapo_megatron.algo.filter import is_mixed
-from dapo_megatron.algo.samples import to_samples
+from dapo_megatron.actor.architecture import attention_tokens
 from dapo_megatron.config import Config
 from dapo_megatron.data.stream import PromptStream
 from dapo_megatron.data.tokenizer import decoder
 from dapo_megatron.eval.evaluate import EvalResult, evaluate
+from dapo_megatron.measures import Measures
 from dapo_megatron.obs.metrics import step_metrics
 from dapo_megatron.obs.observer import Observer
-from dapo_megatron.obs.skipped import save_skipped
-from dapo_megatron.pack import PackStats, pack
+from dapo_megatron.pack import pack, packing
 from dapo_megatron.preflight import Checked
 from dapo_megatron.reward.judge import Judge
-from dapo_megatron.rollout.collect import Rollout, collect
+from dapo_megatron.rollout.collect import Rollout
 from dapo_megatron.rollout.engine import Sampling
 from dapo_megatron.rollout.engines import Engines
-from dapo_megatron.types import Group, StepResult, Update
-from dapo_megatron.weights.gloo import GlooPublisher
+from dapo_megatron.state import Kept, Stateful
+from dapo_megatron.types import Group, MiniBatch, TrainSample, UpdateResult
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What a step trains on, and how it came about."""
+
+    rollout: Rollout
+    packing: Measures
+    replicas: Sequence[Sequence[MiniBatch]]
+    """The mini-batches of the step, the share of every data-parallel replica."""
 
 
 class Leader:
-    """Draws prompts, samples and grades responses, packs them for the ranks, and keeps the record.
+    """Holds the parts that sample and grade responses, packs them for the ranks, and keeps the record.
 
-    Engines start in the background while the ranks build the actor; call `wait_for_engines` before anything else.
+    Engines start in the background while the ranks build the actor.
 
     Args:
-        checked: what `preflight` read: prompts and tokenizer.
+        checked: what `preflight` read: prompts, tokenizer and the model's configuration.
     """
 
-    def __init__(self, config: Config, topo: Topology, obs: Observer, checked: Checked) -> None:
-        self.config, self.topo, self.obs = config, topo, obs
+    def __init__(self, config: Config, obs: Observer, checked: Checked) -> None:
+        self.config, self._obs = config, obs
         self._started = time.monotonic()
-        self._stop = checked.stop_token_ids
-        self._prompts = PromptStream(checked.train, config.train.seed)
         self._held_out = checked.held_out
-        self._evaluations: dict[str, EvalResult] = {}
-        self._carried: Sequence[Group] = ()
-        self._rollout: Rollout | None = None
-        self._packing: PackStats | None = None
-        model = config.model
-        self._attention_tokens = attention_tokens(read_hf_config(model.path, trust_remote_code=model.trust_remote_code))
+        self._attention_tokens = attention_tokens(checked.hf_config)
+        self.sampling = Sampling.from_config(config.rollout, checked.stop_token_ids)
+        self.prompts = PromptStream(checked.train, config.train.seed)
+        self.carried: Kept[tuple[Group, ...]] = Kept(tuple[Group, ...], ())
+        """Mixed groups that the step before did not need."""
+        self.evaluations: Kept[dict[str, EvalResult]] = Kept(dict[str, EvalResult], {})
+        """When -> result, so far."""
         with ExitStack() as stack:
             self.judge = stack.enter_context(closing(Judge(config.reward, config.rollout.max_response_tokens)))
             engines = Engines(config, config.run.folder, decoder(checked.tokenizer))
             self.engines = stack.enter_context(closing(engines))
             self._open = stack.pop_all()
-        self._publisher: GlooPublisher | None = None
 
-    def wait_for_engines(self) -> None:
-        with self.obs.phase("starting engines"):
-            self.engines.wait_ready()
-            publisher = GlooPublisher(self.engines, bucket_bytes=self.config.weights.bucket_mib << 20)
-            self._publisher = self._open.enter_context(closing(publisher))
+    @property
+    def state(self) -> dict[str, Stateful]:
+        """Its parts that survive a restart."""
+        return {"prompts": self.prompts, "carried": self.carried, "evaluations": self.evaluations}
 
-    def collect(self, step: int) -> list[list[Update]]:
-        """Sample until there are enough groups to train on; returns the updates of every data-parallel rank."""
-        config = self.config
-        self._rollout = self.engines.run(
-            collect(
-                self.engines,
-                self._prompts.take,
-                self.judge,
-                config.rollout,
-                is_mixed=is_mixed,
-                sampling=Sampling.from_config(config.rollout, self._stop),
-                carried=self._carried,
-            )
-        )
-        self._carried = self._rollout.carried
-        samples = to_samples(self._rollout.groups, config.algo, filter_truncated=config.reward.overlong.filter)
-        ranks = pack(
+    def pack(self, samples: Sequence[TrainSample], replicas: int, step: int) -> tuple[list[list[MiniBatch]], Measures]:
+        """Pack the samples of a step into the mini-batches of every data-parallel replica."""
+        train, parallel = self.config.train, self.config.parallel
+        packed = pack(
             samples,
-            mini_batch=config.train.mini_batch,
-            micro_batch_tokens=config.train.micro_batch_tokens,
-            data_parallel=self.topo.dp,
-            seed=f"{config.train.seed}:{step}",
-            sequence_multiple=config.parallel.sequence_multiple,
-            total_multiple=config.parallel.total_multiple,
-            micro_batch_multiple=config.parallel.micro_batch_multiple,
+            mini_batch=train.mini_batch,
+            micro_batch_tokens=train.micro_batch_tokens,
+            data_parallel=replicas,
+            seed=f"{train.seed}:{step}",
+            sequence_multiple=parallel.sequence_multiple,
+            total_multiple=parallel.total_multiple,
+            micro_batch_multiple=parallel.micro_batch_multiple,
             attention_tokens=self._attention_tokens,
         )
-        self._packing = PackStats.of(samples, ranks, self._attention_tokens)
-        return ranks
+        return packed, packing(samples, packed, self._attention_tokens)
 
-    def publish(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        assert self._publisher, "wait_for_engines comes first"
-        self._publisher.push(weights, version)
-
-    def log(self, step: int, policy: Mapping[str, float], results: Sequence[StepResult]) -> None:
-        assert self._rollout and self._packing, "collect comes first"
-        packing = {f"pack/{name}": value for name, value in asdict(self._packing).items()}
-        metrics = step_metrics(self._rollout.stats, {**packing, **policy}, results)
-        self.obs.step(step, metrics, self._rollout.groups)
-
-    def keep_skipped(self, step: int, index: int, reason: str, ranks: Sequence[Update]) -> None:
-        """Save the mini-batch of an update that was skipped, the share of every data-parallel rank, and say so."""
-        try:
-            path = save_skipped(self.config.run.folder, step, index, reason, ranks)
-            where = f"its mini-batch is {path}" if path else "and not kept, for skipped/ holds enough of its kind"
-        except OSError as error:  # the other ranks wait, and the file is only there to be looked at
-            where = f"and could not be kept: {error}"
-        self.obs.message(f"step {step}: {reason}; the update was skipped, {where}")
+    def log(self, step: int, batch: Batch, measures: Measures, results: Sequence[UpdateResult]) -> None:
+        """Record a step: its batch, what was measured before its first update, and its updates."""
+        metrics = step_metrics({**batch.rollout.measures, **batch.packing, **measures}, results)
+        self._obs.step(step, metrics, batch.rollout.groups)
 
     def evaluate(self, when: str) -> None:
         """Measure accuracy on the held-out prompts, where the config has any."""
         if not self._held_out:
             return
-        with self.obs.phase(f"evaluating ({when})"):
+        with self._obs.phase(f"evaluating ({when})"):
             result = self.engines.run(
                 evaluate(
                     self.engines,
                     self._held_out,
                     self.judge,
                     self.config.eval,
-                    max_tokens=self.config.rollout.max_response_tokens,
-                    stop_token_ids=self._stop,
+                    max_tokens=self.sampling.max_tokens,
+                    stop_token_ids=self.sampling.stop_token_ids,
                 )
             )
-        self._evaluations[when] = result
-        self.obs.evaluation(when, result)
+        self.evaluations.value[when] = result
+        self._obs.evaluation(when, result)
 
     def summarise(self) -> None:
         """Write summary.json: the held-out accuracy and length before and after, where there is held-out data."""
@@ -139,10 +113,10 @@ class Leader:
             "steps": self.config.train.steps,
         }
         for name, when in (("base", "before"), ("final", "after")):
-            if result := self._evaluations.get(when):
+            if result := self.evaluations.value.get(when):
                 summary[f"{name}_accuracy"] = result.accuracy
                 summary[f"{name}_length"] = result.mean_length
-        self.obs.summary(summary)
+        self._obs.summary(summary)
 
     def close(self) -> None:
         """End engines and graders. Safe to call at any point, also after a failure."""

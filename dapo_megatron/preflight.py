@@ -6,6 +6,7 @@ Imports neither megatron nor vllm nor torch.distributed.
 from __future__ import annotations
 
 import socket
+import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -13,30 +14,34 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dapo_megatron.actor.layout import check_layout, read_hf_config
-from dapo_megatron.config import Config, EngineConfig, EvalConfig, RunConfig
+from dapo_megatron.actor.architecture import check_layout
+from dapo_megatron.config import Config, EngineConfig, EvalConfig, RewardConfig, RunConfig
 from dapo_megatron.data.prompts import load_prompts
 from dapo_megatron.data.tokenizer import end_token_ids, load_tokenizer
 from dapo_megatron.errors import ConfigError
+from dapo_megatron.hf_folder import read_hf_config
 from dapo_megatron.obs.run_folder import check_run_folder
 from dapo_megatron.obs.sinks import check_sinks
-from dapo_megatron.rollout.server import check_gpus, check_port
+from dapo_megatron.reward.math import PACKAGES
+from dapo_megatron.rollout.adapter import adapter_for
+from dapo_megatron.rollout.place import check_gpus
+from dapo_megatron.rollout.ports import check_ports
 from dapo_megatron.types import Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _EXTRAS = "pip install -e '.[cpu]' or '.[gpu]' in the checkout"
+_MISSING = "import sys, importlib.util as u; print(*(name for name in sys.argv[1:] if u.find_spec(name) is None))"
+"""Python that prints those of its arguments that are not installed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """What was read to be checked, so that it need not be read again: tokenizing takes a while.
+    """What was read to be checked, so that it need not be read again: tokenizing takes a while."""
 
-    >>> Checked(tokenizer, stop_token_ids=(151_645,), train=[first, second, ...], held_out=[other, ...],
-    ...     warnings=("3 of 17917 prompts of train.jsonl are longer than ...; they are left out",))  # doctest: +SKIP
-    """
-
+    hf_config: Any
+    """The model's config.json, as transformers reads it."""
     tokenizer: PreTrainedTokenizerBase
     stop_token_ids: tuple[int, ...]
     """The tokenizer's end token and those of the config."""
@@ -58,11 +63,11 @@ def preflight(config: Config, world_size: int, local_ranks: int | None = None) -
         ConfigError: for the first thing that cannot work. Cheap checks come first.
     """
     config.parallel.data_parallel(world_size)
-    _check_packages({"megatron.core": _EXTRAS} | _engine_packages(config) | _sink_packages(config.run))
+    _check_packages({"megatron.core": _EXTRAS} | _sink_packages(config.run))
     check_run_folder(config.run)
     hf_config = _check_sampling(config)
     check_layout(hf_config, config.parallel)
-    _check_gpus(config.engine, world_size if local_ranks is None else local_ranks)
+    check_gpus(config.engine, world_size if local_ranks is None else local_ranks)
     check_sinks(config.run)
     return _read(config, hf_config, config.data.train)
 
@@ -75,19 +80,20 @@ def preflight_eval(config: Config) -> Checked:
     """
     if config.eval.data is None:
         raise ConfigError("eval.data is null: there is nothing to evaluate on; set eval.data=FILE")
-    _check_packages(_engine_packages(config))
     hf_config = _check_sampling(config)
-    _check_gpus(config.engine, ranks=0)
+    check_gpus(config.engine, ranks=0)
     return _read(config, hf_config, train=None)
 
 
 def _check_sampling(config: Config) -> Any:
-    """Whether engines can serve the model; returns its configuration."""
+    """Whether engines can serve the model and responses can be graded; returns the model's configuration."""
+    adapter = adapter_for(config)
+    _check_engine_packages(adapter.packages, config.engine.python)
+    _check_packages(_grading_packages(config.reward))
     _check_eval(config.eval)
-    _check_ports(config.engine)
-    _check_checkpoint(config.model.path)
+    check_ports(config.engine)
     hf_config = read_hf_config(config.model.path, trust_remote_code=config.model.trust_remote_code)
-    _check_engine_layout(hf_config, config)
+    adapter.check(hf_config)
     _check_context(hf_config, config)
     return hf_config
 
@@ -101,18 +107,16 @@ def _read(config: Config, hf_config: Any, train: str | None) -> Checked:
     def prompts(source: str | None) -> list[Prompt]:
         return load_prompts(config.data, tokenizer, source, warnings.append) if source else []
 
-    checked = Checked(tokenizer, ends, prompts(train), prompts(config.eval.data), tuple(warnings))
+    checked = Checked(hf_config, tokenizer, ends, prompts(train), prompts(config.eval.data), tuple(warnings))
     for prompt in (*checked.train, *checked.held_out):
         _check_vocabulary(f"{prompt.uid} holds", prompt.token_ids, hf_config)
     return checked
 
 
-def _engine_packages(config: Config) -> dict[str, str]:
-    """What sampling and grading import: package -> how to come by it."""
-    needed = {config.engine.kind: _EXTRAS}
-    if config.reward.rule == "math_verify":
-        needed["math_verify"] = "pip install math-verify, or set another reward.rule"
-    return needed
+def _grading_packages(reward: RewardConfig) -> dict[str, str]:
+    """What grading imports: package -> how to come by it."""
+    package = PACKAGES.get(reward.rule)
+    return {package: "pip install math-verify, or set reward.rule=dapo"} if package else {}
 
 
 def _sink_packages(run: RunConfig) -> dict[str, str]:
@@ -132,8 +136,22 @@ def _check_packages(needed: Mapping[str, str]) -> None:
             raise ConfigError(f"{package} is not installed, but this run needs it: {remedy}")
 
 
+def _check_engine_packages(needed: Mapping[str, str], python: Path | None) -> None:
+    """As `_check_packages`, in the interpreter that runs the engine."""
+    if python is None:
+        _check_packages(needed)
+        return
+    needed = {**needed, "dapo_megatron": "its workers take the weights; pip install --no-deps the checkout there"}
+    try:
+        done = subprocess.run([python, "-c", _MISSING, *needed], capture_output=True, text=True, timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise ConfigError(f"engine.python={python} does not run Python: {error}") from error
+    if missing := done.stdout.split():
+        raise ConfigError(f"{missing[0]} is not installed for engine.python={python}: {needed[missing[0]]}")
+
+
 def _installed(package: str) -> bool:
-    """Without importing it: of a nested one, only whether the folder is there."""
+    """Whether it is there, without importing it; for a nested one, whether its folder is."""
     top, *rest = package.split(".")
     spec = find_spec(top)
     if spec is None or not rest:
@@ -149,20 +167,6 @@ def _check_eval(config: EvalConfig) -> None:
         )
 
 
-def _check_ports(engine: EngineConfig) -> None:
-    if engine.port is None:
-        check_port(engine.host, 0)
-        return
-    last = engine.port + engine.replicas - 1
-    if last > 65_535:
-        raise ConfigError(
-            f"engine.port({engine.port}) + engine.replicas({engine.replicas}) - 1 = {last} is more than 65535, the "
-            f"last port; choose a lower one, or set engine.port=null for free ports"
-        )
-    for port in range(engine.port, last + 1):
-        check_port(engine.host, port)
-
-
 def _exposure(engine: EngineConfig) -> Iterable[str]:
     """A warning, where others than this machine can talk to the engines."""
     addresses = {info[4][0] for info in socket.getaddrinfo(engine.host, None)}
@@ -171,38 +175,6 @@ def _exposure(engine: EngineConfig) -> Iterable[str]:
             f"engine.host={engine.host}: engines ask nobody for a password. Whoever reaches this address can read the "
             f"prompts, sample from the model and replace its weights; set engine.host=127.0.0.1, or have a firewall "
             f"keep others out"
-        )
-
-
-def _check_gpus(engine: EngineConfig, ranks: int) -> None:
-    # torch is what ranks and engines count with: it heeds CUDA_VISIBLE_DEVICES and containers, which nvidia-smi does
-    # not, finds none where its build has no use for them, and only asks the driver. Reading the model loaded it.
-    import torch
-
-    if gpus := torch.cuda.device_count():
-        check_gpus(engine, ranks, gpus)
-
-
-def _check_checkpoint(folder: Path) -> None:
-    if not folder.is_dir():
-        raise ConfigError(
-            f"model.path {folder} is not a folder; give the folder of a Hugging Face checkpoint (config.json, "
-            f"*.safetensors, tokenizer)"
-        )
-    if not (folder / "config.json").is_file():
-        raise ConfigError(f"model.path {folder} has no config.json; it is not a Hugging Face checkpoint")
-    if not any(folder.glob("*.safetensors")):
-        raise ConfigError(
-            f"model.path {folder} has no *.safetensors; convert other formats with save_pretrained of transformers"
-        )
-
-
-def _check_engine_layout(hf_config: Any, config: Config) -> None:
-    heads, size = hf_config.num_attention_heads, config.engine.tensor_parallel
-    if heads % size:
-        raise ConfigError(
-            f"engine.tensor_parallel({size}) does not divide the model's num_attention_heads({heads}); "
-            f"choose a divisor of {heads}"
         )
 
 

@@ -6,6 +6,8 @@ import ctypes
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
@@ -21,6 +23,19 @@ def adopt_orphans() -> None:
     """Become the parent of descendants whose own parent dies, instead of init. Linux only; else nothing."""
     if sys.platform == "linux":
         _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+@contextmanager
+def failing_undisturbed() -> Iterator[None]:
+    """After a failure inside, ignore SIGTERM from there on.
+
+    torchrun sends it as soon as one rank is gone, and it should not replace the reason.
+    """
+    try:
+        yield
+    except BaseException:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise
 
 
 def _prctl(option: int, value: int) -> None:

@@ -1,4 +1,4 @@
-"""The values that pass between stages: prompts -> rollout -> reward -> advantage -> pack -> step.
+"""The values that pass between stages: prompts -> rollout -> reward -> advantage -> pack -> update.
 
 Axes in names and docstrings: L tokens of one sequence (prompt and response), T packed tokens of one micro-batch,
 S segments (sequences) of one micro-batch, G responses of one group.
@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING
+
+from dapo_megatron.measures import Measures
 
 if TYPE_CHECKING:  # graders and the command line read these types and start without torch
     from torch import Tensor
@@ -29,7 +31,8 @@ class FinishReason(StrEnum):
 class Prompt:
     """One question.
 
-    >>> Prompt(uid="train.jsonl:12", token_ids=(7, 10, 3, 11), text="7+3=", answer="10")  # doctest: +SKIP
+    >>> Prompt(uid="train.jsonl:12", token_ids=(7, 10, 3, 11), text="7+3=", answer="10").answer
+    '10'
     """
 
     uid: str
@@ -54,7 +57,8 @@ class VersionSpan:
 class Completion:
     """One sampled response.
 
-    >>> Completion((10, 2), (-0.11, -0.01), FinishReason.STOP, "10", (VersionSpan(0, 0, 2),))  # doctest: +SKIP
+    >>> Completion((10, 2), (-0.11, -0.01), FinishReason.STOP, "10", (VersionSpan(0, 0, 2),)).length
+    2
     """
 
     token_ids: tuple[int, ...]
@@ -82,10 +86,7 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The G responses to one prompt, graded. Every sequence below has G entries.
-
-    >>> Group(prompt, completions, extracted=("10", "9"), correct=(True, False), rewards=(1.0, -1.0))  # doctest: +SKIP
-    """
+    """The G responses to one prompt, graded. Every sequence below has G entries."""
 
     prompt: Prompt
     completions: tuple[Completion, ...]
@@ -110,11 +111,14 @@ class Group:
 class TrainSample:
     """One prompt with one response, ready to be packed.
 
-    >>> TrainSample(
+    >>> import torch
+    >>> sample = TrainSample(
     ...     token_ids=torch.tensor([7, 10, 3, 11, 10, 2]),                        # prompt, then response
     ...     loss_mask=torch.tensor([False, False, False, False, True, True]),     # response tokens that are trained on
     ...     rollout_logprobs=torch.tensor([0.0, 0.0, 0.0, 0.0, -0.11, -0.01]),    # 0 on the prompt
-    ...     advantage=0.87, group=3, policy_version=4)  # doctest: +SKIP
+    ...     advantage=0.87, group=3, policy_version=4)
+    >>> sample.length, sample.loss_tokens
+    (6, 2)
     """
 
     token_ids: Tensor
@@ -153,14 +157,17 @@ class MicroBatch:
     A sequence of L tokens fills L-1 slots: slot t holds token t as input and token t+1 as label. Where a layout wants
     sizes that divide (sequence or context parallel), slots with label 0 and loss_mask False fill the gap.
 
-    >>> MicroBatch(
+    >>> import torch
+    >>> batch = MicroBatch(
     ...     tokens_T=torch.tensor([7, 10, 3, 11, 10]), labels_T=torch.tensor([10, 3, 11, 10, 2]),
     ...     positions_T=torch.tensor([0, 1, 2, 3, 4]), cu_seqlens=torch.tensor([0, 5], dtype=torch.int32),
     ...     scored_T=torch.tensor([False, False, False, True, True]),
     ...     loss_mask_T=torch.tensor([False, False, False, True, True]),
     ...     advantages_T=torch.full((5,), 0.87), weights_T=torch.ones(5),
     ...     rollout_logprobs_T=torch.tensor([0.0, 0.0, 0.0, -0.11, -0.01]),
-    ...     groups_S=torch.tensor([3]))  # doctest: +SKIP
+    ...     groups_S=torch.tensor([3]))
+    >>> batch.slots, batch.loss_tokens
+    (5, 2)
     """
 
     tokens_T: Tensor
@@ -191,8 +198,8 @@ class MicroBatch:
     """float32 [T], nats: the frozen reference, where the loss asks for one; 0 where not scored."""
 
     @property
-    def tokens(self) -> int:
-        """T: slots, padding included."""
+    def slots(self) -> int:
+        """T, padding included."""
         return self.tokens_T.shape[0]
 
     @property
@@ -201,36 +208,29 @@ class MicroBatch:
 
 
 @dataclass(frozen=True, slots=True)
-class Update:
-    """What one data-parallel rank does between two optimizer steps.
-
-    >>> Update(micro_batches=(first, second), loss_tokens=13_107)  # doctest: +SKIP
-    """
+class MiniBatch:
+    """What one data-parallel replica computes of a mini-batch, the data of one update."""
 
     micro_batches: tuple[MicroBatch, ...]
-    """This rank's share. Every rank has the same number; one may have no loss tokens."""
+    """This replica's share. Every replica has the same number; one may have no loss tokens."""
     loss_tokens: int
-    """Unmasked tokens of the whole mini-batch: all micro-batches of all ranks. The denominator of the loss."""
+    """Unmasked tokens of the whole mini-batch: all micro-batches of all replicas. The denominator of the loss."""
 
 
 @dataclass(frozen=True, slots=True)
-class StepResult:
-    """What an optimizer step did. The same on every rank.
+class UpdateResult:
+    """What one update (an optimizer step) did. The same on every rank."""
 
-    >>> StepResult(loss=-0.031, grad_norm=0.42, lr=1e-6, loss_tokens=13_107,
-    ...     metrics={"clip_fraction_high": 0.004})  # doctest: +SKIP
-    """
-
-    loss: float
-    """Mean over the loss tokens of the mini-batch, all ranks."""
-    grad_norm: float
-    """Before clipping."""
-    lr: float
+    measures: Measures
+    """What the loss measured, exact over the mini-batch, and grad_norm before clipping and the norms by kind."""
     loss_tokens: int
-    metrics: dict[str, float] = field(default_factory=dict)
-    """Exact token means over the mini-batch; names that end in `_max` are maxima, others that hold a `/` are norms."""
+    lr: float
     skipped: str | None = None
     """What was not finite, where the update was skipped for that: the parameters are those of before."""
+
+    def __getitem__(self, metric: str) -> float:
+        """The value of one measure."""
+        return self.measures[metric].value
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,5 +241,5 @@ class TokenLoss:
     """0-d: the sum over unmasked tokens of what is minimised; carries the gradient."""
     loss_tokens: Tensor
     """0-d int64: how many tokens that sum is over."""
-    metrics: dict[str, Tensor] = field(default_factory=dict)
-    """0-d, detached: sums over the same tokens, except names that end in `_max`, which are maxima."""
+    measures: Measures = field(default_factory=dict)
+    """0-d, detached, over the same tokens."""

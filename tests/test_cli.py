@@ -189,7 +189,7 @@ def test_the_log_of_an_engine_that_fails_in_an_evaluation_is_kept(
     config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = [sys.executable, "-c", r"print('out of \x1b[2J memory'); raise SystemExit(3)"]
-    monkeypatch.setattr("dapo_megatron.rollout.engines.vllm_command", lambda *_: command)
+    monkeypatch.setattr("dapo_megatron.rollout.adapters.vllm.Adapter.command", lambda *_: command)
     assert cli.main(["eval", str(config)]) == 1
     errors = capsys.readouterr().err
     assert "engine 0 ended with exit status 3" in errors
@@ -296,8 +296,8 @@ def check_reduction(*arguments: str | Path) -> subprocess.Popen[str]:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--layouts", ""], "a name is empty"),
-        (["--layouts", "dp8"], "dp8 wants 8 ranks, but --processes allows 4"),
+        (["--layouts", "dp8"], "'dp8' is not one of yours, 1, dp2, "),
+        (["--layouts", "dp2xtp2", "--processes", "2"], "dp2xtp2 wants 4 ranks, but --processes allows 2"),
         (["--processes", "0"], "at least one process is needed"),
         (["launch.processes=2", "parallel.tp=3"], "tp(3) x pp(1) x cp(1) = 3 does not divide world size 2"),
     ],

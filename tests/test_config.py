@@ -23,7 +23,7 @@ def load(folder: Path, text: str = MINIMAL, *overrides: str) -> Config:
     ("overrides", "message"),
     [
         (["rollout.respones=8"], "unknown key rollout.respones; did you mean rollout.responses?"),
-        (["algo.clip_hihg=0.3"], "unknown key algo.clip_hihg; did you mean algo.clip_high?"),
+        (["algo.clip_hihg=0.3"], "unknown key algo.clip_hihg; did you mean algo.dapo.clip_high?"),
         (["reward.overlong.cach=8"], "unknown key reward.overlong.cach; did you mean reward.overlong.cache?"),
         (["modle.path=x"], "unknown key modle; did you mean model?"),
         (
@@ -113,7 +113,7 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
 
 
 def test_dump_and_load_are_inverse(tmp_path: Path) -> None:
-    config = load(tmp_path, MINIMAL, "optimizer.lr=3e-7", "algo.dual_clip=10", "optimizer.betas=[0.9,0.95]")
+    config = load(tmp_path, MINIMAL, "optimizer.lr=3e-7", "algo.dapo.dual_clip=10", "optimizer.betas=[0.9,0.95]")
     assert load(tmp_path, config_file.dump(config)) == config
     config = load(tmp_path, MINIMAL, "rollout.dynamic_sampling=false")
     assert load(tmp_path, config_file.dump(config)) == config
@@ -143,8 +143,9 @@ def test_later_overrides_win(tmp_path: Path) -> None:
 
 def test_defaults_are_the_published_run(tmp_path: Path) -> None:
     config = load(tmp_path)
-    assert (config.algo.clip_low, config.algo.clip_high, config.algo.kl.coef) == (0.2, 0.28, 0.0)
-    assert (config.rollout.batch_size, config.updates_per_step) == (512 * 16, 16)
+    assert (config.algo.loss, config.algo.loss_scope, config.algo.kl.coef) == ("dapo", "token", 0.0)
+    assert (config.algo.settings.clip_low, config.algo.settings.clip_high) == (0.2, 0.28)
+    assert (config.rollout.batch_size, config.train.mini_batch) == (512 * 16, 512)
     assert (config.rollout.max_response_tokens, config.reward.overlong.cache) == (20_480, 4096)
     assert (config.optimizer.lr, config.optimizer.weight_decay) == (1e-6, 0.1)
 
@@ -153,7 +154,7 @@ def test_the_schema_explains_keys_and_refuses_others() -> None:
     schema: dict[str, Any] = Config.model_json_schema()
     algo = schema["$defs"]["AlgoConfig"]
     assert algo["additionalProperties"] is False
-    assert "clip-higher" in algo["properties"]["clip_high"]["description"]
+    assert "clip-higher" in algo["properties"]["dapo"]["properties"]["clip_high"]["description"]
     assert schema["required"] == ["model", "data"]
 
 

@@ -72,7 +72,7 @@ def test_evaluations_that_cannot_work(tmp_path: Path, sections: dict[str, Any], 
         (
             lambda config: preflight(config, 2),
             5,
-            r"ranks\(2\) \+ engine.replicas\(2\) x engine.tensor_parallel\(2\) = 6 GPUs, but 5 are visible",
+            r"ranks\(2\) \+ engine.count\(2\) x engine.tensor_parallel\(2\) = 6 GPUs, but 5 are visible",
         ),
         (lambda config: preflight(config, 4), 6, r"ranks\(4\) \+ .* = 8 GPUs, but 6 are visible"),
         (preflight_eval, 4, None),
@@ -83,7 +83,7 @@ def test_ranks_and_engines_have_gpus_of_their_own_where_there_are_any(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, check: Callable[[Config], Checked], gpus: int, message: str | None
 ) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
-    config = changed(tmp_path, engine={"replicas": 2, "tensor_parallel": 2})
+    config = changed(tmp_path, engine={"count": 2, "tensor_parallel": 2})
     if message is None:
         check(config)
         return
@@ -127,7 +127,7 @@ def test_it_imports_no_heavy_library(tmp_path: Path) -> None:
         ),
         ({"data": {"max_prompt_tokens": 3}}, 1, r"2 of 2 prompts .* longer than data.max_prompt_tokens\(3\)"),
         ({"eval": {"temperature": 0.0, "samples": 4}}, 1, r"eval.samples\(4\) at eval.temperature=0"),
-        ({"engine": {"port": 65_535, "replicas": 2}}, 1, r"65535\) \+ engine.replicas\(2\) - 1 = 65536"),
+        ({"engine": {"port": 65_535, "count": 2}}, 1, r"65535\) \+ engine.count\(2\) - 1 = 65536"),
         ({"run": {"wandb_project": "x"}}, 1, r"wandb is not installed, .*\[wandb\].*run.wandb_project=null"),
         ({"rollout": {"stop_token_ids": [99]}}, 1, r"\[99\] are not among the tokenizer's \d+ tokens"),
     ],
@@ -155,6 +155,27 @@ def test_an_engine_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.Mon
     assert refused(changed(tmp_path)).startswith(
         "vllm is not installed, but this run needs it: pip install -e '.[cpu]'"
     )
+
+
+def test_an_engine_with_a_python_of_its_own(tmp_path: Path) -> None:
+    preflight(changed(tmp_path, engine={"python": sys.executable}), 1)
+
+
+@pytest.mark.parametrize(
+    ("engine", "message"),
+    [
+        ({"kind": "vlm"}, "engine.kind='vlm' is unknown; choose vllm, or"),
+        ({"python": "nowhere/python"}, "engine.python=nowhere/python does not run Python: .*No such file"),
+        ({"python": "/bin/false"}, "engine.python=/bin/false does not run Python: .* exit status 1"),
+        ({"python": "bare"}, "vllm is not installed for engine.python=.*bare: pip install"),
+    ],
+)
+def test_an_engine_that_cannot_be_started(tmp_path: Path, engine: dict[str, str], message: str) -> None:
+    if engine.get("python") == "bare":
+        engine = {"python": str(tmp_path / "bare")}
+        Path(engine["python"]).write_text(f'#!/bin/sh\nexec {sys.executable} -I -S "$@"\n')
+        Path(engine["python"]).chmod(0o755)
+    assert_matches(message, refused(changed(tmp_path, engine=engine)))
 
 
 @pytest.mark.parametrize(

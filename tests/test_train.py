@@ -16,7 +16,9 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from dapo_megatron.obs.skipped import load_skipped
+from dapo_megatron.config import AlgoConfig
+from dapo_megatron.obs.metrics import METRICS
+from dapo_megatron.skipped import load_skipped
 from examples.quickstart import sums
 from examples.quickstart.base import untrained
 
@@ -61,6 +63,21 @@ def run(material: Path, folder: Path, *overrides: str) -> subprocess.CompletedPr
     )
 
 
+OPTIONAL = {"kl/ref", "correction/weight", "correction/truncated", "correction/masked"} | {
+    f"{norm}/{kind}" for norm in ("grad_norm", "weight_norm", "update_ratio") for kind in ("output", "other")
+}
+"""Metrics that depend on the configuration or the model."""
+
+
+def assert_metrics_have_meanings(folder: Path, overrides: Sequence[str]) -> None:
+    """Everything written is in the table, and everything in the table is written."""
+    meanings = {*METRICS, *AlgoConfig().found_loss.meanings}
+    written = {name for line in (folder / "run/metrics.jsonl").read_text().splitlines() for name in json.loads(line)}
+    assert written - {"step", "time"} <= meanings
+    assert meanings - written <= OPTIONAL
+    assert ("kl/ref" in written) == any(override.startswith("algo.kl.coef") for override in overrides)
+
+
 def rows(folder: Path) -> list[dict[str, Any]]:
     """The steps in metrics.jsonl."""
     path = folder / "run/metrics.jsonl"
@@ -85,7 +102,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
             id="pp2-vpp2-masked",
         ),
         pytest.param(["parallel.cp=2"], id="cp2"),
-        pytest.param(["algo.kl.coef=0.05", "algo.loss_scope=sample", "algo.clip_high=0.2"], id="grpo"),
+        pytest.param(["algo.kl.coef=0.05", "algo.loss_scope=sample", "algo.dapo.clip_high=0.2"], id="grpo"),
     ],
 )
 def test_a_run_trains_and_the_engine_follows(material: Path, tmp_path: Path, overrides: Sequence[str]) -> None:
@@ -105,6 +122,7 @@ def test_a_run_trains_and_the_engine_follows(material: Path, tmp_path: Path, ove
     if "algo.kl.coef=0.05" in overrides:
         assert first["kl/ref"] > 0
 
+    assert_metrics_have_meanings(tmp_path, overrides)
     before = load_file(material / "base/model.safetensors")
     after = load_file(tmp_path / "run/hf/model.safetensors")
     assert set(before) == set(after)

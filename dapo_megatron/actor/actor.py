@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -23,9 +23,10 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
+from torch.distributed.nn.functional import all_reduce
 
+from dapo_megatron.actor.architecture import check_layout
 from dapo_megatron.actor.head import RowSelection
-from dapo_megatron.actor.layout import check_layout, read_hf_config
 from dapo_megatron.actor.logprobs import TokenLogprobs, vocab_parallel_logprobs
 from dapo_megatron.actor.model import DTYPES, build_chunks, transformer_config
 from dapo_megatron.actor.norms import ParameterNorms
@@ -36,15 +37,28 @@ from dapo_megatron.actor.optimizer import (
     gradient_norm,
     gradients_as_weights,
 )
-from dapo_megatron.actor.reduce import token_means
-from dapo_megatron.actor.shard import LayoutError, Shard, join, joined, make_shard, slots_of
+from dapo_megatron.actor.reduce import over_ranks
+from dapo_megatron.actor.shard import LayoutError, Shard, concatenated, make_shard, runs_of, slots_of
 from dapo_megatron.actor.topology import Topology, process_groups
 from dapo_megatron.config import Config
 from dapo_megatron.errors import DapoError
-from dapo_megatron.types import MicroBatch, StepResult, TokenLoss, Update
+from dapo_megatron.measures import Mean, Measure, Measures, values
+from dapo_megatron.types import MicroBatch, MiniBatch, TokenLoss, UpdateResult
 
-Loss = Callable[[Tensor, MicroBatch], TokenLoss]
-"""(logprobs_T, micro_batch) -> sums. Both hold the scored slots only, under context parallel those of this rank."""
+Loss = Callable[[Tensor, MicroBatch, Callable[[Tensor], Tensor]], TokenLoss]
+"""(logprobs_T, micro_batch, context_sum) -> sums. Log-probs and micro-batch hold the scored slots only, under context
+parallel those of this rank; context_sum adds up a tensor over the ranks that share its sequences, and its gradient."""
+
+
+class Checkpoint(Protocol):
+    """What a model starts from (`weights.hf.HfCheckpoint`)."""
+
+    @property
+    def hf_config(self) -> Any: ...
+
+    def load(self, chunks: Sequence[torch.nn.Module]) -> None:
+        """Fill the bare GPTModels of this rank."""
+        ...
 
 
 class TokenCountError(DapoError, RuntimeError):
@@ -55,7 +69,6 @@ class Actor:
     """One model on all ranks of a run. Every method is collective.
 
     Args:
-        load_weights: fills the bare GPTModels of this rank (`weights.hf.HfCheckpoint.load`).
         trainable: False keeps neither gradients nor optimizer, for a frozen reference.
 
     Raises:
@@ -66,20 +79,20 @@ class Actor:
         self,
         config: Config,
         topology: Topology,
+        checkpoint: Checkpoint,
         *,
-        load_weights: Callable[[list[torch.nn.Module]], None],
         trainable: bool = True,
     ) -> None:
         self._config, self._topology = config, topology
         self._groups = process_groups()
-        hf_config = read_hf_config(config.model.path, trust_remote_code=config.model.trust_remote_code)
+        hf_config = checkpoint.hf_config
         check_layout(hf_config, config.parallel)
         self._vocab_size: int = hf_config.vocab_size
         self._temperature = config.rollout.temperature
         self._megatron_config: Any = transformer_config(hf_config, config.model, config.parallel)
         chunks = build_chunks(hf_config, self._megatron_config, self._groups)
         self._chunks: list[torch.nn.Module] = list(chunks)
-        load_weights(self._chunks)
+        checkpoint.load(self._chunks)
         self._heads = [RowSelection(chunk) for chunk in chunks if chunk.post_process]
         dtype = DTYPES[config.model.dtype]
         modules: list[Any] = list(chunks)
@@ -108,85 +121,89 @@ class Actor:
         """The bare GPTModels of this rank: several where pipeline stages are virtual."""
         return self._chunks
 
-    def with_old_logprobs(self, updates: Sequence[Update]) -> tuple[list[Update], dict[str, float]]:
+    def with_old_logprobs(self, mini_batches: Sequence[MiniBatch]) -> tuple[list[MiniBatch], Measures]:
         """Fill old_logprobs_T, through the same micro-batches and kernels as `step`: the first ratio is exactly 1.
         (With train.logprob_tokens, through larger ones, and it is 1 up to rounding.)
 
         Returns:
-            The updates, and means over all their loss tokens: entropy (nats) of the policy's next-token distribution,
+            The mini-batches, and over all their loss tokens: entropy (nats) of the policy's next-token distribution,
             and top_prob, the probability of its most likely token.
         """
 
-        def sums(scores: TokenLogprobs, batch: MicroBatch) -> dict[str, Tensor]:
+        def measure(scores: TokenLogprobs, batch: MicroBatch) -> Measures:
             assert scores.entropy_T is not None and scores.top_prob_T is not None
+            mask_T = batch.loss_mask_T
             return {
-                "entropy": (scores.entropy_T * batch.loss_mask_T).sum(),
-                "top_prob": (scores.top_prob_T * batch.loss_mask_T).sum(),
+                "entropy": Mean((scores.entropy_T * mask_T).sum(), mask_T.sum()),
+                "top_prob": Mean((scores.top_prob_T * mask_T).sum(), mask_T.sum()),
             }
 
-        logprobs, means = self._evaluate(updates, sums)
-        return _filled(updates, "old_logprobs_T", logprobs), means
+        logprobs, measures = self._evaluate(mini_batches, measure)
+        return _filled(mini_batches, "old_logprobs_T", logprobs), measures
 
-    def with_ref_logprobs(self, updates: Sequence[Update]) -> list[Update]:
+    def with_ref_logprobs(self, mini_batches: Sequence[MiniBatch]) -> list[MiniBatch]:
         """Fill ref_logprobs_T with the log-probs of this model, which is the frozen reference."""
-        return _filled(updates, "ref_logprobs_T", self._evaluate(updates, None)[0])
+        return _filled(mini_batches, "ref_logprobs_T", self._evaluate(mini_batches, None)[0])
 
-    def step(self, update: Update, loss: Loss, *, lr: float) -> StepResult:
-        """One optimizer step on a mini-batch. A mini-batch without loss tokens changes nothing.
+    def update(self, mini_batch: MiniBatch, loss: Loss, *, lr: float) -> UpdateResult:
+        """Make one optimizer step on a mini-batch. A mini-batch without loss tokens changes nothing.
 
-        Where the loss, a metric of it (the ratio among them) or the gradient is not finite, on whatever rank, no rank
+        Where the loss, a measure of it (the ratio among them) or the gradient is not finite, on whatever rank, no rank
         changes anything, and the result says so in `skipped`.
 
         Returns:
-            The same on every rank. Besides what the loss measures, its metrics hold grad_norm/KIND, weight_norm/KIND
-            and update_ratio/KIND for the kinds of parameters (`norms.KINDS`).
+            The same on every rank. Besides what the loss measures, grad_norm and, unless there was nothing to do,
+            grad_norm/KIND, weight_norm/KIND and update_ratio/KIND for the kinds of parameters (`norms.KINDS`).
 
         Raises:
-            TokenCountError: where the ranks' loss tokens do not add up to `update.loss_tokens`.
+            TokenCountError: where the ranks' loss tokens do not add up to `mini-batch.loss_tokens`.
         """
-        metrics = self.gradient(update, loss)
-        loss_mean = metrics.pop("loss")
-        if not update.loss_tokens:
-            return StepResult(loss_mean, 0.0, lr, 0, metrics)
+        measures = self.gradient(mini_batch, loss)
+        if not mini_batch.loss_tokens:
+            return UpdateResult(measures, 0, lr)
         grad_norm = gradient_norm(self.optimizer)
-        metrics |= self._norms.gradients()
-        skipped = self._agreed(_not_finite({"loss": loss_mean, **metrics, "grad_norm": grad_norm}))
+        measures |= _means(self._norms.gradients() | {"grad_norm": grad_norm})
+        skipped = self._agreed(_not_finite(measures))
         if not skipped:
             apply_gradient(self.optimizer, self._config.optimizer, lr=lr, grad_norm=grad_norm)
-            metrics |= self._norms.updates()
-        return StepResult(loss_mean, grad_norm, lr, update.loss_tokens, metrics, skipped)
+            measures |= _means(self._norms.updates())
+        return UpdateResult(measures, mini_batch.loss_tokens, lr, skipped)
 
-    def gradient(self, update: Update, loss: Loss) -> dict[str, float]:
-        """The gradient of a mini-batch, left in Megatron's buffers: `step` without the step.
+    def gradient(self, mini_batch: MiniBatch, loss: Loss) -> dict[str, Measure]:
+        """Leave the gradient of a mini-batch in Megatron's buffers: `update` without the step.
 
         Returns:
-            Exact token means of the loss ("loss") and its metrics; the same on every rank.
+            "loss" and what the loss measures, over the whole mini-batch; the same on every rank.
 
         Raises:
-            TokenCountError: as `step`.
+            TokenCountError: as `update`.
         """
         for module in self._modules:
             module.zero_grad_buffer()
         self.optimizer.zero_grad()
 
-        def reduce(shard: Shard, logits_1RV: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            result = loss(self._score(logits_1RV, shard.batch).logprobs_T, shard.batch)
-            return result.loss_sum, result.loss_tokens, {"loss": result.loss_sum.detach(), **result.metrics}
+        def reduce(shard: Shard, logits_1RV: Tensor) -> tuple[Tensor, Tensor, Measures]:
+            result = loss(self._score(logits_1RV, shard.batch).logprobs_T, shard.batch, self._context_sum)
+            mean = Mean(result.loss_sum.detach(), result.loss_tokens)
+            return result.loss_sum, result.loss_tokens, {"loss": mean, **result.measures}
 
         self._divisor = None
-        parts = self._run(update.micro_batches, reduce, forward_only=False)
+        parts = self._run(mini_batch.micro_batches, reduce, forward_only=False)
         assert self._divisor is not None
-        if int(self._divisor) != update.loss_tokens:
+        if int(self._divisor) != mini_batch.loss_tokens:
             raise TokenCountError(
                 f"the gradient was divided by {int(self._divisor)} loss tokens, the sum over all ranks and "
-                f"micro-batches, but the mini-batch was built with {update.loss_tokens}; either a mask changed after "
-                f"packing or ranks hold micro-batches of different mini-batches"
+                f"micro-batches, but the mini-batch was built with {mini_batch.loss_tokens}; either a mask "
+                f"changed after packing or ranks hold micro-batches of different mini-batches"
             )
-        return token_means(parts, update.loss_tokens, self._groups, self._topology.device)
+        return over_ranks(parts, self._groups, self._topology.device)
 
     def gradients_as_weights(self) -> AbstractContextManager[None]:
         """Inside, `chunks` hold the gradient of the last `gradient` in the place of their weights, to be exported."""
         return gradients_as_weights(self._modules)
+
+    def _context_sum(self, part: Tensor) -> Tensor:
+        return all_reduce(part, group=self._groups.cp) if self._topology.cp > 1 else part
 
     def _agreed(self, problem: str | None) -> str | None:
         """A problem of any rank is one of all ranks, which must go on or stay together."""
@@ -201,31 +218,30 @@ class Actor:
 
     def _evaluate(
         self,
-        updates: Sequence[Update],
-        sums: Callable[[TokenLogprobs, MicroBatch], dict[str, Tensor]] | None,
-    ) -> tuple[list[Tensor], dict[str, float]]:
-        """Log-probs of every micro-batch (whole, on its own device) and means of what `sums` adds up."""
-        batches = [batch for update in updates for batch in update.micro_batches]
-        parts = join(batches, self._config.train.logprob_tokens)
-        together = [joined(part) for part in parts]
+        mini_batches: Sequence[MiniBatch],
+        measure: Callable[[TokenLogprobs, MicroBatch], Measures] | None,
+    ) -> tuple[list[Tensor], Measures]:
+        """Log-probs of every micro-batch (whole, on its own device) and what `measure` finds in all of them."""
+        batches = [batch for mini_batch in mini_batches for batch in mini_batch.micro_batches]
+        parts = runs_of(batches, self._config.train.logprob_tokens)
+        together = [concatenated(part) for part in parts]
 
-        def collect(shard: Shard, logits_1RV: Tensor, non_loss_data: bool) -> tuple[Tensor, dict[str, Tensor]]:
-            scores = self._score(logits_1RV, shard.batch, with_stats=sums is not None)
-            return shard.spread(scores.logprobs_T), sums(scores, shard.batch) if sums else {}
+        def collect(shard: Shard, logits_1RV: Tensor, non_loss_data: bool) -> tuple[Tensor, Measures]:
+            scores = self._score(logits_1RV, shard.batch, with_stats=measure is not None)
+            return shard.spread(scores.logprobs_T), measure(scores, shard.batch) if measure else {}
 
         with torch.no_grad(), self._at_hand():
             outputs = self._run(together, collect, forward_only=True)
             whole = self._whole([logprobs_t for logprobs_t, _ in outputs], together)
-            loss_tokens = sum(update.loss_tokens for update in updates)
-            measured = [sums_ for _, sums_ in outputs]
-            means = token_means(measured, loss_tokens, self._groups, self._topology.device) if sums else {}
+            measured = [measures for _, measures in outputs]
+            measures = over_ranks(measured, self._groups, self._topology.device) if measure else {}
         # Copies, so that a micro-batch sent on does not carry all the others along.
         logprobs = [
             piece_T.clone()
             for part, logprobs_T in zip(parts, whole, strict=True)
-            for piece_T in logprobs_T.split([batch.tokens for batch in part])
+            for piece_T in logprobs_T.split([batch.slots for batch in part])
         ]
-        return logprobs, means
+        return logprobs, measures
 
     @contextmanager
     def _at_hand(self) -> Iterator[None]:
@@ -283,7 +299,7 @@ class Actor:
             data_iterator=[iter(shards) for _ in self._modules],
             model=self._modules,
             num_microbatches=len(shards),
-            seq_length=max(batch.tokens for batch in batches),
+            seq_length=max(batch.slots for batch in batches),
             micro_batch_size=1,
             forward_only=forward_only,
             collect_non_loss_data=forward_only,
@@ -302,7 +318,7 @@ class Actor:
 
     def _whole(self, local: list[Tensor], batches: Sequence[MicroBatch]) -> list[Tensor]:
         """Log-probs of whole micro-batches on every rank, from those of this rank's slots on the last stage."""
-        cp, sizes = self._topology.cp, [batch.tokens for batch in batches]
+        cp, sizes = self._topology.cp, [batch.slots for batch in batches]
         mine = torch.cat(local) if local else torch.empty(sum(sizes) // cp, device=self._topology.device)
         if self._topology.pp > 1:
             dist.broadcast(mine, group_src=self._topology.pp - 1, group=self._groups.pp)
@@ -318,14 +334,18 @@ class Actor:
         return [x_T.to(batch.tokens_T.device) for x_T, batch in zip(whole, batches, strict=True)]
 
 
-def _filled(updates: Sequence[Update], name: str, logprobs: Sequence[Tensor]) -> list[Update]:
-    """The updates with these log-probs, in order, as field `name` of their micro-batches."""
+def _filled(mini_batches: Sequence[MiniBatch], name: str, logprobs: Sequence[Tensor]) -> list[MiniBatch]:
+    """Return the mini-batches with these log-probs, in order, as field `name` of their micro-batches."""
     rest = iter(logprobs)
     return [
-        replace(update, micro_batches=tuple(replace(batch, **{name: next(rest)}) for batch in update.micro_batches))
-        for update in updates
+        replace(whole, micro_batches=tuple(replace(batch, **{name: next(rest)}) for batch in whole.micro_batches))
+        for whole in mini_batches
     ]
 
 
-def _not_finite(values: Mapping[str, float]) -> str | None:
-    return next((f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)), None)
+def _means(norms: Mapping[str, float]) -> dict[str, Measure]:
+    return {name: Mean(norm) for name, norm in norms.items()}
+
+
+def _not_finite(measures: Measures) -> str | None:
+    return next((f"{name} is {value}" for name, value in values(measures).items() if not math.isfinite(value)), None)

@@ -20,15 +20,12 @@ to the next: with V = 4,096 and 152,064, on one thread and on two, that takes a 
 
 
 class TokenLogprobs(NamedTuple):
-    """Per token, the same on every rank. All float32.
-
-    >>> TokenLogprobs(logprobs_T=torch.tensor([-0.11, -0.01]), entropy_T=None, top_prob_T=None)  # doctest: +SKIP
-    """
+    """What is known of each token, the same on every rank. All float32."""
 
     logprobs_T: Tensor
-    """Of the labels, in nats; differentiable."""
+    """Log-probs of the labels, in nats; differentiable."""
     entropy_T: Tensor | None
-    """Of the distribution, in nats; detached. None unless asked for."""
+    """Entropy of the distribution, in nats; detached. None unless asked for."""
     top_prob_T: Tensor | None
     """Probability of the most likely token; detached. None unless asked for."""
 

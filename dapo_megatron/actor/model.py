@@ -10,14 +10,14 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from dapo_megatron.actor import cpu
-from dapo_megatron.actor.layout import head_size, padded_vocab, rope_parameters
+from dapo_megatron.actor.architecture import head_size, padded_vocab, rope_parameters
 from dapo_megatron.config import ModelConfig, ParallelConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def transformer_config(hf_config: Any, model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
-    """Megatron's config for this model and layout. Expects a model that `layout.check_layout` accepts."""
+    """Megatron's config for this model and layout. Expects a model that `architecture.check_layout` accepts."""
     dtype = DTYPES[model.dtype]
     virtual = parallel.vpp > 1
     settings: dict[str, Any] = {

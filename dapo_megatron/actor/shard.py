@@ -63,9 +63,9 @@ def make_shard(
             f"context parallel cuts a sequence into 2 x cp({cp}) = {2 * cp} equal chunks, but one has {odd[0]} slots; "
             f"pad every sequence to a multiple of {2 * cp}"
         )
-    if batch.tokens // cp % sequence_parallel_ranks:
+    if batch.slots // cp % sequence_parallel_ranks:
         raise LayoutError(
-            f"sequence parallel splits slots({batch.tokens}) / cp({cp}) = {batch.tokens // cp} over "
+            f"sequence parallel splits slots({batch.slots}) / cp({cp}) = {batch.slots // cp} over "
             f"tp({sequence_parallel_ranks}); pad the micro-batch to a multiple of {cp * sequence_parallel_ranks}"
         )
     cu_seqlens = batch.cu_seqlens.to(device)
@@ -79,7 +79,7 @@ def make_shard(
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
     )
-    mine = slots_of(batch.cu_seqlens, cp, cp_rank) if cp > 1 else torch.arange(batch.tokens)
+    mine = slots_of(batch.cu_seqlens, cp, cp_rank) if cp > 1 else torch.arange(batch.slots)
     scored_t = batch.scored_T[mine]
     rows_R = scored_t.nonzero()[:, 0] if scored_t.any() else torch.zeros(1, dtype=torch.int64)
     slots_R = mine[rows_R]
@@ -98,21 +98,21 @@ def make_shard(
     )
 
 
-def join(batches: Sequence[MicroBatch], limit: int | None) -> list[list[MicroBatch]]:
-    """Consecutive micro-batches together, up to `limit` slots; each by itself where it is None."""
+def runs_of(batches: Sequence[MicroBatch], limit: int | None) -> list[list[MicroBatch]]:
+    """Group consecutive micro-batches of up to `limit` slots together; each is by itself where it is None."""
     parts: list[list[MicroBatch]] = []
     room = 0
     for batch in batches:
-        if limit is None or batch.tokens > room:
+        if limit is None or batch.slots > room:
             parts.append([])
             room = limit or 0
         parts[-1].append(batch)
-        room -= batch.tokens
+        room -= batch.slots
     return parts
 
 
-def joined(batches: Sequence[MicroBatch]) -> MicroBatch:
-    """One micro-batch with the sequences of all of them."""
+def concatenated(batches: Sequence[MicroBatch]) -> MicroBatch:
+    """Return one micro-batch with the sequences of all of them."""
     if len(batches) == 1:
         return batches[0]
 
@@ -120,7 +120,7 @@ def joined(batches: Sequence[MicroBatch]) -> MicroBatch:
         values = [getattr(batch, name) for batch in batches]
         return None if values[0] is None else torch.cat(values)
 
-    starts = accumulate((batch.tokens for batch in batches), initial=0)
+    starts = accumulate((batch.slots for batch in batches), initial=0)
     bounds = [batch.cu_seqlens[1:] + start for batch, start in zip(batches, starts, strict=False)]
     columns: dict[str, Any] = {name: column(name) for name in MicroBatch.__dataclass_fields__ if name != "cu_seqlens"}
     return MicroBatch(cu_seqlens=torch.cat([batches[0].cu_seqlens[:1], *bounds]), **columns)

@@ -1,14 +1,18 @@
-"""Who is where: the ranks of a run and their groups.
+"""Who is where: the ranks of a run, their groups, and what they tell one another through host memory.
 
 Ranks count tensor parallel fastest, then context, data, and pipeline parallel (Megatron's own order):
 rank = tp_rank + tp x (cp_rank + cp x (dp_rank + dp x pp_rank)).
+
+The leader (rank 0) talks to engines and writes files. Each data-parallel replica has a leader of its own, its first
+rank, which speaks for it where all ranks of a replica hold the same.
 """
 
 from __future__ import annotations
 
 import os
 import socket
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -31,26 +35,19 @@ _LOOPBACK = "lo"
 
 
 @dataclass(frozen=True, slots=True)
-class _HostGroups:
+class HostGroups:
     """Groups for what lies in host memory, over gloo."""
 
     world: dist.ProcessGroup
     replica: dist.ProcessGroup
     """The ranks of this data-parallel replica."""
-    speakers: Any
-    """The first rank of every replica; no group on other ranks."""
-
-
-_host: _HostGroups | None = None
+    leaders: Any
+    """The leaders of all replicas; no group on other ranks."""
 
 
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """Where this process stands.
-
-    >>> Topology(rank=3, world_size=4, tp=2, pp=1, cp=1, dp=2, tp_rank=1, pp_rank=0, cp_rank=0, dp_rank=1)
-    Topology(rank=3, world_size=4, tp=2, pp=1, cp=1, dp=2, tp_rank=1, pp_rank=0, cp_rank=0, dp_rank=1)
-    """
+    """Where this process stands, and the way to the other ranks. Methods are collective over all ranks."""
 
     rank: int
     world_size: int
@@ -62,15 +59,14 @@ class Topology:
     pp_rank: int
     cp_rank: int
     dp_rank: int
+    host: HostGroups = field(repr=False)
 
     @property
     def is_leader(self) -> bool:
-        """The one rank that talks to engines and writes files."""
         return self.rank == 0
 
     @property
-    def speaks_for_replica(self) -> bool:
-        """The one rank of each data-parallel replica that counts where all of them hold the same."""
+    def is_replica_leader(self) -> bool:
         return self.tp_rank == self.pp_rank == self.cp_rank == 0
 
     @property
@@ -78,6 +74,57 @@ class Topology:
         if torch.cuda.is_available():
             return torch.device("cuda", torch.cuda.current_device())
         return torch.device("cpu")
+
+    def scatter(self, per_replica: Sequence[T] | None) -> T:
+        """Give every rank the entry of its data-parallel replica. The others wait here for the leader.
+
+        Args:
+            per_replica: on the leader, one entry per replica; None elsewhere. Entries are pickled: a tensor that is a
+                view of a larger one carries all of it along.
+        """
+        if self.is_leader and (per_replica is None or len(per_replica) != self.dp):
+            given = "nothing" if per_replica is None else f"{len(per_replica)} entries"
+            raise ValueError(f"scatter wants one entry per data-parallel replica: {self.dp}, got {given}")
+        received: list[Any] = [None]
+        # To one rank of each replica, which hands it on: the leader would need memory for a copy per rank.
+        if self.is_replica_leader:
+            entries = None if per_replica is None else list(per_replica)
+            dist.scatter_object_list(received, entries, src=0, group=self.host.leaders)
+        dist.broadcast_object_list(received, group_src=0, group=self.host.replica)
+        return received[0]
+
+    def gather(self, value: T) -> list[T] | None:
+        """Do the opposite of `scatter`: on the leader return the value of every replica, elsewhere None."""
+        entries: list[Any] | None = [None] * self.dp if self.is_leader else None
+        if self.is_replica_leader:
+            dist.gather_object(value, entries, dst=0, group=self.host.leaders)
+        return entries
+
+    def broadcast(self, value: T | None) -> T:
+        """Give every rank the leader's value, whatever the others pass."""
+        box: list[Any] = [value]
+        dist.broadcast_object_list(box, src=0, group=self.host.world)
+        return box[0]
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum over replicas, each counted once, what all ranks of a replica hold alike.
+
+        Args:
+            values: in host memory, of the same shape and dtype on all ranks.
+
+        Returns:
+            A new tensor in host memory.
+        """
+        return self._reduce(values, dist.ReduceOp.SUM, 0)
+
+    def max(self, values: Tensor) -> Tensor:
+        """Take the largest, likewise. Floating only; nan counts as inf, which no backend drops on the way."""
+        return self._reduce(torch.where(values.isnan(), torch.inf, values), dist.ReduceOp.MAX, -torch.inf)
+
+    def _reduce(self, values: Tensor, operation: Any, neutral: float) -> Tensor:
+        own = values.clone() if self.is_replica_leader else torch.full_like(values, neutral)
+        dist.all_reduce(own, op=operation, group=self.host.world)
+        return own
 
 
 def initialize(parallel: ParallelConfig, *, seed: int = 0, timeout: timedelta = TIMEOUT) -> Topology:
@@ -90,7 +137,6 @@ def initialize(parallel: ParallelConfig, *, seed: int = 0, timeout: timedelta = 
     Raises:
         ConfigError: where tp x pp x cp does not divide the number of ranks.
     """
-    global _host
     from megatron.core import parallel_state as mpu
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
@@ -120,11 +166,10 @@ def initialize(parallel: ParallelConfig, *, seed: int = 0, timeout: timedelta = 
     )
     block = parallel.tp * parallel.cp
     members = [[rank for rank in range(world_size) if rank // block % dp == replica] for replica in range(dp)]
-    world, speakers, *replicas = (
+    world, leaders, *replicas = (
         dist.new_group(ranks, backend="gloo", timeout=timeout)
         for ranks in (None, [first for first, *_ in members], *members)
     )
-    _host = _HostGroups(cast(dist.ProcessGroup, world), cast(Any, replicas[rank // block % dp]), speakers)
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
     return Topology(
@@ -138,80 +183,22 @@ def initialize(parallel: ParallelConfig, *, seed: int = 0, timeout: timedelta = 
         pp_rank=mpu.get_pipeline_model_parallel_rank(),
         cp_rank=mpu.get_context_parallel_rank(),
         dp_rank=mpu.get_data_parallel_rank(),
+        host=HostGroups(cast(dist.ProcessGroup, world), cast(Any, replicas[rank // block % dp]), leaders),
     )
 
 
 def shutdown() -> None:
     """Leave the process group. Does nothing where there is none."""
-    global _host
     if not dist.is_initialized():
         return
     from megatron.core import parallel_state as mpu
 
     mpu.destroy_model_parallel()
     dist.destroy_process_group()
-    _host = None
 
 
 def process_groups() -> ProcessGroupCollection:
-    """Megatron's groups of this rank, to be handed on by name rather than looked up wherever they are used."""
+    """Return Megatron's groups of this rank, to be handed on by name rather than looked up wherever they are used."""
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     return ProcessGroupCollection.use_mpu_process_groups()
-
-
-class Replicas:
-    """Sums and maxima over the data-parallel replicas of what all ranks of a replica hold alike. Collective."""
-
-    def __init__(self, topology: Topology) -> None:
-        self._topology = topology
-
-    def sum(self, values: Tensor) -> Tensor:
-        """A new tensor, on the host: the sum of `values` (host, same shape on all ranks), each replica counted once."""
-        return self._reduce(values, dist.ReduceOp.SUM, 0)
-
-    def max(self, values: Tensor) -> Tensor:
-        """Likewise the largest. Floating only; nan counts as inf, which no backend drops on the way."""
-        return self._reduce(torch.where(values.isnan(), torch.inf, values), dist.ReduceOp.MAX, -torch.inf)
-
-    def _reduce(self, values: Tensor, operation: Any, neutral: float) -> Tensor:
-        own = values.clone() if self._topology.speaks_for_replica else torch.full_like(values, neutral)
-        assert _host, "initialize comes first"
-        dist.all_reduce(own, op=operation, group=_host.world)
-        return own
-
-
-def scatter(per_dp: list[T] | None, topology: Topology) -> T:
-    """Give every rank the entry of its data-parallel replica. Collective; the others wait here for the leader.
-
-    Args:
-        per_dp: on the leader, one entry per data-parallel rank; None elsewhere. Entries are pickled: a tensor that is
-            a view of a larger one carries all of it along.
-    """
-    assert _host, "initialize comes first"
-    if topology.is_leader and (per_dp is None or len(per_dp) != topology.dp):
-        given = "nothing" if per_dp is None else f"{len(per_dp)} entries"
-        raise ValueError(f"scatter wants one entry per data-parallel rank: {topology.dp}, got {given}")
-    received: list[Any] = [None]
-    # To one rank of each replica, which hands it on: the leader would need memory for a copy per rank.
-    if topology.speaks_for_replica:
-        dist.scatter_object_list(received, per_dp, src=0, group=_host.speakers)
-    dist.broadcast_object_list(received, group_src=0, group=_host.replica)
-    return received[0]
-
-
-def gather(value: T, topology: Topology) -> list[T] | None:
-    """The opposite of `scatter`: on the leader the value of every data-parallel replica, elsewhere None. Collective."""
-    assert _host, "initialize comes first"
-    entries: list[Any] | None = [None] * topology.dp if topology.is_leader else None
-    if topology.speaks_for_replica:
-        dist.gather_object(value, entries, dst=0, group=_host.speakers)
-    return entries
-
-
-def broadcast(value: T | None) -> T:
-    """Give every rank the leader's value, whatever the others pass. Collective."""
-    assert _host, "initialize comes first"
-    box: list[Any] = [value]
-    dist.broadcast_object_list(box, src=0, group=_host.world)
-    return box[0]

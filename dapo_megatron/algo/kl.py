@@ -11,11 +11,6 @@ import torch
 from torch import Tensor
 
 
-def k1(logprobs_T: Tensor, ref_logprobs_T: Tensor) -> Tensor:
-    """log p - log q, nats [T]. Unbiased, of either sign. On samples of the policy its gradient is 0 on average."""
-    return logprobs_T - ref_logprobs_T
-
-
 def k2(logprobs_T: Tensor, ref_logprobs_T: Tensor) -> Tensor:
     """(log p - log q)^2 / 2, nats [T]. Biased, never negative; on samples of the policy its gradient is the KL's."""
     return (logprobs_T - ref_logprobs_T).square() / 2
@@ -27,4 +22,4 @@ def k3(logprobs_T: Tensor, ref_logprobs_T: Tensor) -> Tensor:
     return torch.expm1(log_ratio_T) - log_ratio_T
 
 
-ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"k1": k1, "k2": k2, "k3": k3}
+ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"k2": k2, "k3": k3}

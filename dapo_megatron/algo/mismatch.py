@@ -6,22 +6,23 @@ import torch
 from torch import Tensor
 
 from dapo_megatron.algo.kl import k3
+from dapo_megatron.measures import Max, Mean, Measures
 
 
-def mismatch(trainer_logprobs_T: Tensor, rollout_logprobs_T: Tensor, loss_mask_T: Tensor) -> dict[str, Tensor]:
-    """0-d, detached, over the tokens of `loss_mask_T` (bool [T]); log-probs [T] in nats.
+def mismatch(trainer_logprobs_T: Tensor, rollout_logprobs_T: Tensor, loss_mask_T: Tensor) -> Measures:
+    """Measure the tokens of `loss_mask_T` (bool [T]); log-probs [T] in nats. Everything is detached.
 
     Returns:
-        mismatch_kl: sum of k3 of KL(engine || trainer), which the engine's samples estimate without bias;
-        mismatch_abs: sum of |difference|; mismatch_abs_max: the largest |difference|, 0 where there are no tokens.
+        mismatch/kl: mean of k3 of KL(engine || trainer), which the engine's samples estimate without bias;
+        mismatch/abs: mean of |difference|; mismatch/abs_max: the largest |difference|, 0 where there are no tokens.
     """
     shapes = [tuple(tensor.shape) for tensor in (trainer_logprobs_T, rollout_logprobs_T, loss_mask_T)]
     assert len(shapes[0]) == 1 and len(set(shapes)) == 1, f"all must be [T] and alike, got {shapes}"
     trainer_T = torch.where(loss_mask_T, trainer_logprobs_T.detach(), 0)
     rollout_T = torch.where(loss_mask_T, rollout_logprobs_T, 0)
-    difference_T = (trainer_T - rollout_T).abs()
+    difference_T, tokens = (trainer_T - rollout_T).abs(), loss_mask_T.sum()
     return {
-        "mismatch_kl": k3(rollout_T, trainer_T).sum(),
-        "mismatch_abs": difference_T.sum(),
-        "mismatch_abs_max": difference_T.amax(),
+        "mismatch/kl": Mean(k3(rollout_T, trainer_T).sum(), tokens),
+        "mismatch/abs": Mean(difference_T.sum(), tokens),
+        "mismatch/abs_max": Max(difference_T.amax()),
     }

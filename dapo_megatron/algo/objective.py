@@ -1,43 +1,76 @@
-"""What the actor minimises, behind signatures that tell it nothing of the algorithm."""
+"""From a loss to what the actor minimises: mask, KL term, weights and the sum, the same for every loss.
+
+Nothing here divides: the reduction divides once, by the number of loss tokens of the mini-batch over all ranks.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from dapo_megatron.algo.likelihood import likelihood_loss
-from dapo_megatron.algo.loss import dapo_loss
+from dapo_megatron.algo.kl import ESTIMATORS, k3
+from dapo_megatron.algo.loss import LossInput
 from dapo_megatron.config import AlgoConfig
+from dapo_megatron.measures import Max, Mean, Measure
 from dapo_megatron.types import MicroBatch, TokenLoss
 
 
 @dataclass(frozen=True)
-class DapoLoss:
-    """`dapo_loss` as configured. Wants old log-probs in the batch, and the reference's where kl.coef > 0."""
+class Objective:
+    """The sum over loss tokens of weight * (loss + kl.coef * KL), with the loss that `algo.loss` names.
+
+    Wants old log-probs in the batch, and the reference's where kl.coef > 0. Where anything of a loss token is not
+    finite, the sum or a measure is not either, also where a clip hides it from the gradient.
+    """
 
     config: AlgoConfig
 
-    def __call__(self, logprobs_T: Tensor, batch: MicroBatch) -> TokenLoss:
+    def __call__(
+        self, logprobs_T: Tensor, batch: MicroBatch, context_sum: Callable[[Tensor], Tensor] = lambda part: part
+    ) -> TokenLoss:
+        """Measure one micro-batch.
+
+        Args:
+            logprobs_T: [T], nats; carries the gradient. Slots outside the loss may hold anything, also nan.
+            context_sum: adds up a tensor over the ranks that share the sequences of the batch; the default is for one.
+
+        Returns:
+            The sum in the dtype of `logprobs_T`, its number of tokens, and ratio/mean, ratio/max, kl/old (k3, old
+            policy || policy), with a reference kl/ref (policy || reference, by kl.estimator), and the loss's own.
+        """
+        kl, mask_T = self.config.kl, batch.loss_mask_T
+        _assert_shapes(logprobs_T, mask_T, batch.old_logprobs_T, batch.advantages_T, batch.weights_T)
         assert batch.old_logprobs_T is not None, "the batch has no old log-probs; compute them before the first update"
-        return dapo_loss(
-            logprobs_T,
-            batch.old_logprobs_T,
-            batch.advantages_T,
-            batch.loss_mask_T,
-            clip_low=self.config.clip_low,
-            clip_high=self.config.clip_high,
-            dual_clip=self.config.dual_clip,
-            weights_T=batch.weights_T,
-            ref_logprobs_T=batch.ref_logprobs_T,
-            kl_coef=self.config.kl.coef,
-            kl_estimator=self.config.kl.estimator,
-        )
+        assert kl.coef == 0 or batch.ref_logprobs_T is not None, f"kl.coef = {kl.coef} needs the reference's log-probs"
+
+        def masked(values_T: Tensor) -> Tensor:
+            # Before any arithmetic: nan times 0 is nan, in the gradient too.
+            return torch.where(mask_T, values_T, 0)
+
+        new_T, old_T = masked(logprobs_T), masked(batch.old_logprobs_T)
+        given = LossInput(new_T, old_T, masked(batch.advantages_T), mask_T, batch.cu_seqlens, context_sum)
+        loss_T, measures = self.config.found_loss.per_token(given, self.config.settings)
+        ratio_T, tokens = masked(given.log_ratio_T.detach().exp()), mask_T.sum()
+        common: dict[str, Measure] = {
+            "ratio/mean": Mean(ratio_T.sum(), tokens),
+            "ratio/max": Max(ratio_T.amax()),
+            "kl/old": Mean(k3(old_T, new_T.detach()).sum(), tokens),
+        }
+        if batch.ref_logprobs_T is not None:
+            kl_T = ESTIMATORS[kl.estimator](new_T, masked(batch.ref_logprobs_T))
+            common["kl/ref"] = Mean(kl_T.detach().sum(), tokens)
+            if kl.coef:
+                loss_T = loss_T + kl.coef * kl_T
+        return TokenLoss((masked(loss_T) * masked(batch.weights_T)).sum(), tokens, {**common, **measures})
 
 
-@dataclass(frozen=True)
-class LikelihoodLoss:
-    """`likelihood_loss`, for supervised training."""
-
-    def __call__(self, logprobs_T: Tensor, batch: MicroBatch) -> TokenLoss:
-        return likelihood_loss(logprobs_T, batch.loss_mask_T, batch.weights_T)
+def _assert_shapes(logprobs_T: Tensor, mask_T: Tensor, *others_T: Tensor | None) -> None:
+    """All [T], T > 0, the mask bool."""
+    shapes = [tuple(tensor.shape) for tensor in (logprobs_T, mask_T, *others_T) if tensor is not None]
+    assert len(shapes[0]) == 1 and shapes[0][0] > 0 and len(set(shapes)) == 1, (
+        f"all must be [T] and alike, got {shapes}"
+    )
+    assert mask_T.dtype == torch.bool, f"the mask must be bool, got {mask_T.dtype}"

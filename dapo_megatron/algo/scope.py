@@ -1,12 +1,15 @@
-"""What weighs the same in the mean over a mini-batch: every token, every prompt, or every response.
+"""What weighs the same in the mean over a mini-batch: every token, every prompt, or every response, or nothing does.
 
 A mini-batch is spread over replicas: each counts its own segments (`counts`), the counts are summed, and from the sums
-each weighs its own segments (`weights`). The weights of the N loss tokens of the mini-batch sum to N, so that
-sum(weight * loss) / N is the mean of the scope:
+each weighs its own segments (`weights`). With N loss tokens in the mini-batch, sum(weight * loss) / N is:
 
-- token: over all tokens, as DAPO is usually run;
-- prompt: over prompts, of the mean over a prompt's tokens (arXiv 2503.14476, eq. 8 to the letter);
-- sample: over responses, of the mean over a response's tokens (GRPO, arXiv 2402.03300, eq. 3).
+- token: the mean over all tokens, as DAPO is usually run;
+- prompt: the mean over prompts of the mean over a prompt's tokens (arXiv 2503.14476, eq. 8 to the letter);
+- sample: the mean over responses of the mean over a response's tokens (GRPO, arXiv 2402.03300, eq. 3);
+- constant: the sum over (responses x a fixed length), whatever their lengths are (Dr. GRPO, arXiv 2503.20783, which
+  also leaves out the standard deviation: algo.advantage_std=none).
+
+The weights sum to N, except for constant.
 
 Prompts and responses without loss tokens count for nothing, above and below. Of a prompt whose responses are spread
 over mini-batches, each mini-batch knows its own share.
@@ -19,7 +22,7 @@ from typing import Literal, assert_never
 import torch
 from torch import Tensor
 
-Scope = Literal["token", "prompt", "sample"]
+Scope = Literal["token", "prompt", "sample", "constant"]
 
 
 def counts(scope: Scope, tokens_S: Tensor, groups_S: Tensor, groups: int) -> Tensor:
@@ -36,18 +39,21 @@ def counts(scope: Scope, tokens_S: Tensor, groups_S: Tensor, groups: int) -> Ten
         case "prompt":
             used_S = tokens_S > 0
             return tokens_S.new_zeros(groups).index_add_(0, groups_S[used_S], tokens_S[used_S])
-        case "sample":
+        case "sample" | "constant":
             return (tokens_S > 0).sum(dtype=torch.float64)[None]
         case _:
             assert_never(scope)
 
 
-def weights(scope: Scope, tokens_S: Tensor, groups_S: Tensor, totals: Tensor, loss_tokens: int) -> Tensor:
+def weights(
+    scope: Scope, tokens_S: Tensor, groups_S: Tensor, totals: Tensor, loss_tokens: int, length: int | None = None
+) -> Tensor:
     """float64 [S]: the weight of each loss token of a segment; 0 for a segment without any.
 
     Args:
         totals: `counts`, summed over replicas.
         loss_tokens: N, of all replicas.
+        length: tokens that a response counts for, in scope constant.
     """
     tokens_S = tokens_S.double()
     match scope:
@@ -57,6 +63,9 @@ def weights(scope: Scope, tokens_S: Tensor, groups_S: Tensor, totals: Tensor, lo
             weights_S = loss_tokens / (totals > 0).sum(dtype=torch.float64) / totals[groups_S.clamp(min=0)]
         case "sample":
             weights_S = loss_tokens / totals / tokens_S
+        case "constant":
+            assert length, "scope constant needs a length"
+            weights_S = (loss_tokens / totals / length).expand_as(tokens_S)
         case _:
             assert_never(scope)
     return torch.where(tokens_S > 0, weights_S, 0)

@@ -6,12 +6,15 @@ import torch
 from torch import Tensor
 
 
-def segments(cu_seqlens: Tensor) -> Tensor:
-    """int64 [T]: the segment of each slot. `cu_seqlens` int32 [S+1] as in `types.MicroBatch`."""
-    return torch.repeat_interleave(cu_seqlens.diff().long())
+def segments(cu_seqlens: Tensor, slots: int | None = None) -> Tensor:
+    """int64 [T]: the segment of each slot. `cu_seqlens` is int32 [S+1] as in `types.MicroBatch`.
+
+    Args:
+        slots: T; where it is given, a GPU need not be waited for.
+    """
+    return torch.repeat_interleave(cu_seqlens.diff().long(), output_size=slots)
 
 
 def segment_sums(values_T: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """[S], in the dtype of `values_T`. Slots are added in their order: a sequence has the same sum wherever it lies."""
-    sums_S = values_T.new_zeros(cu_seqlens.shape[0] - 1)
-    return sums_S.index_add_(0, segments(cu_seqlens), values_T)
+    """[S], in the dtype of `values_T`, floating; differentiable. A sequence has the same sum wherever it lies."""
+    return torch.segment_reduce(values_T, "sum", lengths=cu_seqlens.diff().long(), unsafe=True)

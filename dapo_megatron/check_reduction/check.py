@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -36,23 +36,28 @@ def check_reduction(
     processes: int | None = None,
     dtype: Literal["float32", "bfloat16"] | None = None,
     verbose: bool = False,
-    prepare: Callable[[], None] | None = None,
+    pool: RankPool | None = None,
 ) -> bool:
     """Compare gradients of every layout with the reference, print a table, and say whether all agree.
 
     Args:
-        layouts: names as `layouts.Layout.parse` reads them; None for all standard ones and the config's own.
+        layouts: names of `layouts.STANDARD`, or "yours", the config's own; None for all of them.
         processes: ranks at the most; None for the number of GPUs, or 4 where there is none.
         dtype: of the miniature; None for bfloat16 on GPUs, where Transformer Engine's packed attention has no float32
             kernel, and float32 elsewhere.
         verbose: print every split instead of the worst of each layout.
-        prepare: called in every rank's process before the check; the tests break the reduction with it.
+        pool: what runs the ranks; None for one that ends with the check.
 
     Raises:
-        ConfigError: for a layout that cannot be, or more processes than GPUs.
+        ConfigError: for a layout that is unknown or too large, or more processes than GPUs.
     """
     import torch
 
+    if config.algo.found_loss.reference is None:
+        raise ConfigError(
+            f"algo.loss={config.algo.loss} brings no reference, and there is nothing to compare its gradient with; "
+            f"give its Loss one (algo/losses/dapo.py shows how), or check another loss: the reduction is the same"
+        )
     started = time.monotonic()
     gpus = torch.cuda.device_count()
     limit = processes or gpus or DEFAULT_PROCESSES
@@ -64,7 +69,10 @@ def check_reduction(
     fitting = [layout for layout in chosen if layout.ranks <= limit]
     dtype = dtype or ("bfloat16" if gpus else "float32")
     report = Report(limit=LIMITS[dtype], verbose=verbose)
-    with TemporaryDirectory(prefix="dapo-megatron-check-") as folder, closing(RankPool(limit, prepare)) as pool:
+    with (
+        TemporaryDirectory(prefix="dapo-megatron-check-") as folder,
+        nullcontext(pool) if pool else closing(RankPool()) as ranks,
+    ):
         source = _source(config, report)
         if fitted in fitting and fitted != own:
             report.say(
@@ -78,7 +86,7 @@ def check_reduction(
             jobs = _jobs(config, source, fitting, Path(folder) / embeddings, dtype, tied=tied)
             for layout in fitting:
                 try:
-                    found = pool.run(layout.ranks, _check, jobs(layout), timeout=TIMEOUT)[0]
+                    found = ranks.run(layout.ranks, _check, jobs(layout), timeout=TIMEOUT)[0]
                     report.layout(layout, embeddings, found)
                 except RankError as error:
                     report.failure(layout, embeddings, str(error))
@@ -87,18 +95,19 @@ def check_reduction(
 
 
 def _check(job: Any) -> Any:
-    """On a rank: what it needs is imported there, not in the process that prints the table."""
+    """Runs on a rank: what it needs is imported there, not in the process that prints the table."""
     from dapo_megatron.check_reduction.rank import check
 
     return check(job)
 
 
 def _source(config: Config, report: Report) -> Any:
-    """The user's model, whose settings the miniature takes; only its config.json is read."""
+    """Reads the settings of the user's model, its config.json, which the miniature takes."""
     from transformers import AutoConfig
     from transformers.utils import logging
 
-    from dapo_megatron.actor.layout import SUPPORTED, check_layout, read_hf_config
+    from dapo_megatron.actor.architecture import SUPPORTED, check_layout
+    from dapo_megatron.hf_folder import read_hf_config
 
     logging.disable_progress_bar()
     if config.model.path.exists():
@@ -115,19 +124,20 @@ def _source(config: Config, report: Report) -> Any:
 def _jobs(
     config: Config, source: Any, layouts: Sequence[Layout], folder: Path, dtype: str, *, tied: bool
 ) -> Callable[[Layout], Any]:
-    """Writes the model and the answers; gives the job of a layout."""
+    """Writes the model and the answers, and returns what makes the job of a layout."""
     import torch
 
     from dapo_megatron.check_reduction import miniature
+    from dapo_megatron.check_reduction.cases import make_cases
     from dapo_megatron.check_reduction.rank import Job
     from dapo_megatron.check_reduction.reference import Reference, errors
 
     model, answers = folder / "model", folder / "answers.pt"
-    miniature.save_model(miniature.hf_config(source, layouts, tied=tied), model, dtype)
+    miniature.save_model(miniature.hf_config(source, layouts, tied=tied), model, getattr(torch, dtype))
     own = miniature.run_config(config, layouts[0], model, dtype)
     reference = Reference(model, own)
     with torch.no_grad():
-        cases = tuple(miniature.mini_batches(own, reference.logprobs))
+        cases = tuple(make_cases(own, reference.logprobs))
     steps, order = (1, 2), math.inf if dtype == "float32" else 2.0
     wanted = _answers(reference, cases, steps)
     units = {case: dict.fromkeys(values, 1.0) for case, values in wanted.items()}
@@ -143,12 +153,13 @@ def _jobs(
 
 
 def _floored(noise: dict[str, float]) -> dict[str, float]:
+    """Raises small errors to the units in which LIMITS counts."""
     floor = max(FINEST, median(noise.values()))
     return {name: max(error, floor) for name, error in noise.items()}
 
 
 def _answers(reference: Any, cases: Sequence[Any], steps: tuple[int, int]) -> dict[str, dict[str, Any]]:
-    """Case -> name -> value: loss and gradients, and under TWO_STEPS parameters. The reference is trained by it."""
+    """Computes case -> name -> loss or gradient, and under TWO_STEPS parameters; the reference is trained by it."""
     from dapo_megatron.check_reduction.rank import LOSS, TWO_STEPS, beside_one
 
     wanted = {}

@@ -1,40 +1,43 @@
-"""Layouts by name: tp2, dp2xcp2, tp2+sp, pp2+vpp2, dp2+dist-opt+overlap; 1 is a single rank."""
+"""Layouts of ranks that are checked: the standard ones, and that of the user's configuration."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
-
-from pydantic import ValidationError
 
 from dapo_megatron.config import ParallelConfig
 from dapo_megatron.errors import ConfigError
 
-STANDARD = (
-    "1",
-    "dp2",
-    "dp2+dist-opt",
-    "dp2+dist-opt+overlap",
-    "tp2",
-    "tp2+sp",
-    "pp2",
-    "pp2+vpp2",
-    "cp2",
-    "tp2xpp2",
-    "tp2xcp2",
-    "pp2xcp2",
-    "dp2xtp2",
-    "dp2xcp2",
-    "tp2xcp2+sp",
-    "dp2xpp2+vpp2+dist-opt+overlap",
-)
 OWN = "yours"
 """The name of the configuration's own layout."""
 
-_EXAMPLES = "1, dp2+dist-opt, tp2xcp2+sp or pp2+vpp2"
+_SIZES: dict[str, dict[str, Any]] = {
+    "1": {},
+    "dp2": {"dp": 2},
+    "dp2+dist-opt": {"dp": 2, "distributed_optimizer": True},
+    "dp2+dist-opt+overlap": {"dp": 2, "distributed_optimizer": True, "overlap_grad_reduce": True},
+    "tp2": {"tp": 2},
+    "tp2+sp": {"tp": 2, "sequence_parallel": True},
+    "pp2": {"pp": 2},
+    "pp2+vpp2": {"pp": 2, "vpp": 2},
+    "cp2": {"cp": 2},
+    "tp2xpp2": {"tp": 2, "pp": 2},
+    "tp2xcp2": {"tp": 2, "cp": 2},
+    "pp2xcp2": {"pp": 2, "cp": 2},
+    "dp2xtp2": {"dp": 2, "tp": 2},
+    "dp2xcp2": {"dp": 2, "cp": 2},
+    "tp2xcp2+sp": {"tp": 2, "cp": 2, "sequence_parallel": True},
+    "dp2xpp2+vpp2+dist-opt+overlap": {
+        "dp": 2,
+        "pp": 2,
+        "vpp": 2,
+        "distributed_optimizer": True,
+        "overlap_grad_reduce": True,
+    },
+}
+
 _FLAGS = {"sp": "sequence_parallel", "dist-opt": "distributed_optimizer", "overlap": "overlap_grad_reduce"}
 
 
@@ -42,51 +45,21 @@ _FLAGS = {"sp": "sequence_parallel", "dist-opt": "distributed_optimizer", "overl
 class Layout:
     """How ranks share the work.
 
-    >>> Layout.parse("dp2xtp2+sp").ranks
+    >>> STANDARD["tp2xcp2+sp"].ranks
     4
     """
 
     name: str
-    dp: int = 1
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    dp: int
+    parallel: ParallelConfig
 
     @property
     def ranks(self) -> int:
         return self.dp * self.parallel.model_size
 
     @classmethod
-    def parse(cls, name: str) -> Layout:
-        """Read a name.
-
-        Raises:
-            ConfigError: for what is no layout, saying what one looks like.
-        """
-        name = re.sub(r"\s", "", name.lower())
-        if not name:
-            raise ConfigError(f"--layouts: a name is empty; a layout looks like {_EXAMPLES}")
-        values: dict[str, Any] = {}
-        for word in re.split(r"[x+]", name) if name != "1" else ():
-            axis = re.fullmatch(r"(dp|tp|pp|cp|vpp)([1-9]\d*)", word)
-            key = axis[1] if axis else _FLAGS.get(word)
-            if key in values:
-                raise ConfigError(f"--layouts: {name!r} says {key} twice")
-            if key:
-                values[key] = int(axis[2]) if axis else True
-            else:
-                raise ConfigError(
-                    f"--layouts: {word!r} in {name!r} is neither an axis (dp, tp, pp, cp, vpp) with its size nor one "
-                    f"of {', '.join(_FLAGS)}; a layout looks like {_EXAMPLES}"
-                )
-        dp = values.pop("dp", 1)
-        try:
-            return cls(name, dp, ParallelConfig(**{"distributed_optimizer": False, **values}))
-        except ValidationError as error:
-            problems = "; ".join(str(issue["ctx"]["error"]) for issue in error.errors() if "ctx" in issue)
-            raise ConfigError(f"--layouts: {name!r} cannot be: {problems}") from error
-
-    @classmethod
     def own(cls, parallel: ParallelConfig, ranks: int) -> Layout:
-        """That of a configuration which `dapo-megatron train` starts on `ranks` ranks.
+        """Gives that of a configuration which `dapo-megatron train` starts on `ranks` ranks.
 
         With a single one, torchrun decides on their number, and there are two copies of the model.
 
@@ -97,7 +70,7 @@ class Layout:
         return cls(OWN, copies, parallel)
 
     def fitted(self, limit: int) -> Layout:
-        """This one, its axes halved, the largest first, until `limit` ranks are enough."""
+        """Halves the axes of this one, the largest first, until `limit` ranks are enough."""
         sizes = {"dp": self.dp, **{axis: getattr(self.parallel, axis) for axis in ("pp", "cp", "tp")}}
         while math.prod(sizes.values()) > limit:
             largest = max(sizes, key=lambda axis: sizes[axis])
@@ -113,7 +86,7 @@ class Layout:
 
     @property
     def sizes(self) -> str:
-        """The name of a layout of these sizes."""
+        """What the ranks share, spelled as in the names of the standard layouts."""
         sizes = {"dp": self.dp, **{axis: getattr(self.parallel, axis) for axis in ("tp", "pp", "cp")}}
         axes = "x".join(f"{axis}{size}" for axis, size in sizes.items() if size > 1) or "1"
         flags = [flag for flag, name in _FLAGS.items() if getattr(self.parallel, name)]
@@ -122,22 +95,38 @@ class Layout:
         return "+".join([axes, *flags])
 
 
+def _standard(dp: int = 1, **sizes: Any) -> tuple[int, ParallelConfig]:
+    return dp, ParallelConfig(**{"distributed_optimizer": False, **sizes})
+
+
+STANDARD = {name: Layout(name, *_standard(**sizes)) for name, sizes in _SIZES.items()}
+"""Layouts by name."""
+
+
 def choose(names: Sequence[str] | None, own: Layout, limit: int) -> list[Layout]:
-    """The layouts of these names, each once, or the standard ones after the configuration's own.
+    """Looks up the layouts of these names, each once, or the standard ones after the configuration's own.
 
     Args:
         own: the configuration's, `fitted`.
 
     Raises:
-        ConfigError: for a name that is none, or that wants more than `limit` ranks.
+        ConfigError: for a name that is none, or one of a layout that wants more than `limit` ranks.
     """
     if names is None:
-        return [own, *(Layout.parse(name) for name in STANDARD if name != own.sizes)]
-    chosen = [own if name.strip().lower() == OWN else Layout.parse(name) for name in names]
-    for layout in chosen:
+        return [own, *(layout for name, layout in STANDARD.items() if name != own.sizes)]
+    known = {OWN: own, **STANDARD}
+    chosen = []
+    for name in (name.strip().lower() for name in names):
+        if name not in known:
+            raise ConfigError(
+                f"--layouts: {name!r} is not one of {', '.join(known)}; say others in the configuration, such as "
+                f"parallel.tp=4 parallel.cp=4 launch.processes=16 --layouts {OWN} --processes 16"
+            )
+        layout = known[name]
         if layout.ranks > limit:
             raise ConfigError(
                 f"--layouts: {layout} wants {layout.ranks} ranks, but --processes allows {limit}; raise it (on GPUs, "
                 f"up to their number) or leave that layout out"
             )
+        chosen.append(layout)
     return list(dict.fromkeys(chosen))

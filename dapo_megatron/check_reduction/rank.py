@@ -12,14 +12,13 @@ from torch import Tensor
 
 from dapo_megatron.actor import topology
 from dapo_megatron.actor.actor import Actor, TokenCountError
-from dapo_megatron.actor.topology import Replicas, Topology
-from dapo_megatron.algo.objective import DapoLoss
-from dapo_megatron.algo.sampler import weigh
-from dapo_megatron.check_reduction.miniature import MiniBatch
-from dapo_megatron.check_reduction.reference import errors
+from dapo_megatron.actor.topology import Topology
+from dapo_megatron.algo.objective import Objective
+from dapo_megatron.algo.weighing import weigh
+from dapo_megatron.check_reduction.reference import Case, errors
 from dapo_megatron.config import Config
 from dapo_megatron.pack import pack
-from dapo_megatron.types import Update
+from dapo_megatron.types import MiniBatch
 from dapo_megatron.weights.hf import HfCheckpoint
 
 FIRST_RATIO = "first ratio"
@@ -33,7 +32,7 @@ class Job:
 
     config: Config
     """With the miniature's path and the layout's sizes."""
-    cases: tuple[MiniBatch, ...]
+    cases: tuple[Case, ...]
     answers: Path
     """File of torch.save: {case or TWO_STEPS: {name: (wanted float64, unit of its error float64 0-d)}}. Of the names,
     LOSS is the loss."""
@@ -74,48 +73,48 @@ class _Check:
     def __init__(self, job: Job, topo: Topology) -> None:
         self._job, self._topo = job, topo
         self._checkpoint = HfCheckpoint(job.config.model.path)
-        self._actor = Actor(job.config, topo, load_weights=self._checkpoint.load)
-        self._loss = DapoLoss(job.config.algo)
+        self._actor = Actor(job.config, topo, self._checkpoint)
+        self._objective = Objective(job.config.algo)
         self._answers: dict[str, dict[str, tuple[Tensor, Tensor]]] = torch.load(job.answers, weights_only=True)
 
     def findings(self) -> list[Finding]:
         packed = [self._update(case) for case in self._job.cases]
-        # All at once, as the updates of one rollout: what counts is an update's own.
-        weighed, _ = weigh(packed, self._job.config.algo, Replicas(self._topo))
+        # All at once, as the mini-batches of one rollout: what counts is a mini-batch's own.
+        weighed, _ = weigh(packed, self._job.config.algo, self._topo)
         found = [
-            self._measured(case.name, [update], lambda updates, case=case: self._gradient(case, *updates))
-            for case, update in zip(self._job.cases, weighed, strict=True)
+            self._measured(case.name, [mini_batch], lambda mini_batches, case=case: self._gradient(case, *mini_batches))
+            for case, mini_batch in zip(self._job.cases, weighed, strict=True)
         ]
         found.append(self._measured(FIRST_RATIO, [packed[index] for index in self._job.steps], self._first_ratio))
         found.append(self._measured(TWO_STEPS, [weighed[index] for index in self._job.steps], self._steps))
         return found
 
     def _measured(
-        self, split: str, updates: list[Update], measure: Callable[[list[Update]], tuple[float, str]]
+        self, split: str, mini_batches: list[MiniBatch], measure: Callable[[list[MiniBatch]], tuple[float, str]]
     ) -> Finding:
         try:
-            error, where = measure(updates)
+            error, where = measure(mini_batches)
         except TokenCountError as problem:  # raised on all ranks alike, which can go on
             error, where = math.inf, str(problem)
-        return Finding(split, len(updates[0].micro_batches), error, where)
+        return Finding(split, len(mini_batches[0].micro_batches), error, where)
 
-    def _gradient(self, case: MiniBatch, update: Update) -> tuple[float, str]:
-        loss = self._actor.gradient(update, self._loss)["loss"]
+    def _gradient(self, case: Case, mini_batch: MiniBatch) -> tuple[float, str]:
+        loss = self._actor.gradient(mini_batch, self._objective)["loss"].value
         with self._actor.gradients_as_weights():
             return self._compare(case.name, {LOSS: beside_one(loss)})
 
-    def _first_ratio(self, updates: list[Update]) -> tuple[float, str]:
-        filled, _ = self._actor.with_old_logprobs(updates)
+    def _first_ratio(self, mini_batches: list[MiniBatch]) -> tuple[float, str]:
+        filled, _ = self._actor.with_old_logprobs(mini_batches)
         ratios = set()
-        for update in filled:
-            metrics = self._actor.gradient(update, self._loss)
-            ratios |= {metrics["ratio"], metrics["ratio_max"]}
+        for mini_batch in filled:
+            measures = self._actor.gradient(mini_batch, self._objective)
+            ratios |= {measures["ratio/mean"].value, measures["ratio/max"].value}
         # Exactly 1, or wrong: the two passes see the same micro-batches and kernels.
         return (0.0, "exactly 1") if ratios == {1} else (math.inf, f"ratios to itself, mean and largest: {ratios}")
 
-    def _steps(self, updates: list[Update]) -> tuple[float, str]:
-        for update in updates:
-            result = self._actor.step(update, self._loss, lr=self._job.config.optimizer.lr)
+    def _steps(self, mini_batches: list[MiniBatch]) -> tuple[float, str]:
+        for mini_batch in mini_batches:
+            result = self._actor.update(mini_batch, self._objective, lr=self._job.config.optimizer.lr)
             if result.skipped:
                 return math.inf, result.skipped
         return self._compare(TWO_STEPS, {})
@@ -130,24 +129,24 @@ class _Check:
         where = max(in_units, key=lambda key: in_units[key])
         return in_units[where], where
 
-    def _update(self, case: MiniBatch) -> Update:
+    def _update(self, case: Case) -> MiniBatch:
         """This rank's share, packed by the leader as in a run."""
         ranks = None
         if self._topo.is_leader:
             ranks, old, ref = (self._packed(case, logprobs) for logprobs in (None, case.old, case.ref))
             ranks = [
                 replace(
-                    update,
+                    mini_batch,
                     micro_batches=tuple(
                         replace(batch, old_logprobs_T=a.rollout_logprobs_T, ref_logprobs_T=b.rollout_logprobs_T)
-                        for batch, a, b in zip(update.micro_batches, x.micro_batches, y.micro_batches, strict=True)
+                        for batch, a, b in zip(mini_batch.micro_batches, x.micro_batches, y.micro_batches, strict=True)
                     ),
                 )
-                for (update,), (x,), (y,) in zip(ranks, old, ref, strict=True)
+                for (mini_batch,), (x,), (y,) in zip(ranks, old, ref, strict=True)
             ]
-        return topology.scatter(ranks, self._topo)
+        return self._topo.scatter(ranks)
 
-    def _packed(self, case: MiniBatch, logprobs: Sequence[Tensor] | None) -> list[list[Update]]:
+    def _packed(self, case: Case, logprobs: Sequence[Tensor] | None) -> list[list[MiniBatch]]:
         """With these in the place of the engine's log-probs: packing looks at lengths alone."""
         samples = case.samples
         if logprobs is not None:

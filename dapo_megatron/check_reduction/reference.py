@@ -15,9 +15,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dapo_megatron.check_reduction.miniature import MiniBatch
 from dapo_megatron.config import AlgoConfig, Config, CorrectionConfig
 from dapo_megatron.types import TrainSample
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """Samples of one update, and how they are split."""
+
+    name: str
+    samples: tuple[TrainSample, ...]
+    old: tuple[Tensor, ...]
+    """float32 [L] of each sample, nats: log-probs of the old policy, away from the kinks of the clipped objective."""
+    ref: tuple[Tensor, ...]
+    """float32 [L] of each sample, nats: log-probs of the reference."""
+    budget: int
+    """Slots of a micro-batch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +57,7 @@ class Reference:
         rest = torch.log_softmax(logits, -1).gather(-1, sample.token_ids[1:, None])[:, 0]
         return torch.cat([rest.new_zeros(1), rest])
 
-    def answer(self, batch: MiniBatch) -> Answer:
+    def answer(self, batch: Case) -> Answer:
         """Loss and gradients of one mini-batch at the present weights."""
         self._model.zero_grad(set_to_none=True)
         loss = self._loss(batch)
@@ -56,7 +69,7 @@ class Reference:
         }
         return Answer(0.0 if loss is None else loss.item(), gradients)
 
-    def two_steps(self, first: MiniBatch, second: MiniBatch) -> dict[str, Tensor]:
+    def two_steps(self, first: Case, second: Case) -> dict[str, Tensor]:
         """Parameters after an AdamW step on each, made in float64. The model is trained from here on."""
         settings = self._config.optimizer
         params = list(self._model.parameters())
@@ -81,16 +94,26 @@ class Reference:
                 param.data.copy_(master.detach())
         return {name: param.detach().double() for name, param in self._model.named_parameters()}
 
-    def _loss(self, batch: MiniBatch) -> Tensor | None:
+    def _loss(self, batch: Case) -> Tensor | None:
         """None where no token is left in it."""
         algo = self._config.algo
         terms: list[tuple[int, Tensor]] = []
         for sample, old, ref in zip(batch.samples, batch.old, batch.ref, strict=True):
             weights, kept = importance(old.double(), sample, algo.correction)
             if kept.any():
-                policy = self.logprobs(sample)
-                terms.append((sample.group, (weights * _objective(policy, old, ref, sample, algo))[kept]))
-        return -_mean(terms, algo.loss_scope) if terms else None
+                policy = self.logprobs(sample)[kept]
+                objective = objective_of(policy, old[kept].double(), sample.advantage, algo)
+                if algo.kl.coef:
+                    objective = objective - algo.kl.coef * _kl(policy - ref[kept].double(), algo.kl.estimator)
+                terms.append((sample.group, weights[kept] * objective))
+        return -_mean(terms, algo) if terms else None
+
+
+def objective_of(policy: Tensor, old: Tensor, advantage: float, algo: AlgoConfig) -> Tensor:
+    """[n]: what the configured loss maximises at each loss token of one response; log-probs float64 [n], nats."""
+    reference = algo.found_loss.reference
+    assert reference, f"algo.loss={algo.loss} has no reference"
+    return reference(policy, old, advantage, algo.settings)
 
 
 def importance(old: Tensor, sample: TrainSample, correction: CorrectionConfig) -> tuple[Tensor, Tensor]:
@@ -110,28 +133,18 @@ def importance(old: Tensor, sample: TrainSample, correction: CorrectionConfig) -
             return ratio, mask & (ratio >= low) & (ratio <= high)
 
 
-def _objective(policy: Tensor, old: Tensor, ref: Tensor, sample: TrainSample, algo: AlgoConfig) -> Tensor:
-    """[L]: what DAPO maximises (arXiv 2503.14476, eq. 8), less the KL term."""
-    ratio = (policy - old.double()).exp()
-    advantage = sample.advantage
-    clipped = ratio.clamp(1 - algo.clip_low, 1 + algo.clip_high)
-    objective = torch.minimum(ratio * advantage, clipped * advantage)
-    if algo.dual_clip is not None and advantage < 0:
-        objective = objective.clamp(min=algo.dual_clip * advantage)
-    if algo.kl.coef:
-        objective = objective - algo.kl.coef * _kl(policy - ref.double(), algo.kl.estimator)
-    return objective
-
-
 def _kl(log_ratio: Tensor, estimator: str) -> Tensor:
     return log_ratio.square() / 2 if estimator == "k2" else (-log_ratio).exp() - 1 + log_ratio
 
 
-def _mean(terms: Sequence[tuple[int, Tensor]], scope: str) -> Tensor:
-    """Over all tokens; over prompts, of the mean of their tokens; or over responses, of the mean of theirs."""
+def _mean(terms: Sequence[tuple[int, Tensor]], algo: AlgoConfig) -> Tensor:
+    """Mean over all tokens; over prompts, of the mean of their tokens; over responses, of theirs; or a constant's."""
+    if algo.loss_scope == "constant":
+        assert algo.scope_length
+        return torch.cat([values for _, values in terms]).sum() / (len(terms) * algo.scope_length)
     parts: dict[int, list[Tensor]] = defaultdict(list)
     for index, (group, values) in enumerate(terms):
-        parts[{"token": 0, "prompt": group, "sample": index}[scope]].append(values)
+        parts[{"token": 0, "prompt": group, "sample": index}[algo.loss_scope]].append(values)
     return torch.stack([torch.cat(values).mean() for values in parts.values()]).mean()
 
 

@@ -49,12 +49,12 @@ class Report:
         print(text, flush=True)
 
     def remark(self, text: str) -> None:
-        """Said now, and again with the verdict."""
+        """Says `text` now, and again with the verdict."""
         self._remarks.append(text)
         self.say(text)
 
     def start(self, dtype: str, gpu: bool, layouts: Sequence[Layout], limit: int) -> None:
-        """What will be shown, of which layouts; those of more than `limit` ranks are left out."""
+        """Says what will be shown, of which layouts; those of more than `limit` ranks are left out."""
         self._width = max(len(str(layout)) for layout in layouts)
         self.say(
             f"Each gradient, and the parameters after two optimizer steps, against Hugging Face in float64; "
@@ -72,7 +72,7 @@ class Report:
         self._row("layout", "embed.", "split" if self._verbose else "worst split", "error", "worst parameter", "")
 
     def layout(self, layout: Layout, embeddings: str, found: Sequence[Finding]) -> None:
-        """The findings of one layout."""
+        """Prints the findings of one layout."""
         self._largest = max(self._largest, layout.ranks)
         failed = [finding for finding in found if not finding.error <= self._limit]
         self._checks += len(found)
@@ -85,7 +85,7 @@ class Report:
             self._finding(layout, embeddings, split, finding.error, finding.where, verdict)
 
     def failure(self, layout: Layout, embeddings: str, reason: str) -> None:
-        """A layout that could not be measured."""
+        """Prints a layout that could not be measured."""
         self._largest = max(self._largest, layout.ranks)
         self._checks += 1
         self._failures += 1
@@ -94,6 +94,7 @@ class Report:
         self.say(reason)
 
     def end(self, seconds: float) -> None:
+        """Prints the verdict."""
         outcome = f"PASS: all {self._checks}" if self.passed else f"FAIL: {self._failures} of {self._checks}"
         worst = f"worst {self._error} {self._shown(self._worst)} (at most {self._limit:g})"
         self.say("\n".join([*self._remarks, f"{outcome} checks, {worst}, {seconds:.0f} s"]))

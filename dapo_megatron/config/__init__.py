@@ -5,7 +5,7 @@ Files and command lines are read by `config_file`.
 
 from __future__ import annotations
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from dapo_megatron.config.algo import AlgoConfig, CorrectionConfig, KlConfig, OptimizerConfig, TrainConfig
 from dapo_megatron.config.model import LaunchConfig, ModelConfig, ParallelConfig
@@ -46,7 +46,7 @@ class Config(Section):
     engine: EngineConfig = EngineConfig()
     weights: WeightsConfig = WeightsConfig()
     reward: RewardConfig = RewardConfig()
-    algo: AlgoConfig = AlgoConfig()
+    algo: AlgoConfig = Field(default_factory=AlgoConfig)
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
@@ -56,10 +56,6 @@ class Config(Section):
     def max_sequence_tokens(self) -> int:
         """Longest sequence that the engine or the actor can meet."""
         return self.data.max_prompt_tokens + self.rollout.max_response_tokens
-
-    @property
-    def updates_per_step(self) -> int:
-        return self.rollout.batch_size // self.train.mini_batch
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> Config:

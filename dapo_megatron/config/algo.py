@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, create_model, field_validator, model_validator
 
+from dapo_megatron.config import named
 from dapo_megatron.config.section import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
+
+if TYPE_CHECKING:
+    from dapo_megatron.algo.loss import Loss
 
 
 class KlConfig(Section):
@@ -38,15 +43,25 @@ class CorrectionConfig(Section):
         return self
 
 
+LOSSES = "dapo_megatron.algo.losses"
+
+
+def loss_sections() -> dict[str, type[Section]]:
+    """Section of `algo` -> its settings, for every loss that is known by name; the default one first."""
+    return {name: _loss(name).settings for name in sorted(named.known(LOSSES), key=lambda name: (name != "dapo", name))}
+
+
 class AlgoConfig(Section):
-    clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    """Ratios below 1 - clip_low give no gradient where the advantage is negative."""
-    clip_high: PositiveFloat = 0.28
-    """Ratios above 1 + clip_high give no gradient where the advantage is positive (clip-higher)."""
-    dual_clip: Annotated[float, Field(gt=1)] | None = None
-    """Floor the objective at dual_clip x advantage where the advantage is negative. Paper: null; its code: 10."""
-    loss_scope: Literal["token", "prompt", "sample"] = "token"
-    """What weighs the same in the mean: every token of the mini-batch, every prompt, or every response (GRPO)."""
+    # Beside the fields, a section for each loss that is chosen or given settings.
+    model_config = ConfigDict(extra="allow", json_schema_extra=lambda schema: _add_loss_sections(schema))
+
+    loss: str = "dapo"
+    """What is minimised: a file of dapo_megatron/algo/losses, or some.module:NAME. Its settings are algo.NAME."""
+    loss_scope: Literal["token", "prompt", "sample", "constant"] = "token"
+    """What weighs the same in the mean: every token of the mini-batch, every prompt, or every response (GRPO); or a
+    token weighs 1 / (responses x scope_length), whatever the others are (Dr. GRPO)."""
+    scope_length: PositiveInt | None = None
+    """Tokens that each response counts for in scope "constant"; Dr. GRPO takes rollout.max_response_tokens."""
     advantage_std: Literal["unbiased", "population", "none"] = "unbiased"
     """What group-centred rewards are divided by."""
     advantage_eps: NonNegativeFloat = 1e-6
@@ -55,6 +70,69 @@ class AlgoConfig(Section):
     """Distance to a frozen reference."""
     correction: CorrectionConfig = CorrectionConfig()
     """What to do about the difference between the engine's probabilities and the trainer's."""
+
+    @classmethod
+    def key_types(cls) -> dict[str, Any]:
+        return {**super().key_types(), **loss_sections()}
+
+    @property
+    def found_loss(self) -> Loss:
+        """The loss that `loss` names."""
+        return _loss(self.loss)
+
+    @property
+    def settings(self) -> Any:
+        """The settings of that loss, an instance of its `Loss.settings`."""
+        return (self.__pydantic_extra__ or {})[_section(self.loss)]
+
+    @field_validator("loss")
+    @classmethod
+    def _loss_is_there(cls, loss: str) -> str:
+        _loss(loss)
+        if _section(loss) in cls.model_fields:
+            raise ValueError(f"{loss!r} would have its settings in algo.{_section(loss)}, which is taken; rename it")
+        return loss
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_loss_sections(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        chosen = values.get("loss", cls.model_fields["loss"].default)
+        try:
+            own = {_section(chosen): _loss(chosen).settings}
+        except (ValueError, AttributeError):  # said of the field itself
+            own = {}
+        more = {name: value for name, value in values.items() if name not in cls.model_fields}
+        kinds: dict[str, Any] = {name: kind for name, kind in (loss_sections() if more else {}).items() if name in more}
+        fields: dict[str, Any] = {name: (kind, Field(default_factory=kind)) for name, kind in {**kinds, **own}.items()}
+        sections = create_model("LossSections", __base__=Section, **fields).model_validate(more)
+        return {**values, **{name: getattr(sections, name) for name in fields}}
+
+    @model_validator(mode="after")
+    def _length_goes_with_its_scope(self) -> AlgoConfig:
+        if (self.loss_scope == "constant") != (self.scope_length is not None):
+            raise ValueError(
+                f"loss_scope={self.loss_scope!r} with scope_length={self.scope_length}: a constant scope needs a "
+                f"length, such as rollout.max_response_tokens, and no other scope has one"
+            )
+        return self
+
+
+def _loss(name: str) -> Loss:
+    from dapo_megatron.algo.loss import Loss  # which itself needs this package
+
+    return named.find(name, LOSSES, "LOSS", Loss)
+
+
+def _section(loss: str) -> str:
+    return loss.rpartition(":")[2]
+
+
+def _add_loss_sections(schema: dict[str, Any]) -> None:
+    for name, kind in loss_sections().items():
+        schema["properties"][name] = kind.model_json_schema()
+    schema["additionalProperties"] = False
 
 
 class TrainConfig(Section):

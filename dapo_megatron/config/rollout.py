@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -80,18 +81,20 @@ class RolloutConfig(Section):
 
 
 class EngineConfig(Section):
-    kind: Literal["vllm"] = "vllm"
-    """What serves the policy for sampling."""
-    replicas: PositiveInt = 1
-    """Engine processes, each with its own copy of the model; requests go to them in turn."""
+    kind: str = "vllm"
+    """What serves the policy for sampling: vllm, or some.module:name for an adapter of your own."""
+    python: Path | None = None
+    """Interpreter that runs the engine, for one in a virtual environment of its own; null is the trainer's."""
+    count: PositiveInt = 1
+    """Engines, each with its own copy of the model; a request goes to the one with the least to do."""
     tensor_parallel: PositiveInt = 1
-    """GPUs of each replica."""
+    """GPUs of each engine."""
     host: str = "127.0.0.1"
     """Address that engines listen on. Anything but loopback lets others read prompts and change the weights."""
     port: Annotated[int, Field(ge=1, le=65_535)] | None = None
-    """Port of the first replica, the next ones follow; null takes free ports."""
+    """Port of the first engine, the next ones follow; null takes free ports."""
     max_sequences: PositiveInt = 512
-    """Sequences that one replica decodes at once."""
+    """Sequences that one engine decodes at once."""
     memory_fraction: Fraction = 0.85
     """Share of each GPU's memory for the engine."""
     cpu_kv_gib: PositiveInt = 1
@@ -103,7 +106,7 @@ class EngineConfig(Section):
     extra_args: list[str] = []
     """More arguments for the engine's own command line."""
     seed: int | None = None
-    """Seed of the engine's sampler; null takes train.seed."""
+    """Seed of the sampling, from which every engine makes its own; null takes train.seed."""
 
 
 class WeightsConfig(Section):

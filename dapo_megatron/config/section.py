@@ -18,6 +18,11 @@ class Section(BaseModel):
         extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
     )
 
+    @classmethod
+    def key_types(cls) -> dict[str, Any]:
+        """Key -> type of every key that the section has, its sections included."""
+        return {name: info.annotation for name, info in cls.model_fields.items()}
+
     @field_validator("*", mode="before")
     @classmethod
     def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:

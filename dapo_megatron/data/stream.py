@@ -4,28 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import TypedDict
+from typing import Any
 
 from dapo_megatron.errors import ConfigError
 from dapo_megatron.types import Prompt
 
 
-class Cursor(TypedDict):
-    """Where a stream stands; plain JSON.
-
-    >>> Cursor(seed=0, size=17_917, epoch=2, position=4_608)  # doctest: +SKIP
-    """
-
-    seed: int
-    size: int
-    """Prompts of an epoch."""
-    epoch: int
-    position: int
-    """Prompts of the epoch that were taken."""
-
-
 class PromptStream:
-    """Every prompt once per epoch, each epoch in an order of its own that `seed` decides.
+    """Gives every prompt once per epoch, each epoch in an order of its own that `seed` decides.
 
     Raises:
         ConfigError: without prompts.
@@ -38,7 +24,7 @@ class PromptStream:
         self._start_epoch(0)
 
     def take(self, count: int) -> list[Prompt]:
-        """The next `count` prompts. Where an epoch ends between them, the next one begins."""
+        """Return the next `count` prompts. Where an epoch ends between them, the next one begins."""
         taken: list[Prompt] = []
         while len(taken) < count:
             if self._position == len(self._order):
@@ -48,10 +34,15 @@ class PromptStream:
             self._position += len(indices)
         return taken
 
-    def state(self) -> Cursor:
-        return Cursor(seed=self._seed, size=len(self._prompts), epoch=self._epoch, position=self._position)
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "seed": self._seed,
+            "size": len(self._prompts),
+            "epoch": self._epoch,
+            "position": self._position,
+        }
 
-    def restore(self, state: Cursor) -> None:
+    def load_state_dict(self, state: dict[str, Any], /) -> None:
         """Go on where the stream that gave `state` stood.
 
         Raises:

@@ -9,8 +9,8 @@ import numpy as np
 
 from dapo_megatron.config import EvalConfig
 from dapo_megatron.eval.statistics import accuracy, bootstrap_interval, majority, pass_at_k, standard_error
-from dapo_megatron.rollout.collect import Judge, sample_groups
-from dapo_megatron.rollout.engine import Sampler, Sampling
+from dapo_megatron.rollout.collect import Grader, sample_groups
+from dapo_megatron.rollout.engine import Responder, Sampling
 from dapo_megatron.types import Group, Prompt
 
 EXAMPLES = 3
@@ -32,12 +32,7 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class EvalResult:
-    """Accuracy on held-out prompts.
-
-    >>> EvalResult(prompts=30, samples=32, accuracy=0.5, standard_error=0.07, interval=(0.36, 0.64),
-    ...     pass_at_k={1: 0.5, 2: 0.58, 4: 0.65, 8: 0.7, 16: 0.75, 32: 0.8}, majority_at_k=0.6,
-    ...     mean_length=8412.0, truncated=0.03, examples=(first, second, third))  # doctest: +SKIP
-    """
+    """Accuracy on held-out prompts."""
 
     prompts: int
     samples: int
@@ -45,7 +40,7 @@ class EvalResult:
     accuracy: float
     """avg@samples: mean over samples and prompts."""
     standard_error: float
-    """Of the accuracy, over prompts. nan for a single one."""
+    """Standard error of the accuracy, over prompts. nan for a single one."""
     interval: tuple[float, float]
     """95% bootstrap interval of the accuracy, over prompts."""
     pass_at_k: Mapping[int, float]
@@ -61,9 +56,9 @@ class EvalResult:
 
 
 async def evaluate(
-    engines: Sampler,
+    engines: Responder,
     prompts: Sequence[Prompt],
-    judge: Judge,
+    judge: Grader,
     config: EvalConfig,
     *,
     max_tokens: int,

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections.abc import Sequence
 
-from dapo_megatron.types import Group, StepResult
+from dapo_megatron.measures import Measures, reduce, values
+from dapo_megatron.types import UpdateResult
 
 PHASES = ("rollout", "logprobs", "update", "publish")
 """What a step does, in order. Phases of other names belong to no step."""
@@ -17,6 +17,7 @@ _KINDS = {
     "mlp": "the feed-forward layers",
     "norm": "the norms",
     "output": "the output layer, where it is not the embedding",
+    "other": "parameters of other names, where the model has any",
 }
 
 METRICS = {
@@ -53,16 +54,14 @@ METRICS = {
     "loss": "mean over loss tokens; near 0 by construction, it does not measure progress",
     "grad_norm": "before clipping, mean over the updates of the step",
     **{f"grad_norm/{kind}": f"the same of {what} alone" for kind, what in _KINDS.items()},
+    **{f"weight_norm/{kind}": f"norm of the weights of {what}, mean over the updates" for kind, what in _KINDS.items()},
     **{
-        f"update_ratio/{kind}": f"norm of the update over norm of the weights, of {what}"
+        f"update_ratio/{kind}": f"norm of the update over norm of the weights, of {what}, mean over the updates"
         for kind, what in _KINDS.items()
     },
     "updates/skipped": "updates left out because the loss, a ratio or the gradient was not finite",
     "lr": "learning rate of the last update",
     "loss_tokens": "tokens trained on, all updates together",
-    "clip/high": "share of tokens whose ratio is above 1 + clip_high with a positive advantage",
-    "clip/low": "share of tokens whose ratio is below 1 - clip_low with a negative advantage",
-    "clip/dual": "share of tokens at the bound of dual_clip",
     "ratio/mean": "mean probability ratio, policy to old policy",
     "ratio/max": "largest probability ratio",
     "ratio/first_max": "the same in the first update, where policy and old policy are one: 1, unless rounding differs",
@@ -80,122 +79,27 @@ METRICS = {
     "eval/truncated": "share of them that ran into the cap",
     "eval/seconds": "how long the evaluation took",
 }
-"""Metric -> meaning, as in metrics.jsonl, TensorBoard and the other sinks."""
-
-_NAMES = {
-    "clip_fraction_high": "clip/high",
-    "clip_fraction_low": "clip/low",
-    "dual_clip_fraction": "clip/dual",
-    "ratio": "ratio/mean",
-    "ratio_max": "ratio/max",
-    "kl_old": "kl/old",
-    "kl_ref": "kl/ref",
-    "mismatch_kl": "mismatch/kl",
-    "mismatch_abs": "mismatch/abs",
-    "mismatch_abs_max": "mismatch/abs_max",
-    "mismatch_ratio_p01": "mismatch/ratio_p01",
-    "mismatch_ratio_p50": "mismatch/ratio_p50",
-    "mismatch_ratio_p99": "mismatch/ratio_p99",
-    "mismatch_ratio_p999": "mismatch/ratio_p999",
-    "correction_weight": "correction/weight",
-    "correction_truncated": "correction/truncated",
-    "correction_masked": "correction/masked",
-}
-"""What losses and measures call a sum -> metric. Other names stay as they are."""
+"""Metric -> meaning, as in metrics.jsonl, TensorBoard and the other sinks; what only some loss measures is in its file
+(`algo.loss.Loss.meanings`)."""
 
 
-class SamplingStats(Protocol):
-    """What a rollout counts (`rollout.collect.RolloutStats`)."""
-
-    @property
-    def generation_batches(self) -> int: ...
-    @property
-    def all_right(self) -> int: ...
-    @property
-    def all_wrong(self) -> int: ...
-    @property
-    def discarded(self) -> int: ...
-    @property
-    def accuracy(self) -> float: ...
-    @property
-    def reward(self) -> float: ...
-    @property
-    def length(self) -> float: ...
-    @property
-    def truncated(self) -> float: ...
-    @property
-    def truncated_right(self) -> float: ...
-    @property
-    def timed_out(self) -> int: ...
-    @property
-    def staleness(self) -> float: ...
-    @property
-    def tokens(self) -> int: ...
-    @property
-    def seconds(self) -> float: ...
-
-
-def step_metrics(stats: SamplingStats, policy: Mapping[str, float], results: Sequence[StepResult]) -> dict[str, float]:
-    """All metrics of one step but its lengths and times, which the observer adds.
+def step_metrics(before: Measures, results: Sequence[UpdateResult]) -> dict[str, float]:
+    """All metrics of one step but its times, which the observer adds.
 
     Args:
-        policy: means over the tokens of the step, before its first update.
-        results: the optimizer steps. Their means are weighted by loss tokens, so that the result is again a mean over
-            tokens; of maxima the largest is taken.
+        before: what was measured before the first update.
+        results: the updates. One that was skipped, or had no loss tokens, has nothing to add to the measures.
     """
-    return {
-        "accuracy": stats.accuracy,
-        "reward": stats.reward,
-        "response_length": stats.length,
-        "truncated": stats.truncated,
-        "truncated_right": stats.truncated_right,
-        "grading_timeouts": stats.timed_out,
-        "staleness": stats.staleness,
-        "groups/all_right": stats.all_right,
-        "groups/all_wrong": stats.all_wrong,
-        "groups/discarded": stats.discarded,
-        "generation_batches": stats.generation_batches,
-        "tokens_per_second": stats.tokens / stats.seconds if stats.seconds else math.nan,
-        **{_NAMES.get(name, name): value for name, value in policy.items()},
-        **(_updates(results) if results else {}),
-    }
-
-
-def longest_response(groups: Sequence[Group]) -> float:
-    """In tokens; nan without groups."""
-    return max((completion.length for group in groups for completion in group.completions), default=math.nan)
-
-
-def _updates(results: Sequence[StepResult]) -> dict[str, float]:
-    """Means over the updates that were made: one that was skipped, or had no loss tokens, has nothing to average."""
     made = [result for result in results if result.skipped is None and result.loss_tokens]
-    metrics: dict[str, float] = {
-        "loss": _token_mean([result.loss for result in made], made),
-        "grad_norm": _mean([result.grad_norm for result in made]),
+    metrics = {
+        **values(before),
+        "loss": math.nan,
+        "grad_norm": math.nan,
+        **values(reduce([result.measures for result in made]) if made else {}),
         "lr": results[-1].lr,
         "loss_tokens": sum(result.loss_tokens for result in made),
         "updates/skipped": sum(result.skipped is not None for result in results),
     }
-    if made and made[0] is results[0] and "ratio_max" in made[0].metrics:
-        metrics["ratio/first_max"] = made[0].metrics["ratio_max"]
-    for name in made[0].metrics if made else ():
-        values = [result.metrics[name] for result in made]
-        if name.endswith("_max"):
-            value = max(values)
-        elif "/" in name:
-            value = _mean(values)
-        else:
-            value = _token_mean(values, made)
-        metrics[_NAMES.get(name, name)] = value
+    if made and made[0] is results[0] and "ratio/max" in made[0].measures:
+        metrics["ratio/first_max"] = made[0]["ratio/max"]
     return metrics
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values) if values else math.nan
-
-
-def _token_mean(values: Sequence[float], results: Sequence[StepResult]) -> float:
-    tokens = sum(result.loss_tokens for result in results)
-    if not tokens:
-        return math.nan
-    return math.fsum(value * result.loss_tokens for value, result in zip(values, results, strict=True)) / tokens

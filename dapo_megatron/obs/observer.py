@@ -13,7 +13,7 @@ from rich.text import Text
 
 from dapo_megatron.config import Config
 from dapo_megatron.obs.display import open_display
-from dapo_megatron.obs.metrics import PHASES, longest_response
+from dapo_megatron.obs.metrics import PHASES
 from dapo_megatron.obs.rollouts import RolloutWriter
 from dapo_megatron.obs.run_folder import LOG, open_run_folder
 from dapo_megatron.obs.sinks import open_sinks
@@ -138,8 +138,6 @@ class RunObserver:
         self._done = step + 1
         row = {
             **metrics,
-            "groups/kept": len(groups),
-            "response_length_max": longest_response(groups),
             **{f"seconds/{name}": seconds for name, seconds in self._seconds.items()},
             "seconds/step": time.monotonic() - self._step_started if self._seconds else 0.0,
         }

@@ -13,9 +13,8 @@ from dapo_megatron.types import Group
 class RolloutWriter:
     """Writes the first `groups` groups of a step, one a line.
 
-    >>> {"step": 3, "uid": "train.jsonl:12", "prompt": "7+3=", "answer": "10", "responses": [
-    ...     {"text": "10", "extracted": "10", "correct": True, "reward": 1.0, "length": 2, "finish": "stop",
-    ...      "versions": [{"version": 2, "start": 0, "end": 2}]}]}  # doctest: +SKIP
+    A line is {"step", "uid", "prompt", "answer", "responses": [{"text", "extracted", "correct", "reward", "length",
+    "finish", "versions"}, ...]}.
     """
 
     def __init__(self, path: Path, groups: int) -> None:

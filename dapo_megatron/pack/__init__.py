@@ -1,6 +1,6 @@
 """Samples to micro-batches: shuffled, split into mini-batches, balanced over ranks, packed without padding between."""
 
-from dapo_megatron.pack.stats import PackStats
-from dapo_megatron.pack.updates import pack
+from dapo_megatron.pack.mini_batches import pack
+from dapo_megatron.pack.stats import packing
 
-__all__ = ["PackStats", "pack"]
+__all__ = ["pack", "packing"]

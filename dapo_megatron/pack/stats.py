@@ -4,46 +4,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
-from statistics import mean
 
+from dapo_megatron.measures import Max, Mean, Measure
 from dapo_megatron.pack.cost import cost
 from dapo_megatron.pack.microbatch import slots
-from dapo_megatron.types import MicroBatch, TrainSample, Update
+from dapo_megatron.types import MicroBatch, MiniBatch, TrainSample
 
 
-@dataclass(frozen=True, slots=True)
-class PackStats:
-    """Measures of one rollout step, all its updates. Nothing to improve where the first three are 0.
+def packing(
+    samples: Sequence[TrainSample], replicas: Sequence[Sequence[MiniBatch]], attention_tokens: float = math.inf
+) -> dict[str, Measure]:
+    """Measure what `pack` made of `samples`, all mini-batches of a step; attention_tokens as given there.
 
-    >>> PackStats(waste=0.004, imbalance_tokens=0.01, imbalance_cost=0.002, micro_batches=4.0)  # doctest: +SKIP
+    Returns:
+        pack/waste: padding among all slots; micro-batches of nothing but padding count, too.
+        pack/imbalance_tokens: slots of the fullest rank over the mean of the ranks, less 1, in the worst update.
+        pack/imbalance_cost: the same of `cost`, attention included: the part of its time by which the mean rank waits.
+        pack/micro_batches: micro-batches of each rank and update. There is nothing to improve where the others are 0.
     """
-
-    waste: float
-    """Part of all slots that are padding, from 0 to 1; micro-batches of nothing but padding count, too."""
-    imbalance_tokens: float
-    """Slots of the fullest rank over the mean of the ranks, less 1, in the worst update: uneven memory."""
-    imbalance_cost: float
-    """The same of `cost`, attention included: the part of its computing time by which the mean rank waits."""
-    micro_batches: float
-    """Micro-batches of each rank and update, the mean over updates; ranks have the same number."""
-
-    @classmethod
-    def of(
-        cls, samples: Sequence[TrainSample], ranks: Sequence[Sequence[Update]], attention_tokens: float = math.inf
-    ) -> PackStats:
-        """Measure what `pack` made of `samples`; attention_tokens as given there."""
-        if not samples:
-            return cls(waste=0.0, imbalance_tokens=0.0, imbalance_cost=0.0, micro_batches=0.0)
-        tokens = [[sum(batch.tokens for batch in update.micro_batches) for update in rank] for rank in ranks]
-        costs = [[sum(_cost(b, attention_tokens) for b in update.micro_batches) for update in rank] for rank in ranks]
-        return cls(
-            waste=1 - sum(slots(sample, 1) for sample in samples) / sum(map(sum, tokens)),
-            imbalance_tokens=max(map(_imbalance, zip(*tokens, strict=True))),
-            imbalance_cost=max(map(_imbalance, zip(*costs, strict=True))),
-            micro_batches=mean(len(update.micro_batches) for update in ranks[0]),
-        )
+    tokens = [[sum(batch.slots for batch in whole.micro_batches) for whole in rank] for rank in replicas]
+    costs = [[sum(_cost(b, attention_tokens) for b in whole.micro_batches) for whole in rank] for rank in replicas]
+    total = sum(map(sum, tokens))
+    return {
+        "pack/waste": Mean(total - sum(slots(sample, 1) for sample in samples), total),
+        "pack/imbalance_tokens": Max(max(map(_imbalance, zip(*tokens, strict=True)), default=0.0)),
+        "pack/imbalance_cost": Max(max(map(_imbalance, zip(*costs, strict=True)), default=0.0)),
+        "pack/micro_batches": Mean(sum(len(whole.micro_batches) for whole in replicas[0]), len(replicas[0])),
+    }
 
 
 def _cost(batch: MicroBatch, attention_tokens: float) -> float:
@@ -51,6 +39,6 @@ def _cost(batch: MicroBatch, attention_tokens: float) -> float:
 
 
 def _imbalance(loads: Iterable[float]) -> float:
-    """Of one update, a load for each rank."""
+    """Compare the loads of the ranks in one update."""
     loads = list(loads)
     return max(loads) * len(loads) / sum(loads) - 1

@@ -15,9 +15,6 @@ class Judge:
 
     Args:
         max_response_tokens: the cap on generated tokens, for the overlong punishment.
-
-    Raises:
-        ConfigError: as `GradingPool`.
     """
 
     def __init__(self, config: RewardConfig, max_response_tokens: int) -> None:

@@ -8,6 +8,9 @@ from typing import Literal
 
 Rule = Literal["dapo", "lenient", "math_verify"]
 
+PACKAGES: dict[Rule, str] = {"lenient": "math_verify", "math_verify": "math_verify"}
+"""The package that a rule imports, where it needs one."""
+
 WINDOW = 8192
 """No rule reads more than this many characters from the end of a response, so that grading takes bounded time."""
 
@@ -31,7 +34,7 @@ def grade(response: str, answer: str, rule: Rule) -> Grade:
     """Grade one response against the gold answer. Never raises on any text.
 
     `dapo` is the string rule published with DAPO, `lenient` forgives notation (see `rules.lenient`), `math_verify` asks
-    the Math-Verify library and has no time limit of its own: run it in a `pool.GradingPool`.
+    the Math-Verify library. The last two have no time limit of their own: run them in a `pool.GradingPool`.
     """
     # Imported on use: math_verify pulls in sympy, which costs half a second.
     correct, extracted = import_module(f"dapo_megatron.reward.rules.{rule}").grade(response[-WINDOW:], answer)

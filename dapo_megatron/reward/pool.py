@@ -12,14 +12,13 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from importlib.util import find_spec
 from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
 from typing import Self
 
 import dapo_megatron
-from dapo_megatron.errors import ConfigError, GradingError
+from dapo_megatron.errors import GradingError
 from dapo_megatron.reward.math import WINDOW, Grade, Rule
 
 CHUNK = 64
@@ -47,17 +46,9 @@ class GradingPool:
     >>> with GradingPool("dapo", workers=2, timeout_seconds=5.0) as pool:
     ...     asyncio.run(pool.grade([("We add.\\nAnswer: 34", "34")]))
     [Grade(correct=True, extracted='34', timed_out=False)]
-
-    Raises:
-        ConfigError: for rule math_verify where that library is not installed.
     """
 
     def __init__(self, rule: Rule, workers: int, timeout_seconds: float) -> None:
-        if rule == "math_verify" and find_spec("math_verify") is None:
-            raise ConfigError(
-                "reward.rule=math_verify needs the Math-Verify library, which is not installed: "
-                "pip install 'math-verify==0.9.0', or choose reward.rule=dapo or lenient"
-            )
         self._closed = False
         self._workers = [_Worker(rule, timeout_seconds) for _ in range(workers)]
         self._idle: SimpleQueue[_Worker] = SimpleQueue()

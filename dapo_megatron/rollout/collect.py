@@ -14,47 +14,12 @@ from dataclasses import dataclass
 
 from dapo_megatron.config import RolloutConfig
 from dapo_megatron.errors import RolloutError
-from dapo_megatron.rollout.engine import Sampler, Sampling
+from dapo_megatron.measures import Max, Mean, Measure, Measures, Sum
+from dapo_megatron.rollout.engine import Responder, Sampling
 from dapo_megatron.types import Completion, FinishReason, Group, Prompt
 
-Judge = Callable[[Prompt, Sequence[Completion]], Awaitable[Group]]
-
-
-@dataclass(frozen=True, slots=True)
-class RolloutStats:
-    """What one rollout step generated. Unless it says otherwise, a number is over every response graded in the step,
-    kept or not. Means and shares of nothing are nan, for example where all groups were carried over.
-
-    >>> RolloutStats(generation_batches=1, prompts=1536, all_right=310, all_wrong=458, mixed=768, discarded=256,
-    ...     accuracy=0.41, reward=-0.2, length=713.5, truncated=0.02, truncated_right=0.1, timed_out=3, staleness=0.0,
-    ...     tokens=17_534_976, seconds=61.2)  # doctest: +SKIP
-    """
-
-    generation_batches: int
-    prompts: int
-    """Drawn, and answered with one group each."""
-    all_right: int
-    """Groups without a wrong response."""
-    all_wrong: int
-    mixed: int
-    discarded: int
-    """Mixed groups thrown away because there were more than needed."""
-    accuracy: float
-    reward: float
-    length: float
-    """Tokens of a response, the end token included."""
-    truncated: float
-    """Share of responses that ran into the cap."""
-    truncated_right: float
-    """Share of those whose answer is right, also where reward.truncated_is_wrong makes nothing of it."""
-    timed_out: int
-    """Responses whose grading ran out of time."""
-    staleness: float
-    """Weight updates between the oldest weights that wrote a response and those in use: mean over the responses to
-    train on, carried ones included."""
-    tokens: int
-    """Generated."""
-    seconds: float
+Grader = Callable[[Prompt, Sequence[Completion]], Awaitable[Group]]
+"""Grades the responses to one prompt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,29 +27,30 @@ class Rollout:
     groups: tuple[Group, ...]
     """What to train on."""
     carried: tuple[Group, ...]
-    """Mixed groups beyond that, for the next step; empty unless rollout.surplus_groups is "carry"."""
-    stats: RolloutStats
+    """What was worth training on beyond that, for the next step; empty unless rollout.surplus_groups is "carry"."""
+    measures: Measures
+    """What the rollout generated (`obs.metrics.METRICS` has the meanings)."""
 
 
 async def collect(
-    engines: Sampler,
+    engines: Responder,
     take: Callable[[int], Sequence[Prompt]],
-    judge: Judge,
+    judge: Grader,
     config: RolloutConfig,
     *,
-    is_mixed: Callable[[Sequence[bool]], bool],
+    keep: Callable[[Sequence[bool]], bool],
     sampling: Sampling,
     carried: Sequence[Group] = (),
 ) -> Rollout:
-    """Sample and grade until there are `config.prompts` mixed groups.
+    """Sample and grade until there are `config.prompts` groups to keep.
 
     Without dynamic sampling: one batch of `config.prompts`, as it comes.
 
     Args:
         take: draws that many prompts.
-        is_mixed: looks at which of a group's responses are right.
         judge: grades the responses to one prompt, as soon as they are there.
-        carried: mixed groups left over from the step before; they are trained on first.
+        keep: whether a group is worth training on, from which of its responses are right.
+        carried: groups left over from the step before; they are trained on first.
 
     Raises:
         RolloutError: when `config.max_generation_batches` do not hold enough of them (or, with
@@ -94,7 +60,7 @@ async def collect(
     started = time.monotonic()
     if not config.dynamic_sampling:
         groups = await sample_groups(engines, take(config.prompts), judge, sampling, config.responses)
-        return Rollout(groups, (), _stats(groups, groups, engines.version, is_mixed, 1, 0, started))
+        return Rollout(groups, (), _measures(groups, groups, engines.version, 1, 0, started))
 
     graded: list[Group] = []
     kept = list(carried)
@@ -103,20 +69,20 @@ async def collect(
         groups = await sample_groups(engines, take(config.draw), judge, sampling, config.responses)
         batches += 1
         graded += groups
-        kept += (group for group in groups if is_mixed(group.correct))
+        kept += (group for group in groups if keep(group.correct))
 
     chosen, surplus = tuple(kept[: config.prompts]), tuple(kept[config.prompts :])
     carry = config.surplus_groups == "carry"
-    stats = _stats(graded, chosen, engines.version, is_mixed, batches, 0 if carry else len(surplus), started)
+    measures = _measures(graded, chosen, engines.version, batches, 0 if carry else len(surplus), started)
     if len(chosen) < config.prompts and (not chosen or config.too_few_groups == "raise"):
-        raise RolloutError(_shortage(len(chosen), stats, config))
-    return Rollout(chosen, surplus if carry else (), stats)
+        raise RolloutError(_shortage(len(chosen), len(carried), measures, config))
+    return Rollout(chosen, surplus if carry else (), measures)
 
 
 async def sample_groups(
-    engines: Sampler, prompts: Sequence[Prompt], judge: Judge, sampling: Sampling, responses: int
+    engines: Responder, prompts: Sequence[Prompt], judge: Grader, sampling: Sampling, responses: int
 ) -> tuple[Group, ...]:
-    """One graded group of `responses` per prompt, in the order of `prompts`, each graded as soon as it is there.
+    """Return one graded group of `responses` per prompt, in the order of `prompts`, each graded as soon as it is there.
 
     A failure cancels what is still being generated.
 
@@ -141,54 +107,45 @@ async def sample_groups(
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _stats(
-    groups: Sequence[Group],
-    chosen: Sequence[Group],
-    version: int,
-    is_mixed: Callable[[Sequence[bool]], bool],
-    batches: int,
-    discarded: int,
-    started: float,
-) -> RolloutStats:
+def _measures(
+    groups: Sequence[Group], chosen: Sequence[Group], version: int, batches: int, discarded: int, started: float
+) -> dict[str, Measure]:
     completions = _completions(groups)
+    lengths = [completion.length for completion in completions]
+    rights = [right for group in groups for right in group.correct]
+    rewards = [reward for group in groups for reward in group.rewards]
+    ages = [version - min(span.version for span in completion.versions) for completion in _completions(chosen)]
     truncated = sum(completion.truncated for completion in completions)
-    return RolloutStats(
-        generation_batches=batches,
-        prompts=len(groups),
-        all_right=sum(all(group.correct) for group in groups),
-        all_wrong=sum(not any(group.correct) for group in groups),
-        mixed=sum(is_mixed(group.correct) for group in groups),
-        discarded=discarded,
-        accuracy=_mean([float(right) for group in groups for right in group.correct]),
-        reward=_mean([reward for group in groups for reward in group.rewards]),
-        length=_mean([float(completion.length) for completion in completions]),
-        truncated=truncated / len(completions) if completions else math.nan,
-        truncated_right=sum(group.truncated_right for group in groups) / truncated if truncated else math.nan,
-        timed_out=sum(group.timed_out for group in groups),
-        staleness=_mean([float(version - _oldest(completion)) for completion in _completions(chosen)]),
-        tokens=sum(completion.length for completion in completions),
-        seconds=time.monotonic() - started,
-    )
+    return {
+        "accuracy": Mean(sum(rights), len(rights)),
+        "reward": Mean(math.fsum(rewards), len(rewards)),
+        "response_length": Mean(sum(lengths), len(lengths)),
+        "response_length_max": Max(max((completion.length for completion in _completions(chosen)), default=math.nan)),
+        "truncated": Mean(truncated, len(completions)),
+        "truncated_right": Mean(sum(group.truncated_right for group in groups), truncated),
+        "grading_timeouts": Sum(sum(group.timed_out for group in groups)),
+        "staleness": Mean(sum(ages), len(ages)),
+        "groups/kept": Sum(len(chosen)),
+        "groups/all_right": Sum(sum(all(group.correct) for group in groups)),
+        "groups/all_wrong": Sum(sum(not any(group.correct) for group in groups)),
+        "groups/discarded": Sum(discarded),
+        "generation_batches": Sum(batches),
+        "tokens_per_second": Mean(sum(lengths), time.monotonic() - started),
+    }
 
 
 def _completions(groups: Sequence[Group]) -> list[Completion]:
     return [completion for group in groups for completion in group.completions]
 
 
-def _oldest(completion: Completion) -> int:
-    return min(span.version for span in completion.versions)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values) if values else math.nan
-
-
-def _shortage(found: int, stats: RolloutStats, config: RolloutConfig) -> str:
-    carried = f" and {found - stats.mixed} carried over" if found > stats.mixed else ""
+def _shortage(found: int, carried: int, measures: Measures, config: RolloutConfig) -> str:
+    batches, right, wrong = (
+        round(measures[name].value) for name in ("generation_batches", "groups/all_right", "groups/all_wrong")
+    )
     advice = (
         "most prompts are too hard for this model, or its answers are not recognised: look at rollouts.jsonl and "
         "reward.rule, or train on easier prompts"
-        if stats.all_wrong >= stats.all_right
+        if wrong >= right
         else "most prompts are too easy for this model: train on harder ones"
     )
     remedies = "raise rollout.max_generation_batches or rollout.responses, or lower rollout.prompts"
@@ -196,7 +153,7 @@ def _shortage(found: int, stats: RolloutStats, config: RolloutConfig) -> str:
         remedies += ', or set rollout.too_few_groups="train" to go on with fewer'
     return (
         f"rollout: {found} groups to train on, {config.prompts} wanted (rollout.prompts). "
-        f"{stats.generation_batches} generation batches x {config.draw} prompts = {stats.prompts} groups of "
-        f"{config.responses} responses: {stats.mixed} mixed{carried}, {stats.all_right} all right, "
-        f"{stats.all_wrong} all wrong. It seems that {advice}. Otherwise {remedies}"
+        f"{batches} generation batches x {config.draw} prompts = {batches * config.draw} groups of "
+        f"{config.responses} responses: {found - carried} mixed{f' and {carried} carried over' if carried else ''}, "
+        f"{right} all right, {wrong} all wrong. It seems that {advice}. Otherwise {remedies}"
     )

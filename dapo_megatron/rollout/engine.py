@@ -14,7 +14,8 @@ from dapo_megatron.types import Completion, Prompt
 class Sampling:
     """How to sample a response.
 
-    >>> Sampling(temperature=1.0, top_p=1.0, max_tokens=20_480, stop_token_ids=(151_645, 151_643))  # doctest: +SKIP
+    >>> Sampling(temperature=1.0, top_p=1.0, max_tokens=20_480, stop_token_ids=(151_645, 151_643)).max_tokens
+    20480
     """
 
     temperature: float
@@ -31,12 +32,12 @@ class Sampling:
         return cls(config.temperature, config.top_p, config.max_response_tokens, tuple(stop_token_ids))
 
 
-class Sampler(Protocol):
+class Responder(Protocol):
     """Whatever writes responses: one engine, or all of them."""
 
     @property
     def version(self) -> int:
-        """Of the weights in use, as `Engine.finish_update` was told; 0 before the first update."""
+        """The weights in use, as `Engine.finish_transfer` was told; 0 before the first transfer."""
         ...
 
     async def generate(self, prompt: Prompt, sampling: Sampling, n: int) -> list[Completion]:
@@ -44,33 +45,33 @@ class Sampler(Protocol):
         ...
 
 
-class Engine(Sampler, Protocol):
-    """One replica of the policy, in processes of its own. Every method raises EngineError when the engine fails."""
+class Engine(Responder, Protocol):
+    """A copy of the policy that samples, in processes of its own. Every method raises EngineError when it fails."""
 
     @property
     def name(self) -> str: ...
 
     @property
     def workers(self) -> int:
-        """Processes that hold the weights, each of which receives every update."""
+        """Processes that hold the weights, each of which takes part in every transfer."""
         ...
 
-    async def init_transfer(self, info: dict[str, Any]) -> None:
-        """Join the group through which weights come. Once, before the first update."""
+    async def join_group(self, info: dict[str, Any]) -> None:
+        """Join the group through which weights come. Once, before the first transfer."""
         ...
 
-    async def start_update(self) -> None:
+    async def begin_transfer(self) -> None:
         """Stop decoding and get ready for weights."""
         ...
 
-    async def update(self, info: dict[str, Any]) -> None:
+    async def receive(self, info: dict[str, Any]) -> None:
         """Receive the tensors that `info` announces. Returns when they are in place."""
         ...
 
-    async def finish_update(self, version: int) -> None:
+    async def finish_transfer(self, version: int) -> None:
         """Put the weights to use as `version`, forget what was cached under the old ones, go on decoding."""
         ...
 
     async def close(self) -> None:
-        """Let go of the connection and end the processes."""
+        """Let go of the connection. The processes are ended by whoever started them."""
         ...

@@ -1,30 +1,32 @@
-"""All replicas of the policy, behind one synchronous door."""
+"""All engines of a run, behind one synchronous door."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 from dapo_megatron.config import Config
+from dapo_megatron.rollout.adapter import adapter_for
 from dapo_megatron.rollout.engine import Engine, Sampling
-from dapo_megatron.rollout.server import Server, answers, reserve_port
-from dapo_megatron.rollout.vllm import VllmEngine, vllm_command, vllm_env
+from dapo_megatron.rollout.environment import environment
+from dapo_megatron.rollout.place import place
+from dapo_megatron.rollout.ports import reserve_port
+from dapo_megatron.rollout.server import Server, answers
 from dapo_megatron.types import Completion, Prompt
 
 T = TypeVar("T")
 
 
 class Engines:
-    """Starts every replica at once and returns while they start; `wait_ready` before anything else.
+    """Starts every engine at once and returns while they start; `wait_ready` before anything else.
 
-    Engines are spoken to in coroutines on one event loop; `run` is the way in from plain code.
+    Engines are spoken to in coroutines on one event loop; `run` is the way in from plain code. Iterates over them.
 
     Args:
         config: the run.
-        folder: where the replicas write engine0.log, engine1.log, ...
+        folder: where the engines write engine0.log, engine1.log, ...
         decode: token ids to text.
         ranks: ranks on this machine, whose GPUs are not for engines; None asks torchrun's environment.
 
@@ -35,50 +37,41 @@ class Engines:
     def __init__(
         self, config: Config, folder: Path, decode: Callable[[Sequence[int]], str], *, ranks: int | None = None
     ) -> None:
-        engine = config.engine
+        engine, adapter = config.engine, adapter_for(config)
         self._startup_seconds = engine.startup_seconds
         self._runner = asyncio.Runner()
+        self._engines: list[Engine] = []
         self._servers: list[Server] = []
-        self._load: list[int] = [0] * engine.replicas
+        self._load = [0] * engine.count
         self._ports = []
-        engines: list[Engine] = []
         try:
-            for replica in range(engine.replicas):
-                self._ports.append(reserve_port(engine.host, engine.port + replica if engine.port else 0))
-            for replica, reserved in enumerate(self._ports):
-                port = reserved.getsockname()[1]
-                url = f"http://{f'[{engine.host}]' if ':' in engine.host else engine.host}:{port}"
+            for index in range(engine.count):
+                self._ports.append(reserve_port(engine.host, engine.port + index if engine.port else 0))
+            for index, reserved in enumerate(self._ports):
+                where = place(config, index, reserved.getsockname()[1], ranks)
                 server = Server(
-                    f"engine {replica}",
-                    vllm_command(config, replica, port),
-                    vllm_env(config, replica, ranks=ranks),
-                    folder / f"engine{replica}.log",
-                    answers(f"{url}/health"),
+                    where.name,
+                    adapter.command(where),
+                    environment(engine, where) | adapter.environment(where),
+                    folder / f"engine{index}.log",
+                    answers(f"{where.url}{adapter.health}"),
                 )
                 self._servers.append(server)
-                engines.append(
-                    VllmEngine(
-                        server,
-                        url,
-                        workers=engine.tensor_parallel,
-                        decode=decode,
-                        request_seconds=engine.request_seconds,
-                        # A request is one sequence at least, so more would only queue over there.
-                        connections=engine.max_sequences,
-                    )
-                )
+                self._engines.append(adapter.connect(server, where, decode))
         except BaseException:
             self._end()
             raise
-        self.replicas: Sequence[Engine] = tuple(engines)
+
+    def __iter__(self) -> Iterator[Engine]:
+        return iter(self._engines)
 
     @property
     def version(self) -> int:
-        """Of the weights in use: of the oldest ones, while an update goes from replica to replica."""
-        return min(replica.version for replica in self.replicas)
+        """Which weights are in use: the oldest ones, while new ones go from engine to engine."""
+        return min(engine.version for engine in self)
 
     def wait_ready(self) -> None:
-        """Block until every replica answers.
+        """Block until every engine answers.
 
         Raises:
             EngineError: when one dies, or is not there within engine.startup_seconds.
@@ -88,11 +81,11 @@ class Engines:
         self._release_ports()
 
     async def generate(self, prompt: Prompt, sampling: Sampling, n: int) -> list[Completion]:
-        """Sample `n` responses on the replica with the least to do."""
-        least = min(range(len(self.replicas)), key=self._load.__getitem__)
+        """Sample `n` responses on the engine with the least to do."""
+        least = min(range(len(self._load)), key=self._load.__getitem__)
         self._load[least] += n
         try:
-            return await self.replicas[least].generate(prompt, sampling, n)
+            return await self._engines[least].generate(prompt, sampling, n)
         finally:
             self._load[least] -= n
 
@@ -106,21 +99,13 @@ class Engines:
             raise
 
     def close(self) -> None:
-        """End all replicas. Safe to call twice."""
+        """End all engines. Safe to call twice."""
+        engines, self._engines = self._engines, []
         try:
-            if self.replicas:
-                self._runner.run(_close(self.replicas))
+            if engines:
+                self._runner.run(_close(engines, self._servers))
         finally:
-            self.replicas = ()
             self._end()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _end(self) -> None:
         self._release_ports()
@@ -133,8 +118,9 @@ class Engines:
             reserved.close()
 
 
-async def _close(engines: Sequence[Engine]) -> None:
+async def _close(engines: Sequence[Engine], servers: Sequence[Server]) -> None:
     await asyncio.gather(*(engine.close() for engine in engines))
+    await asyncio.gather(*(asyncio.to_thread(server.close) for server in servers))
 
 
 async def _cancel_others() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 import subprocess
 import sys
 import time
@@ -12,8 +11,7 @@ import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from dapo_megatron.config import EngineConfig
-from dapo_megatron.errors import ConfigError, EngineError
+from dapo_megatron.errors import EngineError
 
 LOG_LINES = 20
 """Lines of the log shown when an engine fails."""
@@ -21,53 +19,6 @@ _CLOSE_SECONDS = 10.0
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 """Engines are asked directly, whatever http_proxy says."""
 _POLL_SECONDS = 0.05
-
-
-def reserve_port(host: str, port: int = 0) -> socket.socket:
-    """Keep `port`, or a free one for 0, from being given to anyone who does not ask for it by number.
-
-    A server that sets SO_REUSEADDR, as they do, can still listen on it. Close the socket once it does.
-
-    Raises:
-        ConfigError: where `host` is no address of this machine, or something listens on the port already.
-    """
-    reserved = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
-    try:
-        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        reserved.bind((host, port))
-    except OSError as error:
-        reserved.close()
-        raise ConfigError(
-            f"engine: cannot listen on {host}:{port}: {error.strerror}; end what uses the port, choose another "
-            f"engine.port (replicas take consecutive ones), or set engine.port=null for free ports"
-        ) from error
-    return reserved
-
-
-def check_port(host: str, port: int) -> None:
-    """
-    Raises:
-        ConfigError: as `reserve_port`.
-    """
-    reserve_port(host, port).close()
-
-
-def check_gpus(engine: EngineConfig, ranks: int, gpus: int) -> None:
-    """
-    Args:
-        ranks: on this machine, each with a GPU of its own.
-        gpus: of this machine, as many as this process sees; at least one.
-
-    Raises:
-        ConfigError: where ranks and engines together need more.
-    """
-    needed = ranks + engine.replicas * engine.tensor_parallel
-    if needed > gpus:
-        raise ConfigError(
-            f"engine: ranks({ranks}) + engine.replicas({engine.replicas}) x engine.tensor_parallel"
-            f"({engine.tensor_parallel}) = {needed} GPUs, but {gpus} are visible on this machine; ranks and engines do "
-            f"not share GPUs: start fewer ranks, or fewer or smaller engines"
-        )
 
 
 def answers(url: str) -> Callable[[], bool]:

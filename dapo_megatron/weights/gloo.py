@@ -9,7 +9,8 @@ import asyncio
 import socket
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -18,78 +19,100 @@ from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 
 from dapo_megatron.errors import EngineError
-from dapo_megatron.weights.buckets import Named, buckets, describe, pack
+from dapo_megatron.weights.buckets import Named, buckets, describe, flatten
 from dapo_megatron.weights.publish import Receivers
 
 BACKEND = "gloo"
 """Name under which engines know this transport."""
+_HOST = "127.0.0.1"
+"""Engines are on this machine."""
 _POLL_SECONDS = 0.0005
 
 
 class GlooPublisher:
-    """Sends weights bucket by bucket: each bucket is announced to the engines while it is broadcast.
+    """A `Publisher` whose leader sends all weights; the other ranks only take part in gathering them.
 
     Args:
-        receivers: the engines; none may be generating during a push.
+        receivers: the engines, on the leader; None on other ranks.
         bucket_bytes: most bytes in memory at a time, except where one tensor is larger.
-        host: address of this machine at which the engines can reach it.
         timeout_seconds: limit on connecting and on each bucket.
 
     Raises:
         EngineError: when an engine does not join the group.
     """
 
-    def __init__(
-        self, receivers: Receivers, bucket_bytes: int, *, host: str = "127.0.0.1", timeout_seconds: float = 300.0
-    ) -> None:
+    def __init__(self, receivers: Receivers | None, bucket_bytes: int, *, timeout_seconds: float = 300.0) -> None:
+        self.version = 0
+        self._sender = None if receivers is None else _Sender(receivers, bucket_bytes, timeout_seconds)
+
+    def push(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        if self._sender:
+            self._sender.send(weights, self.version + 1)
+        else:
+            deque(weights, maxlen=0)
+        self.version += 1
+
+    def state_dict(self) -> dict[str, int]:
+        return {"version": self.version}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        self.version = state["version"]
+
+    def close(self) -> None:
+        if self._sender:
+            self._sender.close()
+
+
+class _Sender:
+    """The leader's end: each bucket is announced to the engines while it is broadcast."""
+
+    def __init__(self, receivers: Receivers, bucket_bytes: int, timeout_seconds: float) -> None:
         self._receivers = receivers
         self._bucket_bytes = bucket_bytes
         self._timeout = timeout_seconds
-        self._group: Any = receivers.run(self._connect(host))
+        self._group: Any = receivers.run(self._connect())
 
-    def push(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """See Publisher.push."""
-        self._receivers.run(self._push(weights, version))
+    def send(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        self._receivers.run(self._send(weights, version))
 
     def close(self) -> None:
-        """Leave the group. Safe to call twice."""
         self._group = None
 
-    async def _connect(self, host: str) -> Any:
-        replicas = self._receivers.replicas
-        world_size = 1 + sum(replica.workers for replica in replicas)
+    async def _connect(self) -> Any:
+        engines = list(self._receivers)
+        world_size = 1 + sum(engine.workers for engine in engines)
         # A listener of ours, because the store's own would be on every interface. It takes the socket over.
-        listener = socket.create_server((host, 0), backlog=world_size)
+        listener = socket.create_server((_HOST, 0), backlog=world_size)
         port = listener.getsockname()[1]
         joins: list[Awaitable[Any]] = [
-            _in_thread(lambda: join_group(host, port, 0, world_size, self._timeout, listener.detach()))
+            _in_thread(lambda: join_group(_HOST, port, 0, world_size, self._timeout, listener.detach()))
         ]
         offset = 1
-        for replica in replicas:
+        for engine in engines:
             info = {
-                "host": host,
+                "host": _HOST,
                 "port": port,
                 "rank_offset": offset,
                 "world_size": world_size,
                 "timeout_seconds": self._timeout,
             }
-            joins.append(replica.init_transfer(info))
-            offset += replica.workers
+            joins.append(engine.join_group(info))
+            offset += engine.workers
         group, *_ = await self._all(joins, "joining the weight-transfer group")
         return group
 
-    async def _push(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+    async def _send(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         assert self._group, "the publisher is closed"
-        replicas = self._receivers.replicas
-        await self._all([replica.start_update() for replica in replicas], "starting a weight update")
+        engines = list(self._receivers)
+        await self._all([engine.begin_transfer() for engine in engines], "beginning to send weights")
         for bucket in buckets(weights, self._bucket_bytes):
-            announced = [replica.update(describe(bucket)) for replica in replicas]
-            await self._all([self._broadcast(bucket), *announced], f"sending {bucket[0][0]} and what follows it")
-        await self._all([replica.finish_update(version) for replica in replicas], "finishing a weight update")
+            announced = [engine.receive(describe(bucket)) for engine in engines]
+            await self._all([self._transmit(bucket), *announced], f"sending {bucket[0][0]} and what follows it")
+        await self._all([engine.finish_transfer(version) for engine in engines], "putting weights to use")
 
-    async def _broadcast(self, bucket: Named) -> None:
-        flat = pack(bucket)
-        work = broadcast(self._group, flat)
+    async def _transmit(self, bucket: Named) -> None:
+        flat = flatten(bucket)
+        work = transmit(self._group, flat)
         # Waiting on the work itself would keep an engine's error from being heard.
         deadline = time.monotonic() + self._timeout
         while not work.is_completed() and time.monotonic() < deadline:
@@ -103,7 +126,7 @@ class GlooPublisher:
             async with asyncio.timeout(self._timeout):
                 return await asyncio.gather(*tasks)
         except TimeoutError as error:
-            names = ", ".join(replica.name for replica in self._receivers.replicas)
+            names = ", ".join(engine.name for engine in self._receivers)
             raise EngineError(f"{doing}: no end after {self._timeout:g} s; waiting for {names}") from error
         except RuntimeError as error:
             # Gloo only knows that a connection broke. The engine that broke it is about to say why.
@@ -157,8 +180,8 @@ def _in_thread(function: Callable[[], Any]) -> Awaitable[Any]:
     return future
 
 
-def broadcast(group: Any, flat: Tensor) -> c10d.Work:
-    """Start sending (rank 0) or receiving (the others) a packed bucket."""
+def transmit(group: Any, flat: Tensor) -> c10d.Work:
+    """Start sending (rank 0) or receiving (the others) a flat bucket."""
     options = c10d.BroadcastOptions()
     options.rootRank = 0
     return group.broadcast([flat], options)

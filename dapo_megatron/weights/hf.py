@@ -10,11 +10,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from dapo_megatron.errors import ConfigError
+from dapo_megatron.hf_folder import read_hf_config, tensor_names
 from dapo_megatron.weights.side_files import copy_side_files, declare_tokenizer
 
 _SHARD_BYTES = 4 << 30
@@ -35,13 +35,9 @@ class HfCheckpoint:
     """
 
     def __init__(self, path: Path, *, trust_remote_code: bool = False) -> None:
-        from transformers import AutoConfig
-
-        if not (path / "config.json").is_file():
-            raise ConfigError(f"model.path: {path} holds no config.json; give the folder of a Hugging Face checkpoint")
         self.path = path
-        self._hf_config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-        self._bridge = _make_bridge(self._hf_config)
+        self.hf_config: Any = read_hf_config(path, trust_remote_code=trust_remote_code)
+        self._bridge = _make_bridge(self.hf_config)
 
     def load(self, chunks: Sequence[torch.nn.Module]) -> None:
         """Fill this rank's GPTModels, converted to their dtype.
@@ -92,7 +88,7 @@ class HfCheckpoint:
         declare_tokenizer(folder)
 
     def _check_names(self, chunks: Sequence[torch.nn.Module]) -> None:
-        there = _tensor_names(self.path)
+        there = tensor_names(self.path)
         mine = {
             hf_name
             for chunk in chunks
@@ -104,7 +100,7 @@ class HfCheckpoint:
         wanted = set().union(*stages)
         # Copies that some exporters write although the model computes or ties them.
         spare = {name for name in there if name.endswith("rotary_emb.inv_freq")}
-        if self._hf_config.tie_word_embeddings:
+        if self.hf_config.tie_word_embeddings:
             spare.add("lm_head.weight")
         for problem, names in (("lacks", wanted - there), ("has no place in the model for", there - wanted - spare)):
             if names:
@@ -155,17 +151,6 @@ def _make_bridge(hf_config: Any) -> Any:
 
 def _is_vocabulary(mcore_name: str) -> bool:
     return mcore_name.endswith(("word_embeddings.weight", "output_layer.weight"))
-
-
-def _tensor_names(path: Path) -> set[str]:
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        raise ConfigError(f"model.path: {path} holds no *.safetensors; other formats are not read")
-    names: set[str] = set()
-    for file in files:
-        with safe_open(file, framework="pt") as opened:
-            names.update(opened.keys())
-    return names
 
 
 def _write_tensors(weights: Iterable[tuple[str, Tensor]], folder: Path) -> None:

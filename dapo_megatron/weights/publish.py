@@ -2,58 +2,93 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Coroutine, Iterable, Iterator, Mapping
 from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
+
+from dapo_megatron.config import WeightsConfig
 
 T = TypeVar("T")
 
 
 class WeightReceiver(Protocol):
-    """The part of a rollout engine that takes weights. Every method raises EngineError when the engine fails."""
+    """The part of a rollout engine that takes weights (`rollout.engine.Engine`).
+
+    Every method raises EngineError when the engine fails.
+    """
 
     @property
     def name(self) -> str: ...
 
     @property
-    def workers(self) -> int:
-        """Processes that hold the weights."""
-        ...
+    def workers(self) -> int: ...
 
-    async def init_transfer(self, info: dict[str, Any]) -> None: ...
+    async def join_group(self, info: dict[str, Any]) -> None: ...
 
-    async def start_update(self) -> None: ...
+    async def begin_transfer(self) -> None: ...
 
-    async def update(self, info: dict[str, Any]) -> None: ...
+    async def receive(self, info: dict[str, Any]) -> None: ...
 
-    async def finish_update(self, version: int) -> None: ...
+    async def finish_transfer(self, version: int) -> None: ...
 
 
 class Receivers(Protocol):
     """All engines, and the event loop that they live on."""
 
-    @property
-    def replicas(self) -> Sequence[WeightReceiver]: ...
+    def __iter__(self) -> Iterator[WeightReceiver]: ...
 
     def run(self, work: Coroutine[Any, Any, T], /) -> T: ...
 
 
 class Publisher(Protocol):
-    """Sends weights to all engines. Lives on the leader; the other ranks `drain`."""
+    """Puts the actor's weights to use in all engines.
 
-    def push(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Put `weights` (Hugging Face names, whole tensors) to use in every engine as `version`.
+    Collective: every rank has one and makes the same calls. Which ranks hand tensors over is the transport's business.
+    """
+
+    @property
+    def version(self) -> int:
+        """How often weights were published; engines call those they use by this number."""
+        ...
+
+    def push(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Put `weights` to use in every engine, as the next version. No engine may be generating.
+
+        Args:
+            weights: Hugging Face names and whole tensors, the same on every rank. Every rank iterates to the end.
 
         Raises:
-            EngineError: when an engine fails or does not keep up.
+            EngineError: on the leader, when an engine fails or does not keep up.
         """
         ...
 
-    def close(self) -> None: ...
+    def state_dict(self) -> dict[str, int]:
+        """What a run that goes on later has to know, as plain JSON values."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on counting where `state_dict` was taken. Engines keep the weights that they have until the next push."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the engines. Safe to call twice."""
+        ...
 
 
-def drain(weights: Iterable[tuple[str, Tensor]]) -> None:
-    """Take part in an export whose tensors another rank sends: gathering them is a collective."""
-    deque(weights, maxlen=0)
+def open_publisher(config: WeightsConfig, receivers: Receivers | None) -> Publisher:
+    """The publisher that weights.transport names. Collective, once the engines answer.
+
+    A transport may have ranks wait for the leader here only with a limit: it fails where an engine does.
+
+    Args:
+        receivers: the engines, on the leader; None on other ranks.
+
+    Raises:
+        EngineError: on the leader, when an engine does not take part.
+    """
+    match config.transport:
+        case "gloo":
+            from dapo_megatron.weights.gloo import GlooPublisher
+
+            return GlooPublisher(receivers, config.bucket_mib << 20)

@@ -21,7 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from dapo_megatron.actor import topology
 from dapo_megatron.actor.actor import Actor
-from dapo_megatron.algo.objective import LikelihoodLoss
+from dapo_megatron.algo.likelihood import likelihood
 from dapo_megatron.config_file import parse
 from dapo_megatron.pack import pack
 from dapo_megatron.types import TrainSample
@@ -101,11 +101,10 @@ def main(folder: Path, seed: int) -> None:
         sums.write(folder / "train.jsonl", problems)
         untrained(seed).save_pretrained(folder / "untrained")
         tokenizer.save_pretrained(folder / "untrained")
-    topology.broadcast(None)
+    topo.broadcast(None)
 
     checkpoint = HfCheckpoint(config.model.path)
-    actor = Actor(config, topo, load_weights=checkpoint.load)
-    loss = LikelihoodLoss()
+    actor = Actor(config, topo, checkpoint)
     demonstrations = batches(problems, tokenizer, seed)
     for step in track(range(STEPS), description="Training the base model", disable=not topo.is_leader):
         updates = pack(
@@ -115,9 +114,9 @@ def main(folder: Path, seed: int) -> None:
             data_parallel=topo.dp,
             seed=f"{seed}:{step}",
         )
-        result = actor.step(updates[topo.dp_rank][0], loss, lr=rate(step))
+        result = actor.update(updates[topo.dp_rank][0], likelihood, lr=rate(step))
         if topo.is_leader and (step + 1) % 100 == 0:
-            print(f"  step {step + 1}: {result.loss:.4f} nats per token", flush=True)
+            print(f"  step {step + 1}: {result['loss']:.4f} nats per token", flush=True)
     checkpoint.save(actor.chunks, folder / "base")
     if topo.is_leader:
         made_from = {**RECIPE, "seed": seed, "seconds": round(time.monotonic() - started, 1)}

@@ -12,8 +12,15 @@ import torch
 from torch import Tensor
 
 from dapo_megatron.errors import ConfigError
+from dapo_megatron.measures import Mean, values
 from dapo_megatron.types import MicroBatch, TokenLoss
-from tests.helpers.batches import make_micro_batch, make_update, ratio_loss, reference_logprobs, worst_relative_error
+from tests.helpers.batches import (
+    make_micro_batch,
+    make_mini_batch,
+    ratio_loss,
+    reference_logprobs,
+    worst_relative_error,
+)
 from tests.helpers.models import load_reference, make_config, save_qwen2
 
 
@@ -24,7 +31,7 @@ def build(model_path: Path, topo: Any, **sections: Any) -> tuple[Any, Any]:
     trainable = sections.pop("trainable", True)
     checkpoint = HfCheckpoint(model_path)
     config = make_config(model_path, **sections)
-    return Actor(config, topo, load_weights=checkpoint.load, trainable=trainable), checkpoint
+    return Actor(config, topo, checkpoint, trainable=trainable), checkpoint
 
 
 def exported(actor: Any, checkpoint: Any) -> dict[str, Tensor]:
@@ -39,8 +46,8 @@ BATCHES = [make_micro_batch([5, 130, 1, 90, 40], seed=1), make_micro_batch([200]
 def test_gradients_match_each_sequence_alone(alone: Any, tied: bool, tmp_path: Path) -> None:
     save_qwen2(tmp_path, tied=tied)
     actor, checkpoint = build(tmp_path, alone, optimizer={"clip_grad": 0.0}, rollout={"temperature": 0.8})
-    (update,), _ = actor.with_old_logprobs([make_update(BATCHES)])
-    actor.step(update, ratio_loss, lr=0.0)
+    (mini_batch,), _ = actor.with_old_logprobs([make_mini_batch(BATCHES)])
+    actor.update(mini_batch, ratio_loss, lr=0.0)
     with torch.no_grad():
         for chunk in actor.chunks:
             for param in chunk.parameters():
@@ -52,7 +59,7 @@ def test_gradients_match_each_sequence_alone(alone: Any, tied: bool, tmp_path: P
     for batch in BATCHES:
         logprobs_T = reference_logprobs(model, batch, 0.8)
         total = total + ratio_loss(logprobs_T, replace(batch, old_logprobs_T=logprobs_T.detach())).loss_sum
-    (total / update.loss_tokens).backward()
+    (total / mini_batch.loss_tokens).backward()
     want = {name: param.grad for name, param in model.named_parameters()}
     assert worst_relative_error(got, want) < 1e-5
 
@@ -62,10 +69,10 @@ def test_gradients_match_each_sequence_alone(alone: Any, tied: bool, tmp_path: P
 def test_first_ratio_is_exactly_one(alone: Any, dtype: str, recompute: str, tmp_path: Path) -> None:
     save_qwen2(tmp_path)
     actor, _ = build(tmp_path, alone, model={"dtype": dtype, "recompute": recompute})
-    (update,), _ = actor.with_old_logprobs([make_update(BATCHES)])
-    result = actor.step(update, ratio_loss, lr=1e-3)
-    assert (result.metrics["ratio"], result.metrics["ratio_max"]) == (1.0, 1.0)
-    assert result.grad_norm > 0
+    (mini_batch,), _ = actor.with_old_logprobs([make_mini_batch(BATCHES)])
+    result = actor.update(mini_batch, ratio_loss, lr=1e-3)
+    assert (result["ratio/mean"], result["ratio/max"]) == (1.0, 1.0)
+    assert result["grad_norm"] > 0
 
 
 def test_bfloat16_keeps_small_steps_in_float32(alone: Any, tmp_path: Path) -> None:
@@ -73,11 +80,11 @@ def test_bfloat16_keeps_small_steps_in_float32(alone: Any, tmp_path: Path) -> No
     save_qwen2(tmp_path, dtype=torch.bfloat16)
     actor, checkpoint = build(tmp_path, alone, model={"dtype": "bfloat16"})
     before = exported(actor, checkpoint)["model.norm.weight"]
-    (update,), _ = actor.with_old_logprobs([make_update([make_micro_batch([9], seed=1)])])
-    actor.step(update, ratio_loss, lr=2e-4)
+    (mini_batch,), _ = actor.with_old_logprobs([make_mini_batch([make_micro_batch([9], seed=1)])])
+    actor.update(mini_batch, ratio_loss, lr=2e-4)
     once = exported(actor, checkpoint)["model.norm.weight"]
     for _ in range(29):
-        actor.step(update, ratio_loss, lr=2e-4)
+        actor.update(mini_batch, ratio_loss, lr=2e-4)
     after = exported(actor, checkpoint)["model.norm.weight"]
     assert after.dtype is torch.bfloat16
     assert torch.equal(once, before)
@@ -88,38 +95,34 @@ def test_a_mini_batch_without_loss_tokens_changes_nothing(alone: Any, tmp_path: 
     save_qwen2(tmp_path)
     actor, checkpoint = build(tmp_path, alone)
     before = exported(actor, checkpoint)
-    (update,), means = actor.with_old_logprobs([make_update([make_micro_batch([8, 4], seed=3, masked=True)])])
-    result = actor.step(update, ratio_loss, lr=1.0)
-    assert (result.loss, result.grad_norm, result.loss_tokens, means) == (
-        0.0,
-        0.0,
-        0,
-        {"entropy": 0.0, "top_prob": 0.0},
-    )
+    (mini_batch,), found = actor.with_old_logprobs([make_mini_batch([make_micro_batch([8, 4], seed=3, masked=True)])])
+    result = actor.update(mini_batch, ratio_loss, lr=1.0)
+    assert (result.loss_tokens, result.skipped) == (0, None)
+    assert result.measures["loss"] == found["entropy"] == found["top_prob"] == Mean(0, 0)
     assert all(torch.equal(tensor, before[name]) for name, tensor in exported(actor, checkpoint).items())
 
 
 @pytest.mark.parametrize("broken", ["loss", "gradient", "metric"])
 def test_what_is_not_finite_is_skipped_and_changes_nothing(alone: Any, broken: str, tmp_path: Path) -> None:
-    def loss(logprobs_T: Tensor, batch: MicroBatch) -> TokenLoss:
+    def loss(logprobs_T: Tensor, batch: MicroBatch, *_: Any) -> TokenLoss:
         total = logprobs_T.sum()
         if broken == "loss":
             total = total * torch.nan
         if broken == "gradient":
             total = (total - total.detach()).sqrt()
         ratio = torch.full((), torch.inf if broken == "metric" else 1.0)
-        return TokenLoss(total, batch.loss_mask_T.sum(), {"ratio": ratio})
+        return TokenLoss(total, batch.loss_mask_T.sum(), {"ratio/mean": Mean(ratio)})
 
     save_qwen2(tmp_path)
     actor, checkpoint = build(tmp_path, alone)
     before = exported(actor, checkpoint)
-    result = actor.step(make_update(BATCHES), loss, lr=1e-3)
-    want = {"loss": "loss is nan", "gradient": r"grad_norm/norm is (nan|inf)", "metric": "ratio is inf"}
+    result = actor.update(make_mini_batch(BATCHES), loss, lr=1e-3)
+    want = {"loss": "loss is nan", "gradient": r"grad_norm/norm is (nan|inf)", "metric": "ratio/mean is inf"}
     assert result.skipped is not None and re.fullmatch(want[broken], result.skipped)
     assert all(torch.equal(tensor, before[name]) for name, tensor in exported(actor, checkpoint).items())
 
-    (update,), _ = actor.with_old_logprobs([make_update(BATCHES)])
-    result = actor.step(update, ratio_loss, lr=1e-3)
+    (mini_batch,), _ = actor.with_old_logprobs([make_mini_batch(BATCHES)])
+    result = actor.update(mini_batch, ratio_loss, lr=1e-3)
     assert result.skipped is None
     assert all(tensor.isfinite().all() for tensor in exported(actor, checkpoint).values())
 
@@ -128,19 +131,19 @@ def test_larger_passes_for_logprobs_give_the_same_up_to_rounding(alone: Any, tmp
     save_qwen2(tmp_path)
     batches = [*BATCHES, make_micro_batch([30, 2], seed=4), make_micro_batch([17], seed=5)]
     actor, _ = build(tmp_path, alone)
-    (apart,), means = actor.with_old_logprobs([make_update(batches)])
+    (apart,), measures = actor.with_old_logprobs([make_mini_batch(batches)])
     settings = {"mini_batch": 8, "micro_batch_tokens": 266, "logprob_tokens": 500}
     actor, _ = build(tmp_path, alone, train=settings)
     passes = []
     actor.chunks[0].register_forward_pre_hook(lambda module, inputs: passes.append(inputs[0].shape[1]))
-    (together,), means_together = actor.with_old_logprobs([make_update(batches)])
+    (together,), together_measures = actor.with_old_logprobs([make_mini_batch(batches)])
     assert passes == [498, 17]
-    assert means_together == pytest.approx(means, rel=1e-6)
+    assert values(together_measures) == pytest.approx(values(measures), rel=1e-6)
     for a, b in zip(apart.micro_batches, together.micro_batches, strict=True):
         assert a.old_logprobs_T is not None and b.old_logprobs_T is not None
         torch.testing.assert_close(a.old_logprobs_T, b.old_logprobs_T, rtol=0, atol=1e-5)
-    result = actor.step(together, ratio_loss, lr=1e-3)
-    assert result.metrics["ratio_max"] == pytest.approx(1.0, abs=1e-5)
+    result = actor.update(together, ratio_loss, lr=1e-3)
+    assert result["ratio/max"] == pytest.approx(1.0, abs=1e-5)
 
 
 def test_only_scored_slots_go_through_the_output_layer(alone: Any, tmp_path: Path) -> None:
@@ -149,7 +152,7 @@ def test_only_scored_slots_go_through_the_output_layer(alone: Any, tmp_path: Pat
     rows = []
     actor.chunks[0].output_layer.register_forward_hook(lambda layer, inputs, output: rows.append(output[0].shape[0]))
     empty = make_micro_batch([8, 4], seed=3, masked=True)
-    actor.with_old_logprobs([make_update([*BATCHES, empty])])
+    actor.with_old_logprobs([make_mini_batch([*BATCHES, empty])])
     assert rows == [int(BATCHES[0].scored_T.sum()), int(BATCHES[1].scored_T.sum()), 1]
 
 
@@ -157,9 +160,9 @@ def test_a_frozen_reference_fills_its_own_field(alone: Any, tmp_path: Path) -> N
     save_qwen2(tmp_path)
     actor, _ = build(tmp_path, alone)
     frozen, _ = build(tmp_path, alone, trainable=False)
-    (update,) = frozen.with_ref_logprobs([make_update(BATCHES)])
-    (update,), _ = actor.with_old_logprobs([update])
-    for batch in update.micro_batches:
+    (mini_batch,) = frozen.with_ref_logprobs([make_mini_batch(BATCHES)])
+    (mini_batch,), _ = actor.with_old_logprobs([mini_batch])
+    for batch in mini_batch.micro_batches:
         torch.testing.assert_close(batch.ref_logprobs_T, batch.old_logprobs_T, rtol=1e-6, atol=1e-6)
     assert frozen.optimizer is None
     assert not any(param.requires_grad for chunk in frozen.chunks for param in chunk.parameters())
@@ -174,11 +177,11 @@ def test_an_unsplittable_model_is_refused(alone: Any, tmp_path: Path) -> None:
 @pytest.mark.gpu
 def test_an_offloaded_reference_is_on_the_gpu_only_while_it_is_used(alone: Any, tmp_path: Path) -> None:
     save_qwen2(tmp_path, hidden=128, dtype=torch.bfloat16)  # heads of 32, which packed attention on GPUs can do
-    updates = [make_update(BATCHES)]
+    mini_batches = [make_mini_batch(BATCHES)]
     frozen = {"model": {"dtype": "bfloat16"}, "trainable": False}
     kept, _ = build(tmp_path, alone, algo={"kl": {"coef": 0.1}}, **frozen)
     offloaded, _ = build(tmp_path, alone, algo={"kl": {"coef": 0.1, "offload_reference": True}}, **frozen)
-    (want,), (got,) = kept.with_ref_logprobs(updates), offloaded.with_ref_logprobs(updates)
+    (want,), (got,) = kept.with_ref_logprobs(mini_batches), offloaded.with_ref_logprobs(mini_batches)
     for wanted, given in zip(want.micro_batches, got.micro_batches, strict=True):
         torch.testing.assert_close(given.ref_logprobs_T, wanted.ref_logprobs_T, rtol=0, atol=1e-3)
     devices = [

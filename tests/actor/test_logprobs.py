@@ -158,7 +158,9 @@ def _on_rank(temperature: float) -> tuple[Tensor, ...]:
     torch.distributed.init_process_group("gloo")
     group = world()
     logits_TV, labels_T, weights_T = problem()
-    return compute(logits_TV.chunk(group.size(), dim=1)[group.rank()], labels_T, weights_T, temperature)
+    result = compute(logits_TV.chunk(group.size(), dim=1)[group.rank()], labels_T, weights_T, temperature)
+    torch.distributed.destroy_process_group()
+    return result
 
 
 @pytest.mark.multiproc

@@ -18,32 +18,32 @@ pytestmark = [pytest.mark.multiproc, pytest.mark.slow]
 
 
 def train(model: Path, parallel: dict[str, Any], dtype: str) -> tuple[dict[str, Any], dict[str, Any], str | None]:
-    """Two good updates by themselves; the same after one whose last replica has a nan; why that was skipped."""
+    """Two good mini-batches by themselves; the same after one whose last replica has a nan; why that was skipped."""
     from dapo_megatron.actor import topology
     from dapo_megatron.actor.actor import Actor
-    from dapo_megatron.algo.objective import DapoLoss
-    from dapo_megatron.types import Update
+    from dapo_megatron.algo.objective import Objective
+    from dapo_megatron.types import MiniBatch
     from dapo_megatron.weights.hf import HfCheckpoint
 
     config = make_config(model, model={"dtype": dtype}, parallel=parallel)
     topo = topology.initialize(config.parallel)
-    checkpoint, loss = HfCheckpoint(model), DapoLoss(AlgoConfig())
+    checkpoint, loss = HfCheckpoint(model), Objective(AlgoConfig())
     batches = [make_micro_batch(lengths, seed=len(lengths), multiple=4) for lengths in ([12, 28], [40], [9, 3, 5], [7])]
     share = len(batches) // topo.dp
     own = batches[topo.dp_rank * share : (topo.dp_rank + 1) * share]
-    update = Update(tuple(own), sum(batch.loss_tokens for batch in batches))
+    mini_batch = MiniBatch(tuple(own), sum(batch.loss_tokens for batch in batches))
 
     def after(spoil: bool) -> tuple[dict[str, Any], str | None]:
-        actor = Actor(config, topo, load_weights=checkpoint.load)
-        (good,), _ = actor.with_old_logprobs([update])
+        actor = Actor(config, topo, checkpoint)
+        (good,), _ = actor.with_old_logprobs([mini_batch])
         skipped = None
         if spoil:
             *others, last = good.micro_batches
             if topo.dp_rank == topo.dp - 1:
                 last = replace(last, advantages_T=torch.full_like(last.advantages_T, torch.nan))
-            skipped = actor.step(replace(good, micro_batches=(*others, last)), loss, lr=1e-2).skipped
+            skipped = actor.update(replace(good, micro_batches=(*others, last)), loss, lr=1e-2).skipped
         for _ in range(2):
-            assert actor.step(good, loss, lr=1e-2).skipped is None
+            assert actor.update(good, loss, lr=1e-2).skipped is None
         return {name: tensor.clone() for name, tensor in checkpoint.export(actor.chunks)}, skipped
 
     undisturbed, _ = after(spoil=False)

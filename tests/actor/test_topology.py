@@ -10,13 +10,11 @@ from tests.helpers.distributed import run_distributed
 
 
 def test_one_process_needs_no_torchrun(alone: Any) -> None:
-    from dapo_megatron.actor import topology
-
     assert (alone.world_size, alone.dp, alone.is_leader) == (1, 1, True)
-    assert topology.scatter(["mine"], alone) == "mine"
-    assert topology.broadcast({"a": 1}) == {"a": 1}
-    with pytest.raises(ValueError, match="one entry per data-parallel rank: 1, got 2 entries"):
-        topology.scatter(["a", "b"], alone)
+    assert alone.scatter(["mine"]) == "mine"
+    assert alone.broadcast({"a": 1}) == {"a": 1}
+    with pytest.raises(ValueError, match="one entry per data-parallel replica: 1, got 2 entries"):
+        alone.scatter(["a", "b"])
 
 
 def test_world_that_does_not_divide_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,24 +33,23 @@ def _join() -> Any:
     from dapo_megatron.actor import topology
 
     topo = topology.initialize(ParallelConfig(cp=2))
-    got = topology.scatter([f"replica {i}" for i in range(topo.dp)] if topo.is_leader else None, topo)
-    back = topology.gather(f"{got}, rank {topo.rank}", topo)
-    word = topology.broadcast("hello" if topo.is_leader else None)
-    replicas = topology.Replicas(topo)
+    got = topo.scatter([f"replica {i}" for i in range(topo.dp)] if topo.is_leader else None)
+    back = topo.gather(f"{got}, rank {topo.rank}")
+    word = topo.broadcast("hello" if topo.is_leader else None)
     value = torch.tensor([10.0**topo.dp_rank, -1.0 - topo.dp_rank])
-    sums = replicas.sum(value).tolist(), replicas.sum(torch.tensor(3 + topo.dp_rank)).tolist()
-    largest = replicas.max(value).tolist()
+    sums = topo.sum(value).tolist(), topo.sum(torch.tensor(3 + topo.dp_rank)).tolist()
+    largest = topo.max(value).tolist()
     topology.shutdown()
-    return topo, got, back, word, sums, largest, os.environ.get("GLOO_SOCKET_IFNAME")
+    return (topo.rank, topo.dp_rank), got, back, word, sums, largest, os.environ.get("GLOO_SOCKET_IFNAME")
 
 
 @pytest.mark.multiproc
 def test_every_rank_gets_the_entry_of_its_replica_and_each_replica_counts_once() -> None:
     results = run_distributed(_join, 4)
-    assert sorted(topo.dp_rank for topo, *_ in results) == [0, 0, 1, 1]
-    for rank, (topo, got, back, word, sums, largest, interface) in enumerate(results):
-        assert topo.rank == rank
-        assert got == f"replica {topo.dp_rank}"
+    assert sorted(dp_rank for (_, dp_rank), *_ in results) == [0, 0, 1, 1]
+    for rank, ((own_rank, dp_rank), got, back, word, sums, largest, interface) in enumerate(results):
+        assert own_rank == rank
+        assert got == f"replica {dp_rank}"
         assert word == "hello"
         assert sums == ([11.0, -3.0], 7)
         assert largest == [10.0, -1.0]

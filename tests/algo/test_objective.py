@@ -3,56 +3,83 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dapo_megatron.algo.likelihood import likelihood_loss
-from dapo_megatron.algo.loss import dapo_loss
-from dapo_megatron.algo.objective import DapoLoss, LikelihoodLoss
-from dapo_megatron.config import AlgoConfig, KlConfig
-from dapo_megatron.types import MicroBatch
+from dapo_megatron.algo.likelihood import likelihood
+from dapo_megatron.algo.loss import Loss
+from dapo_megatron.algo.objective import Objective
+from dapo_megatron.config import AlgoConfig
+from dapo_megatron.config.algo import loss_sections
+from dapo_megatron.config.section import Section
+from dapo_megatron.measures import Mean
+from tests.helpers.losses import batch_of, lose
 
 LOGPROBS = torch.tensor([-1.0, -0.5, -2.0])
-MASK = torch.tensor([False, True, True])
-BATCH = MicroBatch(
-    tokens_T=torch.tensor([3, 4, 5]),
-    labels_T=torch.tensor([4, 5, 6]),
-    positions_T=torch.arange(3),
-    cu_seqlens=torch.tensor([0, 3], dtype=torch.int32),
-    scored_T=MASK,
-    loss_mask_T=MASK,
-    advantages_T=torch.tensor([1.0, 1.0, -1.0]),
+BATCH = batch_of(
+    torch.tensor([-1.0, -1.5, -5.0]),
+    torch.tensor([1.0, 1.0, -1.0]),
+    torch.tensor([False, True, True]),
     weights_T=torch.tensor([1.0, 0.5, 1.5]),
-    rollout_logprobs_T=torch.tensor([0.0, -0.75, -2.0]),
-    groups_S=torch.tensor([0]),
-    old_logprobs_T=torch.tensor([-1.0, -1.5, -5.0]),
-    ref_logprobs_T=torch.tensor([-1.0, -0.25, -2.5]),
+    ref_T=torch.tensor([-1.0, -0.25, -2.5]),
 )
 
 
-def test_dapo_loss_as_configured():
-    config = AlgoConfig(clip_low=0.1, clip_high=0.3, dual_clip=3.0, kl=KlConfig(coef=0.5, estimator="k2"))
-    expected = dapo_loss(
-        LOGPROBS,
-        torch.tensor([-1.0, -1.5, -5.0]),
-        torch.tensor([1.0, 1.0, -1.0]),
-        MASK,
-        clip_low=0.1,
-        clip_high=0.3,
-        dual_clip=3.0,
-        weights_T=torch.tensor([1.0, 0.5, 1.5]),
-        ref_logprobs_T=torch.tensor([-1.0, -0.25, -2.5]),
-        kl_coef=0.5,
-        kl_estimator="k2",
-    )
-    result = DapoLoss(config)(LOGPROBS, BATCH)
-    assert result == expected
+class Settings(Section):
+    scale: float = 2.0
+
+
+SCALED = Loss(
+    settings=Settings,
+    per_token=lambda given, settings: (
+        -settings.scale * given.log_ratio_T * given.advantages_T,
+        {"of_my_own": Mean(given.mask_T.sum())},
+    ),
+    meanings={"of_my_own": "tokens"},
+)
+
+
+def test_dapo_as_configured():
+    dapo = {"clip_low": 0.1, "clip_high": 0.3, "dual_clip": 3.0}
+    result = lose(LOGPROBS, BATCH, dapo=dapo, kl={"coef": 0.5, "estimator": "k2"})
     # -1.3 at half weight, +3 at one and a half; KL 0.5 * ((-0.25)^2 / 2 * 0.5 + 0.5^2 / 2 * 1.5)
     assert result.loss_sum.item() == pytest.approx(-0.65 + 4.5 + 0.5 * (0.015625 + 0.1875))
 
 
+def test_a_loss_of_ones_own_by_the_name_of_its_module():
+    name = f"{__name__}:SCALED"
+    result = lose(LOGPROBS, BATCH, loss=name)
+    # 2 x (1 x 0.5 weight - 3 x 1.5 weight)
+    assert result.loss_sum.item() == pytest.approx(-2 * (0.5 - 4.5))
+    assert result.measures["of_my_own"].value == 2
+    assert lose(LOGPROBS, BATCH, loss=name, SCALED={"scale": 1.0}).loss_sum.item() == pytest.approx(4.0)
+
+
 def test_old_logprobs_are_demanded():
     with pytest.raises(AssertionError, match="old log-probs"):
-        DapoLoss(AlgoConfig())(LOGPROBS, replace(BATCH, old_logprobs_T=None))
+        lose(LOGPROBS, replace(BATCH, old_logprobs_T=None))
+
+
+@pytest.mark.parametrize("name", loss_sections())
+def test_what_a_loss_measures_has_a_meaning(name):
+    loss = AlgoConfig(loss=name).found_loss
+    measured = Objective(AlgoConfig(loss=name))(LOGPROBS, BATCH).measures
+    assert set(measured) - {"ratio/mean", "ratio/max", "kl/old", "kl/ref"} == set(loss.meanings)
+
+
+@pytest.mark.parametrize("name", loss_sections())
+def test_gradient_against_the_reference_of_the_loss(name):
+    """Written twice, the second time as the paper prints it."""
+    algo = AlgoConfig(loss=name)
+    generator = torch.Generator().manual_seed(3)
+    for advantage in (1.5, -0.5):
+        old = torch.randn(40, generator=generator, dtype=torch.float64) - 2
+        logprobs = (old + 0.3 * torch.randn(40, generator=generator, dtype=torch.float64)).requires_grad_()
+        batch = batch_of(old, torch.full_like(old, advantage), torch.ones(40, dtype=torch.bool))
+        loss = Objective(algo)(logprobs, batch).loss_sum
+        assert algo.found_loss.reference is not None
+        wanted = -algo.found_loss.reference(logprobs, old, advantage, algo.settings).sum()
+        assert loss.item() == pytest.approx(wanted.item(), abs=1e-9)
+        got, want = (torch.autograd.grad(x, logprobs)[0] for x in (loss, wanted))
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
 
 
 def test_likelihood_uses_mask_and_weights():
-    assert LikelihoodLoss()(LOGPROBS, BATCH) == likelihood_loss(LOGPROBS, MASK, BATCH.weights_T)
-    assert LikelihoodLoss()(LOGPROBS, BATCH).loss_sum.item() == 3.25
+    assert likelihood(LOGPROBS, BATCH).loss_sum.item() == 3.25

@@ -46,6 +46,15 @@ def test_segments_without_loss_tokens_do_not_count():
     assert weights("prompt", [2, 0, 4, 0], [0, 1, 2, -1]) == [1.5, 0.0, 0.75, 0.0]
 
 
+def test_dr_grpo_divides_by_responses_times_a_constant():
+    tokens_S, groups_S = torch.tensor([2, 0, 4]), torch.tensor([0, 0, 1])
+    totals = scope.counts("constant", tokens_S, groups_S, 2)
+    weights_S = scope.weights("constant", tokens_S, groups_S, totals, 6, 10)
+    # of 6 tokens in 2 responses: 6 x 1 / (2 x 10)
+    assert weights_S.tolist() == pytest.approx([0.3, 0.0, 0.3])
+    assert scope.weights("constant", tokens_S * 0, groups_S, totals * 0, 0, 10).tolist() == [0, 0, 0]
+
+
 @pytest.mark.parametrize("of", SCOPES)
 def test_without_any_loss_tokens_all_weights_are_0(of):
     assert weights(of, [0, 0], [-1, 3]) == [0.0, 0.0]

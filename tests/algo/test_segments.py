@@ -11,7 +11,7 @@ def test_segments_of_slots():
 
 
 def test_sums_of_segments():
-    values = torch.tensor([1, 2, 4, 8, 16, 32])
+    values = torch.tensor([1.0, 2, 4, 8, 16, 32], dtype=torch.float64)
     assert segment_sums(values, CU_SEQLENS).tolist() == [3, 28, 0, 32]
     assert segment_sums(values.double(), CU_SEQLENS).dtype == torch.float64
 

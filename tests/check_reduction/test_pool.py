@@ -15,7 +15,7 @@ pytestmark = pytest.mark.multiproc
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[RankPool]:
-    with closing(RankPool(2)) as pool:
+    with closing(RankPool()) as pool:
         yield pool
 
 
@@ -65,6 +65,30 @@ def test_a_dead_rank_is_said_and_the_next_call_has_new_ones(pool: RankPool) -> N
     with pytest.raises(RankError, match="rank 1 failed: it died"):
         pool.run(2, _die_on_rank_1, timeout=50)
     assert [answer for answer, _, _ in pool.run(2, _where, 0, timeout=60)] == [0, 1]
+
+
+def test_a_rank_that_died_between_two_calls_is_said(pool: RankPool) -> None:
+    _, second = pool.run(2, _where, 0, timeout=60)
+    os.kill(second[1], signal.SIGKILL)
+    with pytest.raises(RankError, match="died"):
+        pool.run(2, _where, 0, timeout=60)
+    assert len(pool.run(2, _where, 0, timeout=60)) == 2
+
+
+class _AwkwardError(Exception):
+    """Cannot be unpickled: that would call it with its text alone."""
+
+    def __init__(self, one: int, two: int) -> None:
+        super().__init__(f"{one} and {two}")
+
+
+def _raise_awkwardly() -> None:
+    raise _AwkwardError(1, 2)
+
+
+def test_an_exception_that_cannot_be_pickled_is_shown(pool: RankPool) -> None:
+    with pytest.raises(RankError, match=r"rank 0 failed: Traceback(.|\n)*_AwkwardError: 1 and 2"):
+        pool.run(1, _raise_awkwardly, timeout=50)
 
 
 def test_ranks_that_hang_are_said_with_the_seconds(pool: RankPool) -> None:

@@ -39,19 +39,19 @@ def test_epochs_and_seeds_have_orders_of_their_own():
 def test_a_restored_stream_goes_on_where_it_stood(before, after):
     stream = PromptStream(PROMPTS, 3)
     stream.take(before)
-    state = json.loads(json.dumps(stream.state()))
+    state = json.loads(json.dumps(stream.state_dict()))
     other = PromptStream(PROMPTS, 3)
     other.take(7)
-    other.restore(state)
+    other.load_state_dict(state)
     assert other.take(after) == stream.take(after)
 
 
 def test_cursor_of_another_stream_is_refused():
-    state = PromptStream(PROMPTS, 3).state()
+    state = PromptStream(PROMPTS, 3).state_dict()
     with pytest.raises(ConfigError, match="seed 3: this one has 4"):
-        PromptStream(PROMPTS, 4).restore(state)
+        PromptStream(PROMPTS, 4).load_state_dict(state)
     with pytest.raises(ConfigError, match="size 10: this one has 9"):
-        PromptStream(PROMPTS[:9], 3).restore(state)
+        PromptStream(PROMPTS[:9], 3).load_state_dict(state)
 
 
 def test_no_prompts():

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dapo_megatron.types import MicroBatch, TokenLoss, Update
+from dapo_megatron.measures import Max, Mean
+from dapo_megatron.types import MicroBatch, MiniBatch, TokenLoss
 
 
 def make_micro_batch(
     lengths: Sequence[int], *, seed: int, vocab_size: int = 50, multiple: int = 1, masked: bool = False
 ) -> MicroBatch:
-    """Sequences of these many slots, each padded to a multiple; about 70% loss tokens, or none where `masked`."""
+    """Makes sequences of these many slots, each padded to a multiple; about 70% loss tokens, or none where `masked`."""
     generator = torch.Generator().manual_seed(seed)
     rows: dict[str, list[Tensor]] = {name: [] for name in ("tokens", "labels", "positions", "mask", "advantages")}
     bounds = [0]
@@ -45,7 +46,7 @@ def make_micro_batch(
     )
 
 
-def ratio_loss(logprobs_T: Tensor, batch: MicroBatch) -> TokenLoss:
+def ratio_loss(logprobs_T: Tensor, batch: MicroBatch, *_: Any) -> TokenLoss:
     """Unclipped policy gradient on the ratio to old_logprobs_T: smooth, so that float32 and float64 agree."""
     assert batch.old_logprobs_T is not None
     ratio_T = (logprobs_T - batch.old_logprobs_T).exp()
@@ -54,12 +55,12 @@ def ratio_loss(logprobs_T: Tensor, batch: MicroBatch) -> TokenLoss:
     return TokenLoss(
         loss_sum=-(ratio_T * batch.advantages_T * mask_T).sum(),
         loss_tokens=mask_T.sum(),
-        metrics={"ratio": (ratio_T.detach() * mask_T).sum(), "ratio_max": highest},
+        measures={"ratio/mean": Mean((ratio_T.detach() * mask_T).sum(), mask_T.sum()), "ratio/max": Max(highest)},
     )
 
 
 def reference_logprobs(model: Any, batch: MicroBatch, temperature: float = 1.0) -> Tensor:
-    """Log-probs [T] from a Hugging Face model, sequence by sequence, each alone."""
+    """Computes log-probs [T] with a Hugging Face model, sequence by sequence, each alone."""
     pieces = []
     for start, end in pairwise(batch.cu_seqlens.tolist()):
         logits = model(batch.tokens_T[None, start:end]).logits[0] / temperature
@@ -67,13 +68,13 @@ def reference_logprobs(model: Any, batch: MicroBatch, temperature: float = 1.0) 
     return torch.cat(pieces)
 
 
-def make_update(batches: Sequence[MicroBatch], loss_tokens: int | None = None) -> Update:
+def make_mini_batch(batches: Sequence[MicroBatch], loss_tokens: int | None = None) -> MiniBatch:
     """A mini-batch of one replica; with several replicas, give the count of all."""
     own = sum(batch.loss_tokens for batch in batches)
-    return Update(tuple(batches), own if loss_tokens is None else loss_tokens)
+    return MiniBatch(tuple(batches), own if loss_tokens is None else loss_tokens)
 
 
 def worst_relative_error(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
-    """Largest difference of two sets of tensors, each relative to its tensor's largest entry."""
+    """Returns the largest difference of two sets of tensors, each relative to its tensor's largest entry."""
     assert got.keys() == want.keys(), got.keys() ^ want.keys()
     return max(float((got[name].double() - want[name]).abs().max() / want[name].abs().max()) for name in want)

@@ -11,25 +11,25 @@ from safetensors.numpy import save_file
 
 CHARACTERS = "0123456789+= "
 END = "<end>"
+TINY: dict[str, Any] = {
+    "vocab_size": 50,  # no multiple of 16, so that Megatron pads it
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+}
+"""Settings of a Qwen2."""
 
 
 def write_checkpoint(folder: Path, *, end_token: bool = True, **changes: Any) -> Path:
-    """config.json of a tiny Qwen2 (with `changes`), a safetensors file, and a tokenizer of one token per character."""
+    """Writes config.json of a tiny Qwen2 with `changes`, weights, and a tokenizer of one token per character."""
     folder.mkdir(parents=True)
-    config = {
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
-        "vocab_size": 16,
-        "hidden_size": 8,
-        "intermediate_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-        "tie_word_embeddings": True,
-    }
+    config = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", **TINY, "max_position_embeddings": 64}
     (folder / "config.json").write_text(json.dumps({**config, **changes}))
-    save_file({"model.embed_tokens.weight": np.zeros((16, 8), np.float32)}, folder / "model.safetensors")
+    save_file({"model.embed_tokens.weight": np.zeros((50, 32), np.float32)}, folder / "model.safetensors")
     write_tokenizer(folder, end_token=end_token)
     return folder
 
@@ -52,7 +52,7 @@ def write_prompts(path: Path, *prompts: str) -> Path:
 
 
 def values(folder: Path) -> dict[str, Any]:
-    """A configuration of a run in `folder` that passes every check: checkpoint, prompts and settings."""
+    """Makes a configuration of a run in `folder` that passes every check, with its checkpoint and prompts."""
     return {
         "model": {"path": str(write_checkpoint(folder / "model")), "dtype": "float32"},
         "data": {"train": str(write_prompts(folder / "train.jsonl", "1+2=", "2+2=")), "max_prompt_tokens": 8},

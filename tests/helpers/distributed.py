@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import closing
 from typing import Any
 
 from dapo_megatron.check_reduction.pool import RankPool
 
+POOL = RankPool()
+"""Shared by all tests: to import torch and Megatron takes longer than most of them."""
+
 
 def run_distributed(function: Callable[..., Any], ranks: int, *args: Any, timeout: float = 120.0) -> list[Any]:
-    """As `RankPool.run`, in processes of its own."""
-    with closing(RankPool(ranks)) as pool:
-        return pool.run(ranks, function, *args, timeout=timeout)
+    """Calls `RankPool.run`. The function must leave its process as it found it, without a process group."""
+    return POOL.run(ranks, function, *args, timeout=timeout)

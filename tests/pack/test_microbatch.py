@@ -51,13 +51,13 @@ def test_what_is_scored_is_a_mask_of_its_own():
 
 def test_without_sequences_one_segment_of_padding():
     batch = build([], sequence_multiple=4, total_multiple=2)
-    assert (batch.tokens, batch.loss_tokens) == (8, 0)
+    assert (batch.slots, batch.loss_tokens) == (8, 0)
     assert batch.cu_seqlens.tolist() == [0, 8]
     assert batch.positions_T.tolist() == list(range(8))
     assert batch.tokens_T.tolist() == batch.labels_T.tolist() == [0] * 8
     assert batch.weights_T.tolist() == batch.advantages_T.tolist() == batch.rollout_logprobs_T.tolist() == [0.0] * 8
     assert batch.groups_S.tolist() == [-1]
-    assert build([], sequence_multiple=1, total_multiple=1).tokens == 1
+    assert build([], sequence_multiple=1, total_multiple=1).slots == 1
 
 
 def test_sequence_of_one_token_predicts_nothing_and_takes_no_slot():
@@ -65,4 +65,4 @@ def test_sequence_of_one_token_predicts_nothing_and_takes_no_slot():
     assert batch.cu_seqlens.tolist() == [0, 2]
     assert batch.groups_S.tolist() == [8]
     alone = build([ONE_TOKEN], sequence_multiple=2, total_multiple=1)
-    assert (alone.tokens, alone.loss_tokens, alone.groups_S.tolist()) == (2, 0, [-1])
+    assert (alone.slots, alone.loss_tokens, alone.groups_S.tolist()) == (2, 0, [-1])

@@ -15,7 +15,8 @@ import pytest
 from dapo_megatron.algo.filter import is_mixed
 from dapo_megatron.config import RolloutConfig
 from dapo_megatron.errors import RolloutError
-from dapo_megatron.rollout.collect import Judge, Rollout, collect
+from dapo_megatron.measures import Mean
+from dapo_megatron.rollout.collect import Grader, Rollout, collect
 from dapo_megatron.rollout.engine import Sampling
 from dapo_megatron.types import Completion, FinishReason, Group, Prompt, VersionSpan
 
@@ -58,16 +59,14 @@ async def judge(prompt: Prompt, completions: Sequence[Completion]) -> Group:
 
 
 def roll(
-    source: Prompts, carried: Sequence[Group] = (), engine: Engine | None = None, judge: Judge = judge, **config: Any
+    source: Prompts, carried: Sequence[Group] = (), engine: Engine | None = None, judge: Grader = judge, **config: Any
 ) -> Rollout:
     values = {"prompts": 4, "responses": RESPONSES} | config
     if values.get("dynamic_sampling", True):
         values = {"generation_batch": 6} | values
     settings = RolloutConfig.model_validate(values)
     sampling = Sampling.from_config(settings, (2,))
-    work = collect(
-        engine or Engine(), source.take, judge, settings, is_mixed=is_mixed, sampling=sampling, carried=carried
-    )
+    work = collect(engine or Engine(), source.take, judge, settings, keep=is_mixed, sampling=sampling, carried=carried)
     return asyncio.run(work)
 
 
@@ -81,10 +80,10 @@ def test_filling_a_published_batch(case: dict[str, Any]) -> None:
     prompts = Prompts(["mixed"] * mixed + ["wrong"] * (GOLDEN["generation_batch"] - mixed))
     rollout = roll(prompts, prompts=GOLDEN["prompts"], generation_batch=GOLDEN["generation_batch"], responses=2)
     assert len(rollout.groups) == GOLDEN["prompts"]
-    assert rollout.stats.generation_batches == case["generation_batches"]
-    assert rollout.stats.mixed == case["kept"]
-    assert rollout.stats.discarded == case["dropped"]
-    assert rollout.stats.prompts == prompts.drawn == case["generation_batches"] * GOLDEN["generation_batch"]
+    assert rollout.measures["generation_batches"].value == case["generation_batches"]
+    assert len(rollout.groups) + rollout.measures["groups/discarded"].value == case["kept"]
+    assert rollout.measures["groups/discarded"].value == case["dropped"]
+    assert prompts.drawn == case["generation_batches"] * GOLDEN["generation_batch"]
 
 
 def test_giving_up_says_what_was_found() -> None:
@@ -110,22 +109,26 @@ def test_surplus_is_discarded() -> None:
     rollout = roll(Prompts(["mixed"]))
     assert uids(rollout.groups) == [0, 1, 2, 3]
     assert rollout.carried == ()
-    assert rollout.stats.discarded == 2
+    assert rollout.measures["groups/discarded"].value == 2
 
 
 def test_surplus_is_carried_and_used_first() -> None:
     prompts = Prompts(["mixed"])
     first = roll(prompts, surplus_groups="carry")
     assert uids(first.carried) == [4, 5]
-    assert first.stats.discarded == 0
+    assert first.measures["groups/discarded"].value == 0
     second = roll(prompts, carried=first.carried, surplus_groups="carry")
     assert uids(second.groups) == [4, 5, 6, 7]
     assert uids(second.carried) == [8, 9, 10, 11]
     engine = Engine()
     third = roll(prompts, carried=second.carried, engine=engine, surplus_groups="carry")
     assert uids(third.groups) == [8, 9, 10, 11]
-    assert (engine.asked, third.stats.generation_batches, third.stats.tokens) == (0, 0, 0)
-    assert math.isnan(third.stats.accuracy)
+    assert (engine.asked, third.measures["generation_batches"].value, third.measures["tokens_per_second"].value) == (
+        0,
+        0,
+        0,
+    )
+    assert math.isnan(third.measures["accuracy"].value)
 
 
 def test_too_few_groups_can_be_trained_on() -> None:
@@ -134,6 +137,14 @@ def test_too_few_groups_can_be_trained_on() -> None:
     assert uids(rollout.groups) == [0, 12]
     with pytest.raises(RolloutError, match=r"2 groups to train on, 4 wanted.*too easy"):
         roll(Prompts(prompts.kinds), max_generation_batches=3)
+
+
+def test_giving_up_counts_what_was_carried_over() -> None:
+    carried = roll(Prompts(["mixed"]), surplus_groups="carry").carried
+    with pytest.raises(
+        RolloutError, match=r"3 groups to train on.*12 groups of 4 responses: 1 mixed and 2 carried over"
+    ):
+        roll(Prompts(["mixed", *["right"] * 11]), carried=carried, max_generation_batches=2)
 
 
 def test_no_group_at_all_is_always_an_error() -> None:
@@ -146,20 +157,26 @@ def test_without_dynamic_sampling_one_batch_is_taken_as_it_is() -> None:
     rollout = roll(prompts, dynamic_sampling=False)
     assert uids(rollout.groups) == [0, 1, 2, 3]
     assert prompts.drawn == 4
-    assert (rollout.stats.all_right, rollout.stats.mixed, rollout.stats.all_wrong) == (2, 1, 1)
+    assert (rollout.measures["groups/all_right"].value, rollout.measures["groups/all_wrong"].value) == (2, 1)
 
 
 def test_means_are_over_every_graded_response() -> None:
-    stats = roll(Prompts(["mixed", "right", "wrong"]), max_generation_batches=2, generation_batch=6).stats
+    stats = roll(Prompts(["mixed", "right", "wrong"]), max_generation_batches=2, generation_batch=6).measures
     # Twelve groups of four: four with 1, four with 4 and four with 0 right responses.
-    assert (stats.generation_batches, stats.prompts) == (2, 12)
-    assert stats.accuracy == pytest.approx(20 / 48)
-    assert stats.reward == pytest.approx((20 - 28) / 48)
-    assert (stats.length, stats.truncated, stats.tokens) == (2.0, 0.0, 96)
+    assert (stats["generation_batches"].value, stats["groups/all_right"].value, stats["groups/all_wrong"].value) == (
+        2,
+        4,
+        4,
+    )
+    assert stats["accuracy"].value == pytest.approx(20 / 48)
+    assert stats["reward"].value == pytest.approx((20 - 28) / 48)
+    assert (stats["response_length"].value, stats["truncated"].value) == (2.0, 0.0)
+    tokens = stats["tokens_per_second"]
+    assert isinstance(tokens, Mean) and tokens.total == 96
 
 
 def test_truncated_responses_are_counted() -> None:
-    assert roll(Prompts(["mixed"]), engine=Engine(FinishReason.LENGTH)).stats.truncated == 1.0
+    assert roll(Prompts(["mixed"]), engine=Engine(FinishReason.LENGTH)).measures["truncated"].value == 1.0
 
 
 def test_what_the_judge_counted_is_added_up() -> None:
@@ -173,15 +190,19 @@ def test_what_the_judge_counted_is_added_up() -> None:
         return replace(group, timed_out=2, truncated_right=sum(completion.truncated for completion in completions) // 4)
 
     # Six groups of four, of which three are truncated, one response of each group with a right answer.
-    stats = roll(Prompts(["mixed"]), engine=HalfTruncated(), judge=counting).stats
-    assert (stats.truncated, stats.truncated_right, stats.timed_out) == (0.5, 3 / 12, 12)
-    assert math.isnan(roll(Prompts(["mixed"])).stats.truncated_right)
+    stats = roll(Prompts(["mixed"]), engine=HalfTruncated(), judge=counting).measures
+    assert (stats["truncated"].value, stats["truncated_right"].value, stats["grading_timeouts"].value) == (
+        0.5,
+        3 / 12,
+        12,
+    )
+    assert math.isnan(roll(Prompts(["mixed"])).measures["truncated_right"].value)
 
 
 def test_staleness_is_that_of_the_oldest_weights_of_what_is_trained_on() -> None:
     prompts = Prompts(["mixed"])
     first = roll(prompts, engine=Engine(version=3), surplus_groups="carry")
-    assert first.stats.staleness == 0.0
+    assert first.measures["staleness"].value == 0.0
     # Two groups carried over from version 3, of which one response has an end written by version 4; two new ones.
     mended, untouched = first.carried
     spans = (VersionSpan(3, 0, 1), VersionSpan(4, 1, 2))
@@ -189,7 +210,7 @@ def test_staleness_is_that_of_the_oldest_weights_of_what_is_trained_on() -> None
     mixed = replace(mended.completions[1], versions=spans)
     mended = replace(mended, completions=(late, mixed, *mended.completions[2:]))
     second = roll(prompts, carried=(mended, untouched), engine=Engine(version=5), surplus_groups="carry")
-    assert second.stats.staleness == pytest.approx((1 + 7 * 2 + 8 * 0) / 16)
+    assert second.measures["staleness"].value == pytest.approx((1 + 7 * 2 + 8 * 0) / 16)
 
 
 def test_an_aborted_response_ends_the_rollout() -> None:
@@ -219,7 +240,7 @@ def test_grading_does_not_wait_for_the_slowest_prompt() -> None:
         Prompts(["mixed"]).take,
         judge_and_tell,
         config,
-        is_mixed=is_mixed,
+        keep=is_mixed,
         sampling=Sampling.from_config(config, (2,)),
     )
     assert uids(asyncio.run(asyncio.wait_for(work, 5)).groups) == [0, 1, 2, 3]

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
 import threading
 import time
@@ -11,8 +10,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dapo_megatron.errors import ConfigError, EngineError
-from dapo_megatron.rollout.server import Server, answers, check_port, reserve_port
+from dapo_megatron.errors import EngineError
+from dapo_megatron.rollout.ports import reserve_port
+from dapo_megatron.rollout.server import Server, answers
 
 HTTP = "import http.server; http.server.test(http.server.SimpleHTTPRequestHandler, port={port}, bind='127.0.0.1')"
 
@@ -38,7 +38,7 @@ def test_a_server_that_answers_is_ready_and_close_frees_its_port(tmp_path: Path)
     server.close()
     assert not server.alive
     assert not [process for process in family if process.is_running()]
-    check_port("127.0.0.1", port)
+    reserve_port("127.0.0.1", port).close()
 
 
 def test_a_command_that_ends_at_once_shows_its_last_words(tmp_path: Path) -> None:
@@ -76,26 +76,6 @@ def test_a_death_after_the_start_is_noticed(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=r"exit status 137 \(signal 9\)"):
         server.check()
     server.close()
-
-
-def test_a_port_in_use_is_refused() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        with pytest.raises(ConfigError, match=f"127.0.0.1:{port}: Address already in use"):
-            check_port("127.0.0.1", port)
-    check_port("127.0.0.1", port)
-
-
-def test_a_foreign_address_is_refused() -> None:
-    with pytest.raises(ConfigError, match="Cannot assign requested address"):
-        check_port("192.0.2.77", 8000)
-
-
-def test_reserved_ports_differ() -> None:
-    reserved = [reserve_port("127.0.0.1") for _ in range(20)]
-    assert len({one.getsockname()[1] for one in reserved}) == 20
-    for one in reserved:
-        one.close()
 
 
 def test_engines_are_asked_directly_where_a_proxy_is_set(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,22 +5,24 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from dapo_megatron.weights.buckets import allocate, buckets, describe, pack, unpack
+from dapo_megatron.weights.buckets import allocate, buckets, describe, flatten, unflatten
 
 
-def test_what_is_packed_comes_out_again() -> None:
+def test_what_goes_in_comes_out_again() -> None:
     torch.manual_seed(0)
-    bucket = [
+    weights = [
         ("odd", torch.randn(3, 1).to(torch.bfloat16)),
         ("single", torch.randn(5, 7)),
         ("transposed", torch.randn(4, 6).T),
         ("number", torch.tensor(2.5)),
         ("every_other", torch.arange(20, dtype=torch.int64)[::2]),
     ]
+    (bucket,) = buckets(weights, 10_000)
+    assert sorted(name for name, _ in bucket) == sorted(name for name, _ in weights)
     told = describe(bucket)
-    flat = pack(bucket)
+    flat = flatten(bucket)
     assert allocate(told["dtypes"], told["shapes"]).shape == flat.shape
-    received = unpack(flat, **told)
+    received = unflatten(flat, **told)
     assert [name for name, _ in received] == [name for name, _ in bucket]
     for (_, sent), (_, got) in zip(bucket, received, strict=True):
         assert got.dtype == sent.dtype

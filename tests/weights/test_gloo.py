@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from typing import Any
 
 import psutil
@@ -75,9 +76,9 @@ def engines(first: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[En
         "rollout": {"prompts": 4, "responses": 4, "max_response_tokens": 64},
         "train": {"mini_batch": 16, "micro_batch_tokens": 1024},
         "reward": {"overlong": {"punishment": False}},
-        "engine": {"replicas": 2, "startup_seconds": 120, "request_seconds": 60},
+        "engine": {"count": 2, "startup_seconds": 120, "request_seconds": 60},
     }
-    with Engines(parse(values), tmp_path_factory.mktemp("run"), lambda ids: "", ranks=0) as engines:
+    with closing(Engines(parse(values), tmp_path_factory.mktemp("run"), lambda ids: "", ranks=0)) as engines:
         engines.wait_ready()
         yield engines
 
@@ -90,10 +91,10 @@ def publisher(engines: Engines) -> Iterator[GlooPublisher]:
 
 
 def generate(engines: Engines) -> list[list[Completion]]:
-    """Responses of each replica."""
+    """Responses of each engine."""
 
     async def everywhere() -> list[list[Completion]]:
-        return await asyncio.gather(*(engine.generate(PROMPT, SAMPLING, 4) for engine in engines.replicas))
+        return await asyncio.gather(*(engine.generate(PROMPT, SAMPLING, 4) for engine in engines))
 
     return engines.run(everywhere())
 
@@ -115,7 +116,7 @@ def test_log_probs_follow_the_weights(engines: Engines, publisher: GlooPublisher
     assert worst_error(first, before) <= 2e-5
     assert before[0][0].versions == (VersionSpan(0, 0, 32),)
 
-    publisher.push(weights_of(second).items(), version=1)
+    publisher.push(weights_of(second).items())
     # The prompt is the same, so its keys and values were cached under the old weights.
     after = generate(engines)
     assert worst_error(second, after) <= 2e-5
@@ -128,7 +129,7 @@ def test_strided_tensors_arrive_whole(engines: Engines, publisher: GlooPublisher
         name: tensor.T.contiguous().T if tensor.dim() == 2 else tensor for name, tensor in weights_of(first).items()
     }
     assert not all(tensor.is_contiguous() for tensor in weights.values())
-    publisher.push(weights.items(), version=2)
+    publisher.push(weights.items())
     after = generate(engines)
     assert worst_error(first, after) <= 2e-5
     assert after[1][0].versions[0].version == 2
@@ -148,5 +149,5 @@ def test_a_killed_engine_ends_the_push(engines: Engines, publisher: GlooPublishe
 
     started = time.monotonic()
     with pytest.raises(EngineError, match="engine 1"):
-        publisher.push(weights(), version=3)
+        publisher.push(weights())
     assert time.monotonic() - started < 10.0

@@ -34,9 +34,9 @@ def round_trip(path: Path, parallel: dict[str, Any], saved: Path) -> dict[str, T
 
 
 def _load_and_save(path: Path, parallel: dict[str, Any], saved: Path) -> Iterator[tuple[str, Tensor]]:
-    from dapo_megatron.actor.layout import read_hf_config
     from dapo_megatron.actor.model import build_chunks, transformer_config
     from dapo_megatron.actor.topology import process_groups
+    from dapo_megatron.hf_folder import read_hf_config
     from dapo_megatron.weights.hf import HfCheckpoint
 
     config = make_config(path, model={"dtype": "bfloat16"}, parallel=parallel)
@@ -76,9 +76,9 @@ def alone() -> Iterator[None]:
 
 
 def build(path: Path) -> tuple[Any, Any]:
-    from dapo_megatron.actor.layout import read_hf_config
     from dapo_megatron.actor.model import build_chunks, transformer_config
     from dapo_megatron.actor.topology import process_groups
+    from dapo_megatron.hf_folder import read_hf_config
     from dapo_megatron.weights.hf import HfCheckpoint
 
     config = make_config(path)
@@ -132,5 +132,5 @@ def test_export_leaves_gradients_on_for_its_reader(tmp_path: Path) -> None:
 def test_a_folder_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
     from dapo_megatron.weights.hf import HfCheckpoint
 
-    with pytest.raises(ConfigError, match=r"holds no config\.json"):
+    with pytest.raises(ConfigError, match=r"has no config\.json"):
         HfCheckpoint(tmp_path)

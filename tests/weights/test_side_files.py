@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
@@ -58,9 +59,9 @@ def test_one_token_per_character(tmp_path: Path) -> None:
 def test_a_checkpoint_saved_by_the_actor(tmp_path: Path) -> None:
     """From start to end: what the run encodes with, and what people load when it is over."""
     from dapo_megatron.actor import topology
-    from dapo_megatron.actor.layout import read_hf_config
     from dapo_megatron.actor.model import build_chunks, transformer_config
     from dapo_megatron.actor.topology import process_groups
+    from dapo_megatron.hf_folder import read_hf_config
     from dapo_megatron.weights.hf import HfCheckpoint
 
     source, target = tmp_path / "model", tmp_path / "hf"
@@ -107,7 +108,8 @@ def test_without_a_tokenizer_config(tmp_path: Path) -> None:
 
 def qwen2_file(folder: Path) -> None:
     """As Qwen2.5 has it: by options that say nothing, its tokenizer.json is not what transformers would write."""
-    tokenizer = Qwen2Tokenizer({"<|endoftext|>": 0, "1": 1, "+": 2, "2": 3, "12": 4}, [("1", "2")])
+    merges: Any = [("1", "2")]  # which its annotation does not allow
+    tokenizer = Qwen2Tokenizer({"<|endoftext|>": 0, "1": 1, "+": 2, "2": 3, "12": 4}, merges)
     tokenizer.save_pretrained(folder)
     file = json.loads((folder / "tokenizer.json").read_text())
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}

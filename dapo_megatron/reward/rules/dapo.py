@@ -47,6 +47,7 @@ REWRITTEN = [
 
 
 def grade(response: str, answer: str) -> tuple[bool, str | None]:
+    """Whether the last label's line equals `answer` once both are normalised, and that line, normalised."""
     found = LABEL.findall(response[-READ:])
     if not found:
         return False, None
@@ -55,7 +56,11 @@ def grade(response: str, answer: str) -> tuple[bool, str | None]:
 
 
 def normalise(text: str) -> str:
-    """The form in which two answers are compared as strings."""
+    r"""The form in which two answers are compared as strings.
+
+    >>> normalise(r"x = $\frac12$ degrees"), normalise("1,234 students")
+    ('\\frac{1}{2}', '1234')
+    """
     text = text.rpartition("=")[2]
     for old, new in REPLACED.items():
         text = text.replace(old, new)

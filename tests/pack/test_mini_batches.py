@@ -55,7 +55,7 @@ def do(samples, **layout):
 
 
 def micro_batches(ranks):
-    return [batch for updates in ranks for update in updates for batch in update.micro_batches]
+    return [batch for mini_batches in ranks for mini_batch in mini_batches for batch in mini_batch.micro_batches]
 
 
 def tensors(ranks):
@@ -97,18 +97,18 @@ def test_budget_multiples_and_equal_counts(samples, layout):
     ranks = do(samples, **layout)
     unit = layout["sequence_multiple"] * layout["total_multiple"]
     for batch in micro_batches(ranks):
-        assert 0 < batch.tokens <= BUDGET
-        assert batch.tokens % unit == 0
+        assert 0 < batch.slots <= BUDGET
+        assert batch.slots % unit == 0
         assert all(
             (end - start) % layout["sequence_multiple"] == 0 for start, end in pairwise(batch.cu_seqlens.tolist())
         )
-        assert batch.cu_seqlens[-1] == batch.tokens
+        assert batch.cu_seqlens[-1] == batch.slots
         columns = {f.name: getattr(batch, f.name) for f in fields(batch) if f.name.endswith("_T")}
-        assert all(x_T is None or x_T.shape == (batch.tokens,) for x_T in columns.values())
+        assert all(x_T is None or x_T.shape == (batch.slots,) for x_T in columns.values())
     assert len(ranks) == layout["data_parallel"]
-    assert {len(updates) for updates in ranks} == {-(-len(samples) // layout["mini_batch"])}
+    assert {len(mini_batches) for mini_batches in ranks} == {-(-len(samples) // layout["mini_batch"])}
     for same_update in zip(*ranks, strict=True):
-        (count,) = {len(update.micro_batches) for update in same_update}
+        (count,) = {len(mini_batch.micro_batches) for mini_batch in same_update}
         assert count % layout["micro_batch_multiple"] == 0
 
 
@@ -116,8 +116,8 @@ def test_budget_multiples_and_equal_counts(samples, layout):
 @settings(max_examples=100, deadline=None)
 def test_count_is_that_of_the_whole_mini_batch(samples, layout):
     for same_update in zip(*do(samples, **layout), strict=True):
-        batches = [batch for update in same_update for batch in update.micro_batches]
-        assert {update.loss_tokens for update in same_update} == {sum(batch.loss_tokens for batch in batches)}
+        batches = [batch for mini_batch in same_update for batch in mini_batch.micro_batches]
+        assert {mini_batch.loss_tokens for mini_batch in same_update} == {sum(batch.loss_tokens for batch in batches)}
 
 
 @given(rollouts(), LAYOUTS)
@@ -137,20 +137,20 @@ def test_another_seed_another_order():
 
 @pytest.mark.parametrize(("responses", "sizes"), [(24, [8, 8, 8]), (20, [6, 7, 7]), (17, [5, 6, 6]), (5, [5]), (0, [])])
 def test_mini_batches_are_as_equal_as_can_be(responses, sizes):
-    (updates,) = do([sample(number, 1, 1) for number in range(responses)], mini_batch=8)
-    assert [update.loss_tokens for update in updates] == sizes
+    (mini_batches,) = do([sample(number, 1, 1) for number in range(responses)], mini_batch=8)
+    assert [mini_batch.loss_tokens for mini_batch in mini_batches] == sizes
 
 
 def test_rank_without_sequences_gets_padding_without_loss():
     first, second = do([sample(0, 3, 4)], data_parallel=2, sequence_multiple=4, total_multiple=2)
-    assert (first[0].micro_batches[0].tokens, first[0].loss_tokens) == (8, 4)
+    assert (first[0].micro_batches[0].slots, first[0].loss_tokens) == (8, 4)
     (dummy,) = second[0].micro_batches
-    assert (dummy.tokens, dummy.loss_tokens, second[0].loss_tokens) == (8, 0, 4)
+    assert (dummy.slots, dummy.loss_tokens, second[0].loss_tokens) == (8, 0, 4)
 
 
 def test_mini_batch_without_loss_tokens_stays_an_update():
-    ((update,),) = do([sample(0, 3, 4, trained=False)])
-    assert (update.loss_tokens, len(update.micro_batches)) == (0, 1)
+    ((mini_batch,),) = do([sample(0, 3, 4, trained=False)])
+    assert (mini_batch.loss_tokens, len(mini_batch.micro_batches)) == (0, 1)
 
 
 def test_attention_decides_who_gets_what():
@@ -165,7 +165,7 @@ def test_attention_decides_who_gets_what():
 
 
 def test_sample_that_does_not_fit_is_refused_with_the_arithmetic():
-    assert do([sample(0, 1, 64)])[0][0].micro_batches[0].tokens == 64
+    assert do([sample(0, 1, 64)])[0][0].micro_batches[0].slots == 64
     with pytest.raises(DapoError, match=r"66 tokens fills 65 slots.*micro_batch_tokens\(64\)"):
         do([sample(0, 1, 65)])
     with pytest.raises(DapoError, match=r"fills 64 slots.*multiple of 24 = 48"):

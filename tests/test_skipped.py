@@ -10,8 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dapo_megatron.obs.skipped import MAX_FILES, SkippedFileError, load_skipped, save_skipped
-from dapo_megatron.types import MicroBatch, Update
+from dapo_megatron.skipped import MAX_FILES, SkippedFileError, load_skipped, save_skipped
+from dapo_megatron.types import MicroBatch, MiniBatch
 
 
 def micro_batch(seed: int, slots: int = 6) -> MicroBatch:
@@ -35,7 +35,7 @@ def micro_batch(seed: int, slots: int = 6) -> MicroBatch:
     )
 
 
-RANKS = [Update((micro_batch(0), micro_batch(1, 4)), 7), Update((micro_batch(2), micro_batch(3)), 7)]
+RANKS = [MiniBatch((micro_batch(0), micro_batch(1, 4)), 7), MiniBatch((micro_batch(2), micro_batch(3)), 7)]
 
 
 def bits(tensor: Tensor) -> tuple[torch.dtype, tuple[int, ...], list[int]]:
@@ -57,12 +57,12 @@ def test_a_mini_batch_comes_back_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_micro_batches_keep_their_order_beyond_ten(tmp_path: Path) -> None:
-    update = Update(tuple(micro_batch(seed) for seed in range(12)), 40)
-    path = save_skipped(tmp_path, 0, 0, "ratio", [update, Update((), 40)])
+    update = MiniBatch(tuple(micro_batch(seed) for seed in range(12)), 40)
+    path = save_skipped(tmp_path, 0, 0, "ratio", [update, MiniBatch((), 40)])
     assert path is not None
     first, second = load_skipped(path)
     assert all(map(same, first.micro_batches, update.micro_batches))
-    assert second == Update((), 40)
+    assert second == MiniBatch((), 40)
 
 
 def test_the_file_says_what_it_is(tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_a_write_that_breaks_off_leaves_nothing(tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, hard))
     try:
         with pytest.raises(OSError, match="large"):
-            save_skipped(tmp_path, 1, 0, "loss", [Update((large,), 1)])
+            save_skipped(tmp_path, 1, 0, "loss", [MiniBatch((large,), 1)])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert list((tmp_path / "skipped").iterdir()) == []

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig, Qwen2Config
 
-from dapo_megatron.actor.layout import attention_tokens, check_layout, padded_vocab
+from dapo_megatron.actor.architecture import attention_tokens, check_layout, padded_vocab
 from dapo_megatron.config import ParallelConfig
 from dapo_megatron.errors import ConfigError
 
@@ -78,6 +78,6 @@ def test_padded_vocabulary_splits_evenly(size: int, tp: int, padded: int) -> Non
 
 
 def test_importing_it_does_not_load_megatron() -> None:
-    code = "import sys, dapo_megatron.actor.layout; print([m for m in ('torch', 'megatron') if m in sys.modules])"
+    code = "import sys, dapo_megatron.actor.architecture; print([m for m in ('torch', 'megatron') if m in sys.modules])"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert output.stdout.strip() == "[]"

@@ -8,22 +8,36 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dapo_megatron.algo.sampler import RATIO_QUANTILES, weigh
+from dapo_megatron.algo import weighing
+from dapo_megatron.algo.weighing import RATIO_QUANTILES
 from dapo_megatron.config import AlgoConfig, CorrectionConfig
+from dapo_megatron.measures import values
 from dapo_megatron.pack.microbatch import build
-from dapo_megatron.types import TrainSample, Update
+from dapo_megatron.types import MiniBatch, TrainSample
 from tests.helpers.replicas import Alone, on_replicas
 
+SCOPES = ["token", "prompt", "sample", "constant"]
+LENGTH = 40
+"""Tokens that a response counts for in scope constant."""
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden/algo.json").read_text())["correction"]
 PROMPT = 2
+
+
+def weigh(mini_batches, algo, replicas):
+    weighed, measures = weighing.weigh(mini_batches, algo, replicas)
+    return weighed, values(measures)
+
+
+def scoped(scope, **algo):
+    return AlgoConfig(loss_scope=scope, scope_length=LENGTH if scope == "constant" else None, **algo)
 
 
 class Response:
     """Tokens are named by their label, 1000 x index of the response + position. None as difference: no loss token."""
 
-    def __init__(self, index, group, rollout, old, update=0):
+    def __init__(self, index, group, rollout, old, mini_batch=0):
         self.labels = [1000 * (index + 1) + position for position in range(len(old))]
-        self.group, self.update = group, update
+        self.group, self.mini_batch = group, mini_batch
         self.rollout, self.old = torch.tensor(rollout, dtype=torch.float32), torch.tensor(old, dtype=torch.float32)
         self.trained = [not math.isnan(value) for value in rollout]
 
@@ -40,17 +54,17 @@ class Response:
 
 
 def updates_of(responses, bins, multiple=1):
-    """Of one replica: bins[u] are the micro-batches of update u, each a list of indices of responses."""
+    """Of one replica: bins[u] are the micro-batches of mini-batch u, each a list of indices of responses."""
     old = {label: value for r in responses for label, value in zip(r.labels, r.old.tolist(), strict=True)}
     result = []
-    for update, rows in enumerate(bins):
+    for mini_batch, rows in enumerate(bins):
         batches = [
             build([responses[index].sample for index in row], sequence_multiple=multiple, total_multiple=1)
             for row in rows
         ]
-        loss_tokens = sum(sum(response.trained) for response in responses if response.update == update)
+        loss_tokens = sum(sum(response.trained) for response in responses if response.mini_batch == mini_batch)
         result.append(
-            Update(
+            MiniBatch(
                 tuple(
                     # What is not a loss token holds nan, unlike the actor's: nothing may look there.
                     replace(batch, old_logprobs_T=torch.tensor([old.get(x, math.nan) for x in batch.labels_T.tolist()]))
@@ -65,9 +79,9 @@ def updates_of(responses, bins, multiple=1):
 def by_label(replicas):
     """label -> weight, for the tokens in the loss; labels outside must weigh 0."""
     weights = {}
-    for updates in replicas:
-        for update in updates:
-            for batch in update.micro_batches:
+    for mini_batches in replicas:
+        for mini_batch in mini_batches:
+            for batch in mini_batch.micro_batches:
                 assert batch.weights_T.dtype == torch.float32
                 assert (batch.weights_T[~batch.loss_mask_T] == 0).all()
                 kept = zip(batch.labels_T[batch.loss_mask_T], batch.weights_T[batch.loss_mask_T], strict=True)
@@ -81,16 +95,16 @@ def worked_example():
 
 
 def test_worked_example_is_measured():
-    updates = updates_of(worked_example(), [[[0, 1], [2]]])
-    weighed, metrics = weigh(updates, AlgoConfig(), Alone())
-    assert metrics.pop("mismatch_kl") == pytest.approx(GOLDEN["mismatch_kl"], rel=1e-6)
-    assert metrics.pop("mismatch_abs") == pytest.approx(GOLDEN["mismatch_abs"], rel=1e-6)
-    assert metrics.pop("mismatch_abs_max") == pytest.approx(math.log(6), rel=1e-6)
+    mini_batches = updates_of(worked_example(), [[[0, 1], [2]]])
+    weighed, metrics = weigh(mini_batches, AlgoConfig(), Alone())
+    assert metrics.pop("mismatch/kl") == pytest.approx(GOLDEN["mismatch_kl"], rel=1e-6)
+    assert metrics.pop("mismatch/abs") == pytest.approx(GOLDEN["mismatch_abs"], rel=1e-6)
+    assert metrics.pop("mismatch/abs_max") == pytest.approx(math.log(6), rel=1e-6)
     # of 0.25, 0.5, 1.5, 1.5, 4 and 6
     assert metrics == pytest.approx(dict(zip(RATIO_QUANTILES, [0.25, 1.5, 6.0, 6.0], strict=True)), rel=1e-6)
-    assert [update.loss_tokens for update in weighed] == [6]
+    assert [mini_batch.loss_tokens for mini_batch in weighed] == [6]
     assert set(by_label([weighed]).values()) == {1.0}
-    assert weighed[0].micro_batches[0].scored_T is updates[0].micro_batches[0].scored_T
+    assert weighed[0].micro_batches[0].scored_T is mini_batches[0].micro_batches[0].scored_T
 
 
 @pytest.mark.parametrize(
@@ -100,13 +114,13 @@ def test_worked_example_is_measured():
             "weights_masked_token_scope_prompt",
             CorrectionConfig(kind="masked", band=(0.4, 5.0)),
             "prompt",
-            {"correction_weight": 7.5 / 4, "correction_masked": 2 / 6, "tokens": 4},
+            {"correction/weight": 7.5 / 4, "correction/masked": 2 / 6, "tokens": 4},
         ),
         (
             "weights_truncated_token_scope_sample",
             CorrectionConfig(kind="truncated", cap=2.0),
             "sample",
-            {"correction_weight": 7.75 / 6, "correction_truncated": 2 / 6, "tokens": 6},
+            {"correction/weight": 7.75 / 6, "correction/truncated": 2 / 6, "tokens": 6},
         ),
     ],
 )
@@ -129,23 +143,23 @@ def test_everything_masked():
     algo = AlgoConfig(correction=CorrectionConfig(kind="masked", band=(10.0, 11.0)), loss_scope="prompt")
     weighed, metrics = weigh(updates_of(worked_example(), [[[0, 1], [2]]]), algo, Alone())
     assert (weighed[0].loss_tokens, by_label([weighed])) == (0, {})
-    assert metrics["correction_masked"] == 1.0
-    assert math.isnan(metrics["correction_weight"])
+    assert metrics["correction/masked"] == 1.0
+    assert math.isnan(metrics["correction/weight"])
 
 
-@pytest.mark.parametrize("scope", ["token", "prompt", "sample"])
+@pytest.mark.parametrize("scope", SCOPES)
 def test_no_loss_tokens_at_all(scope):
-    weighed, metrics = weigh(updates_of([], [[[]]]), AlgoConfig(loss_scope=scope), Alone())
+    weighed, metrics = weigh(updates_of([], [[[]]]), scoped(scope), Alone())
     assert (weighed[0].loss_tokens, by_label([weighed])) == (0, {})
-    assert math.isnan(metrics["mismatch_kl"])
-    assert math.isnan(metrics["mismatch_ratio_p50"])
+    assert math.isnan(metrics["mismatch/kl"])
+    assert math.isnan(metrics["mismatch/ratio_p50"])
 
 
 def test_a_wrong_count_of_packing_stays_wrong():
     """The actor compares it with its own count of the masks: it must not be replaced by another count of them."""
     algo = AlgoConfig(correction=CorrectionConfig(kind="masked", band=(0.4, 5.0)))
-    updates = [replace(update, loss_tokens=7) for update in updates_of(worked_example(), [[[0, 1, 2]]])]
-    assert weigh(updates, algo, Alone())[0][0].loss_tokens == 5
+    mini_batches = [replace(mini_batch, loss_tokens=7) for mini_batch in updates_of(worked_example(), [[[0, 1, 2]]])]
+    assert weigh(mini_batches, algo, Alone())[0][0].loss_tokens == 5
 
 
 def test_nan_is_seen():
@@ -153,14 +167,14 @@ def test_nan_is_seen():
     responses[1].old[0] = math.nan
     algo = AlgoConfig(correction=CorrectionConfig(kind="masked"))
     weighed, metrics = weigh(updates_of(responses, [[[0, 1, 2]]]), algo, Alone())
-    assert math.isnan(metrics["mismatch_kl"])
-    assert math.isnan(metrics["mismatch_ratio_p999"])
+    assert math.isnan(metrics["mismatch/kl"])
+    assert math.isnan(metrics["mismatch/ratio_p999"])
     assert math.isnan(by_label([weighed])[responses[1].labels[0]])
 
 
 def test_old_logprobs_are_demanded():
-    update = updates_of(worked_example(), [[[0, 1, 2]]])[0]
-    bare = replace(update, micro_batches=tuple(replace(b, old_logprobs_T=None) for b in update.micro_batches))
+    mini_batch = updates_of(worked_example(), [[[0, 1, 2]]])[0]
+    bare = replace(mini_batch, micro_batches=tuple(replace(b, old_logprobs_T=None) for b in mini_batch.micro_batches))
     with pytest.raises(AssertionError, match="old log-probs"):
         weigh([bare], AlgoConfig(), Alone())
 
@@ -183,17 +197,17 @@ def responses_of(drawn):
             group,
             [math.nan if math.isnan(x) else -1.0 - index / 7 for x in differences],
             [math.nan if math.isnan(x) else -1.0 - index / 7 + x for x in differences],
-            update,
+            mini_batch,
         )
-        for index, (group, update, differences) in enumerate(drawn)
+        for index, (group, mini_batch, differences) in enumerate(drawn)
     ]
 
 
-def expected_of(responses, correction, scope, update):
+def expected_of(responses, correction, scope, mini_batch):
     """label -> weight by plain loops over responses, and N."""
     kept = []
     for index, response in enumerate(responses):
-        if response.update != update:
+        if response.mini_batch != mini_batch:
             continue
         logs = [float(o) - float(r) for o, r in zip(response.old, response.rollout, strict=True)]
         total = sum(x for x in logs if not math.isnan(x))
@@ -205,10 +219,12 @@ def expected_of(responses, correction, scope, update):
                 weight = importance if correction.kind == "masked" else 1.0
             outside = importance < correction.band[0] or importance > correction.band[1]
             if not math.isnan(log) and not (correction.kind == "masked" and outside):
-                kept.append(({"token": 0, "prompt": response.group, "sample": index}[scope], label, weight))
+                kept.append(({"token": 0, "prompt": response.group}.get(scope, index), label, weight))
     sizes = {}
     for part, *_ in kept:
         sizes[part] = sizes.get(part, 0) + 1
+    if scope == "constant":
+        return {label: weight * len(kept) / len(sizes) / LENGTH for _, label, weight in kept}, len(kept)
     # mean over parts of the mean over a part's tokens, times N
     return {label: weight * len(kept) / len(sizes) / sizes[part] for part, label, weight in kept}, len(kept)
 
@@ -218,37 +234,39 @@ def expected_of(responses, correction, scope, update):
 def test_weights_counts_and_metrics_do_not_depend_on_the_layout(data):
     responses = responses_of(data.draw(st.lists(response, max_size=8)))
     correction = data.draw(st.sampled_from(CORRECTIONS))
-    scope = data.draw(st.sampled_from(["token", "prompt", "sample"]))
-    algo = AlgoConfig(correction=correction, loss_scope=scope)
+    scope = data.draw(st.sampled_from(SCOPES))
+    algo = scoped(scope, correction=correction)
 
-    together = [[[i for i, r in enumerate(responses) if r.update == update]] for update in (0, 1)]
+    together = [[[i for i, r in enumerate(responses) if r.mini_batch == mini_batch]] for mini_batch in (0, 1)]
     whole, metrics = weigh(updates_of(responses, together), algo, Alone())
     weights = by_label([whole])
-    wanted = [expected_of(responses, correction, scope, update) for update in (0, 1)]
+    wanted = [expected_of(responses, correction, scope, mini_batch) for mini_batch in (0, 1)]
     assert weights == pytest.approx(wanted[0][0] | wanted[1][0], rel=1e-6)
-    assert [update.loss_tokens for update in whole] == [count for _, count in wanted]
+    assert [mini_batch.loss_tokens for mini_batch in whole] == [count for _, count in wanted]
 
     replicas, micro_batches = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3))
     bins = [[[[] for _ in range(micro_batches)] for _ in (0, 1)] for _ in range(replicas)]
     for index in data.draw(st.permutations(range(len(responses)))):
-        place = bins[data.draw(st.integers(0, replicas - 1))][responses[index].update]
+        place = bins[data.draw(st.integers(0, replicas - 1))][responses[index].mini_batch]
         place[data.draw(st.integers(0, micro_batches - 1))].append(index)
     multiple = data.draw(st.sampled_from([1, 4]))
     shares = [updates_of(responses, share, multiple) for share in bins]
-    spread = on_replicas(lambda updates, members: weigh(updates, algo, members), shares)
+    spread = on_replicas(lambda mini_batches, members: weigh(mini_batches, algo, members), shares)
 
-    assert by_label([updates for updates, _ in spread]) == weights
-    for updates, others in spread:
-        assert [update.loss_tokens for update in updates] == [update.loss_tokens for update in whole]
+    assert by_label([mini_batches for mini_batches, _ in spread]) == weights
+    for mini_batches, others in spread:
+        assert [mini_batch.loss_tokens for mini_batch in mini_batches] == [
+            mini_batch.loss_tokens for mini_batch in whole
+        ]
         assert others == pytest.approx(metrics, rel=1e-12, abs=1e-15, nan_ok=True)
-        exact = [*RATIO_QUANTILES, "mismatch_abs_max"]
+        exact = [*RATIO_QUANTILES, "mismatch/abs_max"]
         assert str([others[name] for name in exact]) == str([metrics[name] for name in exact])
 
 
 def test_an_empty_replica_makes_the_same_few_calls():
     calls = []
 
-    def work(updates, members):
+    def work(mini_batches, members):
         count = 0
 
         class Counting:
@@ -262,7 +280,7 @@ def test_an_empty_replica_makes_the_same_few_calls():
                 count += 1
                 return members.max(values)
 
-        result = weigh(updates, AlgoConfig(loss_scope="prompt"), Counting())
+        result = weigh(mini_batches, AlgoConfig(loss_scope="prompt"), Counting())
         calls.append(count)
         return result
 

@@ -1,7 +1,4 @@
-"""Runs inside vLLM's worker processes: naming `WorkerExtension` to vLLM registers the gloo transport there.
-
-The only module that imports vLLM.
-"""
+"""Runs inside vLLM's worker processes: naming `WorkerExtension` to vLLM registers the gloo transport there."""
 
 from __future__ import annotations
 
@@ -15,8 +12,8 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
-from dapo_megatron.weights.buckets import allocate, unpack
-from dapo_megatron.weights.gloo import BACKEND, broadcast, join_group
+from dapo_megatron.weights.buckets import allocate, unflatten
+from dapo_megatron.weights.gloo import BACKEND, join_group, transmit
 
 
 @dataclass
@@ -58,9 +55,9 @@ class GlooWeightTransfer(WeightTransferEngine[GlooInit, GlooUpdate]):
 
     def receive_weights(self, update_info: GlooUpdate, *_: Any) -> None:
         flat = allocate(update_info.dtypes, update_info.shapes)
-        broadcast(self._group, flat).wait()
+        transmit(self._group, flat).wait()
         load: Any = self.model.load_weights
-        load(unpack(flat, update_info.names, update_info.dtypes, update_info.shapes))
+        load(unflatten(flat, update_info.names, update_info.dtypes, update_info.shapes))
 
     def finish_weight_update(self) -> None:
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload

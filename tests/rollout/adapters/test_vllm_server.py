@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from dapo_megatron.config_file import parse
 from dapo_megatron.errors import ConfigError, EngineError
 from dapo_megatron.rollout.engine import Sampling
 from dapo_megatron.rollout.engines import Engines
-from dapo_megatron.rollout.server import check_port
+from dapo_megatron.rollout.ports import reserve_port
 from dapo_megatron.types import Completion, FinishReason, Prompt, VersionSpan
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -43,7 +44,7 @@ def engines(
     def decode(ids: Sequence[int]) -> str:
         return tokenizer.decode(ids, skip_special_tokens=True)
 
-    with Engines(parse(tiny_values), folder, decode, ranks=0) as engines:
+    with closing(Engines(parse(tiny_values), folder, decode, ranks=0)) as engines:
         engines.wait_ready()
         yield engines
 
@@ -162,7 +163,7 @@ def test_a_killed_engine_is_noticed_and_nothing_is_left_behind(engines: Engines)
     assert all(address.ip == "127.0.0.1" for address in listening)
     for address in listening:
         with pytest.raises(ConfigError, match="in use"):
-            check_port(*address)
+            reserve_port(*address).close()
 
     async def killed_meanwhile() -> None:
         asyncio.get_running_loop().call_later(0.3, family[-1].kill)
@@ -179,4 +180,4 @@ def test_a_killed_engine_is_noticed_and_nothing_is_left_behind(engines: Engines)
     assert time.monotonic() - started < 8.0
     assert not [process for process in family if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
     for address in listening:
-        check_port(*address)
+        reserve_port(*address).close()

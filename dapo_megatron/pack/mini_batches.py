@@ -1,4 +1,4 @@
-"""Turns the samples of a rollout into the updates of every data-parallel rank."""
+"""Turns the samples of a rollout into the mini-batches of every data-parallel rank."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dapo_megatron.errors import DapoError
 from dapo_megatron.pack.bins import partition
 from dapo_megatron.pack.cost import cost
 from dapo_megatron.pack.microbatch import build, slots
-from dapo_megatron.types import TrainSample, Update
+from dapo_megatron.types import MiniBatch, TrainSample
 
 
 def pack(
@@ -24,10 +24,10 @@ def pack(
     total_multiple: int = 1,
     micro_batch_multiple: int = 1,
     attention_tokens: float = math.inf,
-) -> list[list[Update]]:
+) -> list[list[MiniBatch]]:
     """Shuffle `samples` with `seed`, split them into mini-batches, and balance each over ranks by what it costs.
 
-    Ranks wait for each other once per update, so what is balanced is each rank's total `cost`; within a rank,
+    Ranks wait for each other once per mini-batch, so what is balanced is each rank's total `cost`; within a rank,
     micro-batches are balanced by tokens. Mini-batches differ by one response at the most: where `mini_batch` does not
     divide their number, all are a little smaller. A micro-batch that gets no sequence becomes one segment of padding
     without loss, because ranks step together.
@@ -39,12 +39,12 @@ def pack(
         sequence_multiple: slots of every segment are a multiple of this (context parallel: twice its size).
         total_multiple: T is a multiple of sequence_multiple times this (sequence parallel: the tensor-parallel size),
             so each context-parallel share of T divides by it, too.
-        micro_batch_multiple: micro-batches of an update are a multiple of this (interleaved pipeline schedule).
+        micro_batch_multiple: micro-batches of a mini-batch are a multiple of this (interleaved pipeline schedule).
         attention_tokens: length at which attention costs as much as the rest of the model, see `cost`; math.inf
             balances tokens alone.
 
     Returns:
-        result[rank][update]; for one update, as many micro-batches on every rank. Weights are 1 on loss tokens.
+        result[rank][mini_batch]; for one mini_batch, as many micro-batches on every rank. Weights are 1 on loss tokens.
 
     Raises:
         DapoError: for a sample that does not fit into a micro-batch by itself.
@@ -53,21 +53,21 @@ def pack(
     random.Random(seed).shuffle(shuffled)
     unit = sequence_multiple * total_multiple
     capacity = micro_batch_tokens // unit * unit
-    ranks: list[list[Update]] = [[] for _ in range(data_parallel)]
+    ranks: list[list[MiniBatch]] = [[] for _ in range(data_parallel)]
     for batch in _split(shuffled, mini_batch):
         loss_tokens = sum(sample.loss_tokens for sample in batch)
         sizes = [slots(sample, sequence_multiple) for sample in batch]
         _assert_fits(batch, sizes, capacity, micro_batch_tokens, unit)
         costs = [cost(size, attention_tokens) for size in sizes]
         dealt = partition(sizes, costs, capacity=capacity, ranks=data_parallel, multiple=micro_batch_multiple)
-        for updates, bins in zip(ranks, dealt, strict=True):
+        for mini_batches, bins in zip(ranks, dealt, strict=True):
             micro_batches = tuple(
                 build(
                     [batch[index] for index in bin_], sequence_multiple=sequence_multiple, total_multiple=total_multiple
                 )
                 for bin_ in bins
             )
-            updates.append(Update(micro_batches, loss_tokens))
+            mini_batches.append(MiniBatch(micro_batches, loss_tokens))
     return ranks
 
 

@@ -4,7 +4,6 @@ so that a run can be refused before any process is started.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from dapo_megatron.config import ParallelConfig
@@ -15,20 +14,6 @@ SUPPORTED = ("qwen2",)
 
 _VOCAB_MULTIPLE = 16
 """Rows of the vocabulary per rank are a multiple of this, which FP8 and tensor cores want."""
-
-
-def read_hf_config(path: Path, *, trust_remote_code: bool = False) -> Any:
-    """The model's config.json, as transformers reads it.
-
-    Raises:
-        ConfigError: where there is none, or it cannot be read.
-    """
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except Exception as error:  # a broken config.json raises whatever the parser beneath it has
-        raise ConfigError(f"cannot read {path / 'config.json'}: {error}") from error
 
 
 def attention_tokens(hf_config: Any) -> float:

@@ -1,0 +1,123 @@
+"""Numbers that are measured in parts, typed by how the parts of all micro-batches, ranks and updates come together.
+
+A mean keeps its total and its count until it is shown, so that there is never a mean of means.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # what is shown of a run starts without torch
+    from torch import Tensor
+
+    Number = Tensor | float
+
+
+@dataclass(frozen=True, slots=True)
+class Sum:
+    """Parts are added.
+
+    >>> Sum(3).value
+    3.0
+    """
+
+    total: Number
+
+    @property
+    def value(self) -> float:
+        return float(self.total)
+
+
+@dataclass(frozen=True, slots=True)
+class Mean:
+    """Totals and counts are added; the value is nan where nothing was counted.
+
+    >>> Mean(total=3, count=4).value
+    0.75
+    """
+
+    total: Number
+    count: Number = 1
+
+    @property
+    def value(self) -> float:
+        return float(self.total) / float(self.count) if self.count else math.nan
+
+
+@dataclass(frozen=True, slots=True)
+class Max:
+    """The largest part counts; nan or, after ranks were compared, inf where any part is nan.
+
+    >>> Max(3).value
+    3.0
+    """
+
+    largest: Number
+
+    @property
+    def value(self) -> float:
+        return float(self.largest)
+
+
+Measure = Sum | Mean | Max
+Measures = Mapping[str, Measure]
+"""Name of a metric, the same from where it is made to where it is shown -> what was measured."""
+
+
+def reduce(
+    parts: Sequence[Measures],
+    add: Callable[[Tensor], Tensor] | None = None,
+    largest: Callable[[Tensor], Tensor] | None = None,
+) -> dict[str, Measure]:
+    """Bring parts together in float64. Collective where `add` and `largest` are.
+
+    >>> reduce([{"a": Mean(1.0, 2), "b": Max(5)}, {"a": Mean(4.0, 3), "b": Max(1)}])
+    {'a': Mean(total=5.0, count=5.0), 'b': Max(largest=5.0)}
+
+    Args:
+        parts: at least one; all have the same names, with measures of the same types, in numbers or 0-d tensors.
+        add: sums a float64 tensor over ranks; None for a single rank.
+        largest: takes its largest entries over ranks.
+    """
+    import torch
+
+    first = parts[0]
+    sums = [name for name, measure in first.items() if not isinstance(measure, Max)]
+    maxima = [name for name, measure in first.items() if isinstance(measure, Max)]
+
+    def table(rows: list[list[Number]]) -> Tensor:
+        device = next((entry.device for row in rows for entry in row if isinstance(entry, torch.Tensor)), None)
+        return torch.stack(
+            [torch.stack([torch.as_tensor(entry, dtype=torch.float64, device=device) for entry in row]) for row in rows]
+        ).detach()
+
+    reduced: dict[str, Measure] = {}
+    if sums:
+        totals = table([[n for name in sums for n in _total_and_count(part[name])] for part in parts]).sum(0)
+        numbers = iter((add(totals) if add else totals).tolist())
+        for name in sums:
+            total, count = next(numbers), next(numbers)
+            reduced[name] = Mean(total, count) if isinstance(first[name], Mean) else Sum(total)
+    if maxima:
+        highest = table([[_largest(part[name]) for name in maxima] for part in parts]).amax(0)
+        highest = largest(highest) if largest else highest
+        reduced |= {name: Max(value) for name, value in zip(maxima, highest.tolist(), strict=True)}
+    return {name: reduced[name] for name in first}
+
+
+def values(measures: Measures) -> dict[str, float]:
+    """The number that is shown of each."""
+    return {name: measure.value for name, measure in measures.items()}
+
+
+def _total_and_count(measure: Measure) -> tuple[Number, Number]:
+    assert not isinstance(measure, Max)
+    return (measure.total, measure.count) if isinstance(measure, Mean) else (measure.total, 0.0)
+
+
+def _largest(measure: Measure) -> Number:
+    assert isinstance(measure, Max)
+    return measure.largest

@@ -1,0 +1,77 @@
+"""What is particular to one kind of engine, and how `engine.kind` finds it."""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from typing import Any, Protocol
+
+from dapo_megatron.config import Config
+from dapo_megatron.errors import ConfigError
+from dapo_megatron.rollout import adapters
+from dapo_megatron.rollout.engine import Engine
+from dapo_megatron.rollout.place import Place
+from dapo_megatron.rollout.server import Server
+
+
+class EngineAdapter(Protocol):
+    """Starts and speaks to one kind of engine. Runs in the trainer, so it imports nothing of the engine's package."""
+
+    packages: Mapping[str, str]
+    """What the Python that runs the engine has to have: package -> how to install it."""
+    health: str
+    """Path at which the server answers with status 200 once it can be used."""
+
+    def __init__(self, config: Config) -> None: ...
+
+    def check(self, hf_config: Any) -> None:
+        """Refuse what this kind of engine cannot do. Called before anything is started.
+
+        Args:
+            hf_config: the model's Hugging Face configuration.
+
+        Raises:
+            ConfigError: says which keys do not go together.
+        """
+        ...
+
+    def command(self, place: Place) -> list[str]:
+        """The command line of one engine, to be run in the foreground."""
+        ...
+
+    def environment(self, place: Place) -> dict[str, str]:
+        """What to add to `environment.environment`."""
+        ...
+
+    def connect(self, server: Server, place: Place, decode: Callable[[Sequence[int]], str]) -> Engine:
+        """Speak to the engine that `command` started. It need not answer yet.
+
+        Args:
+            server: its processes, which fail with an account of how they ended.
+            decode: token ids to text, for `Completion.text`.
+        """
+        ...
+
+
+def adapter_for(config: Config) -> EngineAdapter:
+    """The adapter that engine.kind names: a module of `rollout.adapters`, or `some.module:name` for any other class.
+
+    Raises:
+        ConfigError: where there is none of that name.
+    """
+    kind = config.engine.kind
+    module, colon, name = kind.partition(":")
+    if not colon:
+        known = [found.name for found in pkgutil.iter_modules(adapters.__path__)]
+        if kind not in known:
+            raise ConfigError(
+                f"engine.kind={kind!r} is unknown; choose {' or '.join(known)}, or give your own adapter as "
+                f"some.module:name"
+            )
+        module, name = f"{adapters.__name__}.{kind}", "Adapter"
+    try:
+        make = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"engine.kind={kind!r} cannot be loaded: {error}") from error
+    return make(config)

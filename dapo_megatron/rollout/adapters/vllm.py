@@ -1,0 +1,184 @@
+"""vLLM as an engine, over HTTP.
+
+Run against 0.32. Earlier versions down to 0.25 speak the same requests, except that they neither report which weights
+wrote a token nor keep a version number; both are then taken from the transfers.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from dapo_megatron.config import Config
+from dapo_megatron.errors import ConfigError, EngineError
+from dapo_megatron.rollout.adapter import EngineAdapter
+from dapo_megatron.rollout.engine import Engine, Sampling
+from dapo_megatron.rollout.json_client import JsonClient
+from dapo_megatron.rollout.place import Place
+from dapo_megatron.rollout.server import Server
+from dapo_megatron.types import Completion, FinishReason, Prompt, VersionSpan
+
+WORKER_EXTENSION = "dapo_megatron.weights.workers.vllm.WorkerExtension"
+"""Named, not imported: vLLM imports it in its own workers, where it registers the transports."""
+
+
+class Adapter(EngineAdapter):
+    """See `EngineAdapter`."""
+
+    packages = {"vllm": "pip install -e '.[cpu]' or '.[gpu]' in the checkout"}
+    health = "/health"
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+
+    def check(self, hf_config: Any) -> None:
+        heads, size = hf_config.num_attention_heads, self._config.engine.tensor_parallel
+        if heads % size:
+            raise ConfigError(
+                f"engine.tensor_parallel({size}) does not divide the model's num_attention_heads({heads}); "
+                f"choose a divisor of {heads}"
+            )
+
+    def command(self, place: Place) -> list[str]:
+        config, engine = self._config, self._config.engine
+        command = [
+            *(str(engine.python or sys.executable), "-m", "vllm.entrypoints.openai.api_server"),
+            *("--model", str(config.model.path)),
+            *("--host", place.host, "--port", str(place.port)),
+            *("--dtype", config.model.dtype),
+            *("--max-model-len", str(config.max_sequence_tokens)),
+            *("--max-num-seqs", str(engine.max_sequences)),
+            *("--tensor-parallel-size", str(engine.tensor_parallel)),
+            *("--seed", str(place.seed)),
+            # Log-probs of the distribution that is sampled from, temperature and top-p included.
+            *("--logprobs-mode", "processed_logprobs"),
+            # Ignore sampling defaults that a checkpoint brings along (top-k, repetition penalty).
+            *("--generation-config", "vllm"),
+            # Tokens in, tokens out: no tokenizer, no chat endpoints.
+            "--tokens-only",
+            *("--worker-extension-cls", WORKER_EXTENSION),
+            *("--weight-transfer-config", f'{{"backend": "{config.weights.transport}"}}'),
+            "--disable-log-stats",
+            "--disable-uvicorn-access-log",
+        ]
+        if config.model.trust_remote_code:
+            command.append("--trust-remote-code")
+        if place.gpus:
+            command += ["--gpu-memory-utilization", str(engine.memory_fraction)]
+        else:
+            command.append("--enforce-eager")
+            if engine.tensor_parallel == 1:
+                # One process less to start and to talk to.
+                command += ["--distributed-executor-backend", "uni"]
+        return [*command, *engine.extra_args]
+
+    def environment(self, place: Place) -> dict[str, str]:
+        engine = self._config.engine
+        env = {
+            "VLLM_NO_USAGE_STATS": "1",
+            # Serves the requests that change weights.
+            "VLLM_SERVER_DEV_MODE": "1",
+            # An engine's processes are all on this machine: they need not listen to others.
+            "VLLM_HOST_IP": "127.0.0.1",
+        }
+        if place.gpus:
+            return env
+        return env | {
+            "VLLM_CPU_KVCACHE_SPACE": str(engine.cpu_kv_gib),
+            "TORCH_COMPILE_DISABLE": "1",
+            # vLLM's condition for honouring `uni` on CPU.
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if engine.tensor_parallel == 1 else "1",
+        }
+
+    def connect(self, server: Server, place: Place, decode: Callable[[Sequence[int]], str]) -> Engine:
+        engine = self._config.engine
+        # A request is one sequence at least, so more connections than sequences would only queue over there.
+        http = JsonClient(server, place.url, request_seconds=engine.request_seconds, connections=engine.max_sequences)
+        return VllmEngine(http, engine.tensor_parallel, decode)
+
+
+class VllmEngine:
+    """An `Engine` that is a vLLM server.
+
+    Args:
+        workers: its processes that hold weights.
+        decode: token ids to text, for `Completion.text`.
+    """
+
+    def __init__(self, http: JsonClient, workers: int, decode: Callable[[Sequence[int]], str]) -> None:
+        self.name = http.name
+        self.workers = workers
+        self.version = 0
+        self._http = http
+        self._decode = decode
+
+    async def generate(self, prompt: Prompt, sampling: Sampling, n: int) -> list[Completion]:
+        params: dict[str, Any] = {
+            "n": n,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "max_tokens": sampling.max_tokens,
+            "stop_token_ids": list(sampling.stop_token_ids),
+            # Otherwise the end tokens of the checkpoint's config would stop a response as well.
+            "ignore_eos": True,
+            # The sampled token's own, no alternatives.
+            "logprobs": 0,
+        }
+        version = self.version
+        body = {"token_ids": list(prompt.token_ids), "sampling_params": params}
+        what = f"generating for prompt {prompt.uid}"
+        answer = await self._http.call("POST", "/inference/v1/generate", body, what=what)
+        with self._http.reading(answer, what):
+            completions = [self._completion(choice, version) for choice in answer["choices"]]
+        if len(completions) != n:
+            raise EngineError(f"{self.name}: asked for {n} responses to prompt {prompt.uid}, got {len(completions)}")
+        return completions
+
+    async def join_group(self, info: dict[str, Any]) -> None:
+        await self._http.call("POST", "/init_weight_transfer_engine", {"init_info": info})
+
+    async def begin_transfer(self) -> None:
+        await self._http.call("POST", "/pause?mode=wait", {})
+        await self._http.call("POST", "/start_weight_update", {})
+
+    async def receive(self, info: dict[str, Any]) -> None:
+        await self._http.call("POST", "/update_weights", {"update_info": info})
+
+    async def finish_transfer(self, version: int) -> None:
+        await self._http.call("POST", "/finish_weight_update", {"weight_version": str(version)})
+        # Keys and values of the old weights would otherwise answer for prompts seen before.
+        reset = await self._http.call("POST", "/reset_prefix_cache", {})
+        with self._http.reading(reset, "/reset_prefix_cache"):
+            emptied = reset is None or reset["success"]
+        if not emptied:
+            raise EngineError(f"{self.name} did not empty its prefix cache: requests are still running")
+        info = await self._http.call("GET", "/weight_info", missing={})
+        with self._http.reading(info, "/weight_info"):
+            held = info.get("weight_version", str(version))
+        if held != str(version):
+            raise EngineError(f"{self.name} holds weights of version {held!r} after a transfer of version {version}")
+        self.version = version
+        await self._http.call("POST", "/resume", {})
+
+    async def close(self) -> None:
+        await self._http.close()
+
+    def _completion(self, choice: dict[str, Any], version: int) -> Completion:
+        tokens = tuple(choice["token_ids"])
+        reason = choice["finish_reason"]
+        if reason not in list(FinishReason):
+            raise EngineError(f"{self.name}: a response ended with {reason!r}; known are {', '.join(FinishReason)}")
+        spans = choice.get("weight_versions") or [{"version": str(version), "start": 0, "end": len(tokens)}]
+        return Completion(
+            token_ids=tokens,
+            logprobs=tuple(float(entry["logprob"]) for entry in choice["logprobs"]["content"] or ()),
+            finish=FinishReason(reason),
+            text=self._decode(tokens),
+            versions=tuple(VersionSpan(_version(span["version"]), span["start"], span["end"]) for span in spans),
+        )
+
+
+def _version(name: str) -> int:
+    """vLLM calls the weights that it loaded itself "default"."""
+    return 0 if name == "default" else int(name)

@@ -1,0 +1,102 @@
+"""Asks an engine over HTTP, JSON there and JSON back, and tells what became of its process where that fails."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import aiohttp
+
+from dapo_megatron.errors import EngineError
+from dapo_megatron.rollout.server import Server
+
+_DEATH_SECONDS = 1.0
+"""How long to wait, after a connection broke, for the process to turn out dead."""
+_FAILURE_CHARACTERS = 2000
+"""How much of an error's answer a message shows."""
+_ANSWER_CHARACTERS = 500
+"""How much a message shows of an answer that cannot be read."""
+
+
+class JsonClient:
+    """Requests to one engine. Proxies of the environment are not asked.
+
+    Args:
+        server: the engine's processes.
+        url: where it answers.
+        request_seconds: limit on one request, from when it is sent; the engine may queue it.
+        connections: requests sent at once; more wait here.
+
+    Raises:
+        EngineError: from `call` and `reading`, for whatever goes wrong.
+    """
+
+    def __init__(self, server: Server, url: str, *, request_seconds: float, connections: int) -> None:
+        self.name = server.name
+        self._server, self._url = server, url
+        self._request_seconds, self._connections = request_seconds, connections
+        self._session: aiohttp.ClientSession | None = None
+
+    async def call(
+        self, method: str, path: str, body: Any = None, *, what: str | None = None, missing: Any = None
+    ) -> Any:
+        """The JSON that the server answers, None for an answer without content.
+
+        Args:
+            body: what to send as JSON.
+            what: what is being done, for messages; the path where it is not given.
+            missing: where it is given, the result for a path that the server does not know.
+        """
+        what = what or path
+        if self._session is None:
+            # One connection per request: a kept one may be closed by the server just as we use it again.
+            self._session = aiohttp.ClientSession(
+                self._url,
+                connector=aiohttp.TCPConnector(limit=self._connections, force_close=True),
+                # Counted from when a request is sent: waiting for a connection is no fault of the engine.
+                timeout=aiohttp.ClientTimeout(total=None, sock_read=self._request_seconds),
+            )
+        try:
+            async with self._session.request(method, path, json=body) as response:
+                if response.status == 404 and missing is not None:
+                    return missing
+                if response.status != 200:
+                    failure = f"{what}: HTTP {response.status}: {(await response.text())[:_FAILURE_CHARACTERS]}"
+                    raise EngineError(await self._describe(failure, dying=response.status >= 500))
+                content = await response.read()
+                with self.reading(content, what):
+                    return json.loads(content) if content else None
+        except TimeoutError as error:
+            failure = f"{what}: no answer within {self._request_seconds:g} s (engine.request_seconds)"
+            raise EngineError(await self._describe(failure)) from error
+        except aiohttp.ClientError as error:
+            raise EngineError(await self._describe(f"{what}: {error or type(error).__name__}", dying=True)) from error
+
+    @contextmanager
+    def reading(self, answer: Any, what: str) -> Iterator[None]:
+        """Turn whatever goes wrong while `answer` is taken apart into the engine's error."""
+        try:
+            yield
+        except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            shown = repr(answer)  # spells control characters
+            shown = shown if len(shown) <= _ANSWER_CHARACTERS else f"{shown[:_ANSWER_CHARACTERS]} ..."
+            raise EngineError(
+                f"{self.name}, {what}: cannot read the answer ({type(error).__name__}: {error}): {shown}"
+            ) from error
+
+    async def close(self) -> None:
+        """Let go of the connections. Safe to call twice."""
+        if self._session:
+            await self._session.close()
+            self._session = None
+
+    async def _describe(self, failure: str, dying: bool = False) -> str:
+        """`failure`, with the state of the process; when it is `dying`, that may take a moment to show."""
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + _DEATH_SECONDS
+        while dying and self._server.alive and clock() < deadline:
+            await asyncio.sleep(0.05)
+        return f"{self.name}, {failure}\n{self._server.describe()}"

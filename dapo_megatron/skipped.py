@@ -1,0 +1,145 @@
+"""Updates that were skipped because something was not finite: counted, kept to be looked at, and too many end the run.
+
+`skipped/step000012-update03.safetensors` in the run's folder holds the mini-batch: the tensors of every data-parallel
+replica as `rank0.micro_batch2.tokens_T`; its metadata, strings all, are reason, step, update, loss_tokens and ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from dapo_megatron.actor.topology import Topology
+from dapo_megatron.config import Config
+from dapo_megatron.errors import DapoError
+from dapo_megatron.obs.observer import Observer
+from dapo_megatron.state import Kept
+from dapo_megatron.types import MicroBatch, MiniBatch, UpdateResult
+
+MAX_FILES = 8
+"""Per run. A run that goes wrong for good skips one update after the other, and must not fill the disk with them."""
+
+
+class NotFiniteError(DapoError, RuntimeError):
+    """Too many updates in a row could not be made."""
+
+
+class SkippedFileError(DapoError, ValueError):
+    """A file does not hold a mini-batch that `save_skipped` wrote."""
+
+
+class SkippedUpdates:
+    """Counts them, alike on every rank; the leader keeps their mini-batches and says so."""
+
+    def __init__(self, config: Config, topo: Topology, obs: Observer) -> None:
+        self._limit, self._folder = config.train.max_skipped_updates, config.run.folder
+        self._topo, self._obs = topo, obs
+        self.in_a_row = Kept(int, 0)
+
+    def seen(self, step: int, index: int, mini_batch: MiniBatch, result: UpdateResult) -> UpdateResult:
+        """Take note of update number `index` of its step, made with `mini_batch`. Collective.
+
+        Returns:
+            `result`.
+
+        Raises:
+            NotFiniteError: at train.max_skipped_updates in a row.
+        """
+        if result.skipped is None:
+            if result.loss_tokens:  # one without loss tokens proves nothing
+                self.in_a_row.value = 0
+            return result
+        self.in_a_row.value += 1
+        replicas = self._topo.gather(mini_batch)
+        if replicas is not None:
+            try:
+                path = save_skipped(self._folder, step, index, result.skipped, replicas)
+                where = f"its mini-batch is {path}" if path else "and not kept, for skipped/ holds enough of its kind"
+            except OSError as error:  # the other ranks wait, and the file is only there to be looked at
+                where = f"and could not be kept: {error}"
+            self._obs.message(f"step {step}: {result.skipped}; the update was skipped, {where}")
+        if self.in_a_row.value >= self._limit:
+            raise NotFiniteError(
+                f"step {step}, update {index}: {result.skipped}, and the update was skipped. That makes "
+                f"{self.in_a_row.value} in a row, at which train.max_skipped_updates({self._limit}) ends the run. The "
+                f"weights are those of before; the mini-batches are in the run's folder, in skipped/. Look at what "
+                f"they hold, or lower optimizer.lr"
+            )
+        return result
+
+
+def save_skipped(folder: Path, step: int, update_index: int, reason: str, ranks: Sequence[MiniBatch]) -> Path | None:
+    """Write one mini-batch to `folder`/skipped, whole or not at all.
+
+    Args:
+        folder: of the run.
+        update_index: among the updates of this step, counted from 0 like `step`.
+        reason: what was not finite.
+        ranks: the share of every data-parallel replica.
+
+    Returns:
+        The file, or None where MAX_FILES are there already.
+
+    Raises:
+        OSError: where it cannot be written.
+    """
+    target = folder / "skipped" / f"step{step:06}-update{update_index:02}.safetensors"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if len(list(target.parent.glob("*.safetensors"))) >= MAX_FILES:
+        return None
+    tensors = {
+        f"rank{rank}.micro_batch{index}.{name}": tensor
+        for rank, update in enumerate(ranks)
+        for index, batch in enumerate(update.micro_batches)
+        for name, tensor in _tensors(batch).items()
+    }
+    metadata = {
+        "reason": reason,
+        "step": str(step),
+        "update": str(update_index),
+        "loss_tokens": str(ranks[0].loss_tokens),
+        "ranks": str(len(ranks)),
+    }
+    unfinished = target.with_suffix(".unfinished")
+    try:
+        unfinished.write_bytes(save(tensors, metadata))
+        unfinished.replace(target)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return target
+
+
+def load_skipped(path: Path) -> list[MiniBatch]:
+    """Read what `save_skipped` was given: the share of every data-parallel replica, bit for bit and on CPU.
+
+    Raises:
+        SkippedFileError: where `path` is no such file.
+    """
+    batches: dict[tuple[int, int], dict[str, Tensor]] = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            ranks, loss_tokens = int(metadata["ranks"]), int(metadata["loss_tokens"])
+            for key in file.keys():  # noqa: SIM118  (safe_open is no mapping)
+                rank, index, name = key.split(".")
+                place = int(rank.removeprefix("rank")), int(index.removeprefix("micro_batch"))
+                batches.setdefault(place, {})[name] = file.get_tensor(key)
+        whole = {place: MicroBatch(**batches[place]) for place in sorted(batches)}
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+        # The last three: a safetensors file of another kind, or of a version with other fields.
+        raise SkippedFileError(f"{path} is not a mini-batch of a skipped update: {error!r}") from error
+    return [
+        MiniBatch(tuple(batch for (owner, _), batch in whole.items() if owner == rank), loss_tokens)
+        for rank in range(ranks)
+    ]
+
+
+def _tensors(batch: MicroBatch) -> dict[str, Tensor]:
+    """Map field to tensor, for those that are not None; copies, for safetensors refuses tensors that share memory."""
+    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in values.items() if tensor is not None}

@@ -1,0 +1,175 @@
+"""What needs no vLLM: the command line, the environment, and the reading of answers from a stand-in server."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from dapo_megatron.config_file import parse
+from dapo_megatron.errors import EngineError
+from dapo_megatron.rollout.adapters.vllm import Adapter
+from dapo_megatron.rollout.engine import Engine, Sampling
+from dapo_megatron.rollout.place import Place
+from dapo_megatron.rollout.server import Server
+from dapo_megatron.types import FinishReason, Prompt, VersionSpan
+
+PROMPT = Prompt("train.jsonl:7", (3, 4), "", "")
+SAMPLING = Sampling(temperature=1.0, top_p=1.0, max_tokens=4, stop_token_ids=(2,))
+CHOICE = {
+    "token_ids": [9, 2],
+    "logprobs": {"content": [{"logprob": -0.5}, {"logprob": -0.25}]},
+    "finish_reason": "stop",
+}
+
+
+CPU = Place(index=0, host="127.0.0.1", port=8000, gpus=(), seed=17)
+
+
+def adapter(**sections: Any) -> Adapter:
+    values: dict[str, Any] = {"model": {"path": "m"}, "data": {"train": "t.jsonl"}}
+    for section, changes in sections.items():
+        values[section] = values.get(section, {}) | changes
+    return Adapter(parse(values))
+
+
+def argument(command: list[str], name: str) -> str:
+    return command[command.index(name) + 1]
+
+
+def test_the_command_follows_the_place() -> None:
+    command = adapter().command(replace(CPU, host="::1", port=8003))
+    assert command[:3] == [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    assert [argument(command, name) for name in ("--host", "--port", "--seed")] == ["::1", "8003", "17"]
+
+
+def test_gpu_and_cpu_differ_in_what_concerns_them() -> None:
+    gpu, two = replace(CPU, gpus=("0", "1")), {"tensor_parallel": 2}
+    assert "--gpu-memory-utilization" in adapter().command(gpu) and "--enforce-eager" not in adapter().command(gpu)
+    assert "--gpu-memory-utilization" not in adapter().command(CPU) and "--enforce-eager" in adapter().command(CPU)
+    assert argument(adapter().command(CPU), "--distributed-executor-backend") == "uni"
+    assert "--distributed-executor-backend" not in adapter(engine=two).command(CPU)
+    assert adapter().environment(CPU)["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+    assert adapter(engine=two).environment(CPU)["VLLM_ENABLE_V1_MULTIPROCESSING"] == "1"
+    assert "VLLM_CPU_KVCACHE_SPACE" not in adapter().environment(gpu)
+
+
+def test_a_python_of_its_own_runs_the_engine() -> None:
+    assert adapter(engine={"python": "/venv/bin/python"}).command(CPU)[0] == "/venv/bin/python"
+
+
+def test_code_of_a_checkpoint_runs_only_where_the_config_says_so() -> None:
+    assert "--trust-remote-code" not in adapter().command(CPU)
+    assert "--trust-remote-code" in adapter(model={"trust_remote_code": True}).command(CPU)
+
+
+def test_extra_arguments_come_last() -> None:
+    assert adapter(engine={"extra_args": ["--max-num-seqs", "7"]}).command(CPU)[-2:] == ["--max-num-seqs", "7"]
+
+
+def ask(
+    tmp_path: Path,
+    routes: dict[str, Callable[[web.Request], Awaitable[web.Response]]],
+    work: Callable[[Engine], Awaitable[Any]],
+) -> Any:
+    async def main() -> Any:
+        app = web.Application()
+        for path, answer in routes.items():
+            app.router.add_route("*", path, answer)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        server = Server("engine 3", [sys.executable, "-c", "input()"], os.environ, tmp_path / "log", lambda: True)
+        place = replace(CPU, port=runner.addresses[0][1])
+        engine = adapter().connect(server, place, lambda ids: " ".join(map(str, ids)))
+        try:
+            return await work(engine)
+        finally:
+            await engine.close()
+            server.close()
+            await runner.cleanup()
+
+    return asyncio.run(main())
+
+
+def answering(body: Any, status: int = 200) -> Callable[[web.Request], Awaitable[web.Response]]:
+    async def answer(request: web.Request) -> web.Response:
+        return web.json_response(body, status=status)
+
+    return answer
+
+
+async def silent(request: web.Request) -> web.Response:
+    return web.Response()
+
+
+def test_an_engine_that_reports_no_versions_is_given_those_that_were_sent(tmp_path: Path) -> None:
+    done = answering({})
+    routes = {
+        "/inference/v1/generate": answering({"choices": [CHOICE]}),
+        "/finish_weight_update": done,
+        "/reset_prefix_cache": silent,
+        "/resume": done,
+    }
+
+    async def work(engine: Engine) -> list[Any]:
+        before = await engine.generate(PROMPT, SAMPLING, 1)
+        await engine.finish_transfer(6)
+        return before + await engine.generate(PROMPT, SAMPLING, 1)
+
+    before, after = ask(tmp_path, routes, work)
+    assert (before.token_ids, before.logprobs, before.text) == ((9, 2), (-0.5, -0.25), "9 2")
+    assert before.finish is FinishReason.STOP
+    assert (before.versions, after.versions) == ((VersionSpan(0, 0, 2),), (VersionSpan(6, 0, 2),))
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ({"choices": [CHOICE, CHOICE]}, "asked for 1 responses to prompt train.jsonl:7, got 2"),
+        ({"choices": [CHOICE | {"finish_reason": "error"}]}, "a response ended with 'error'"),
+        ({"error": "busy"}, r"prompt train.jsonl:7: cannot read the answer \(KeyError: 'choices'\): {'error': 'busy'}"),
+        ({"choices": 3}, r"cannot read the answer \(TypeError: "),
+        (None, r"cannot read the answer \(TypeError: 'NoneType'"),
+        ([], r"cannot read the answer \(TypeError: .*\): \[\]"),
+        ({"choices": [{"token_ids": [9, 2]}]}, r"\(KeyError: 'finish_reason'\)"),
+        ({"choices": [CHOICE | {"logprobs": None}]}, r"\(TypeError: "),
+        ({"choices": [CHOICE | {"logprobs": {"content": [{"logprob": None}] * 2}}]}, r"\(TypeError: "),
+        ({"choices": [CHOICE | {"token_ids": [9]}]}, r"\(ValueError: 1 tokens but 2 log-probs\)"),
+        ({"choices": [CHOICE | {"weight_versions": [{"version": "x", "start": 0, "end": 2}]}]}, r"\(ValueError: "),
+    ],
+)
+def test_strange_answers_are_errors(tmp_path: Path, answer: Any, message: str) -> None:
+    routes = {"/inference/v1/generate": answering(answer)}
+    with pytest.raises(EngineError, match=f"engine 3.*{message}"):
+        ask(tmp_path, routes, lambda engine: engine.generate(PROMPT, SAMPLING, 1))
+
+
+@pytest.mark.parametrize("path", ["/reset_prefix_cache", "/weight_info"])
+def test_what_is_asked_after_a_transfer_is_read_with_the_same_care(tmp_path: Path, path: str) -> None:
+    routes = {path: answering({}) for path in ("/finish_weight_update", "/weight_info", "/resume")}
+    routes["/reset_prefix_cache"] = answering({"success": True})
+    routes[path] = answering(["strange"])
+    with pytest.raises(EngineError, match=rf"engine 3, {path}: cannot read the answer .*: \['strange'\]"):
+        ask(tmp_path, routes, lambda engine: engine.finish_transfer(6))
+
+
+def test_a_wrong_version_after_a_transfer_is_an_error(tmp_path: Path) -> None:
+    routes = {path: answering({}) for path in ("/finish_weight_update", "/resume")}
+    routes["/reset_prefix_cache"] = answering({"success": True})
+    routes["/weight_info"] = answering({"weight_version": "5"})
+    with pytest.raises(EngineError, match="engine 3 holds weights of version '5' after a transfer of version 6"):
+        ask(tmp_path, routes, lambda engine: engine.finish_transfer(6))
+
+
+def test_a_prefix_cache_that_stays_full_is_an_error(tmp_path: Path) -> None:
+    routes = {"/finish_weight_update": answering({}), "/reset_prefix_cache": answering({"success": False})}
+    with pytest.raises(EngineError, match="did not empty its prefix cache"):
+        ask(tmp_path, routes, lambda engine: engine.finish_transfer(6))

@@ -1,0 +1,123 @@
+"""Finding an adapter, and a whole run of one that came with no other file of the package: the seam is complete."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dapo_megatron.config import Config
+from dapo_megatron.config_file import parse
+from dapo_megatron.errors import ConfigError
+from dapo_megatron.rollout.adapter import EngineAdapter, adapter_for
+from dapo_megatron.rollout.adapters.vllm import Adapter
+from dapo_megatron.rollout.engine import Engine, Sampling
+from dapo_megatron.rollout.engines import Engines
+from dapo_megatron.rollout.json_client import JsonClient
+from dapo_megatron.rollout.place import Place
+from dapo_megatron.rollout.server import Server
+from dapo_megatron.types import Completion, FinishReason, Prompt, VersionSpan
+
+PROMPT = Prompt("p", (3, 4), "", "")
+SAMPLING = Sampling(temperature=1.0, top_p=1.0, max_tokens=4, stop_token_ids=())
+
+SERVER = """
+import http.server, json, os, sys
+
+class Answers(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps([int(sys.argv[2]), os.environ["GREETING"]]).encode())
+
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Answers).serve_forever()
+"""
+"""A server that answers with its number and a variable."""
+
+
+class Greeter(EngineAdapter):
+    packages = {}
+    health = "/up"
+
+    def __init__(self, config: Config) -> None:
+        self.greeting = "hello"
+
+    def check(self, hf_config: Any) -> None:
+        pass
+
+    def command(self, place: Place) -> list[str]:
+        return [sys.executable, "-c", SERVER, str(place.port), str(place.index)]
+
+    def environment(self, place: Place) -> dict[str, str]:
+        return {"GREETING": self.greeting}
+
+    def connect(self, server: Server, place: Place, decode: Callable[[Sequence[int]], str]) -> Engine:
+        return GreeterEngine(JsonClient(server, place.url, request_seconds=5.0, connections=1), decode)
+
+
+class GreeterEngine:
+    workers, version = 1, 0
+
+    def __init__(self, http: JsonClient, decode: Callable[[Sequence[int]], str]) -> None:
+        self.name, self.http, self.decode = http.name, http, decode
+
+    async def generate(self, prompt: Prompt, sampling: Sampling, n: int) -> list[Completion]:
+        number, greeting = await self.http.call("GET", "/")
+        text = f"{greeting} {self.decode(prompt.token_ids)}"
+        return [Completion((number,), (0.0,), FinishReason.STOP, text, (VersionSpan(0, 0, 1),))] * n
+
+    async def join_group(self, info: dict[str, Any]) -> None: ...
+
+    async def begin_transfer(self) -> None: ...
+
+    async def receive(self, info: dict[str, Any]) -> None: ...
+
+    async def finish_transfer(self, version: int) -> None: ...
+
+    async def close(self) -> None:
+        await self.http.close()
+
+
+def config(kind: str, **engine: Any) -> Config:
+    return parse({"model": {"path": "m"}, "data": {"train": "t"}, "engine": {"kind": kind, **engine}})
+
+
+def test_an_adapter_from_elsewhere_runs_and_load_is_spread(tmp_path: Path) -> None:
+    engines = Engines(config(f"{__name__}:Greeter", count=2), tmp_path, lambda ids: str(sum(ids)), ranks=0)
+
+    async def ask() -> list[list[Completion]]:
+        return await asyncio.gather(*(engines.generate(PROMPT, SAMPLING, 2) for _ in range(4)))
+
+    try:
+        engines.wait_ready()
+        assert [engine.name for engine in engines] == ["engine 0", "engine 1"]
+        answers = [answer for answers in engines.run(ask()) for answer in answers]
+        assert {answer.text for answer in answers} == {"hello 7"}
+        assert sorted(answer.token_ids[0] for answer in answers) == [0, 0, 0, 0, 1, 1, 1, 1]
+    finally:
+        engines.close()
+        engines.close()
+    assert (tmp_path / "engine1.log").exists()
+
+
+def test_the_kind_is_the_name_of_a_module() -> None:
+    assert isinstance(adapter_for(config("vllm")), Adapter)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("vlm", "engine.kind='vlm' is unknown; choose vllm, or give your own adapter as some.module:name"),
+        ("no.such.module:Adapter", "engine.kind='no.such.module:Adapter' cannot be loaded: No module named 'no'"),
+        ("json:Adapter", "module 'json' has no attribute 'Adapter'"),
+        (":Adapter", "Empty module name"),
+    ],
+)
+def test_a_kind_that_is_not_there(kind: str, message: str) -> None:
+    with pytest.raises(ConfigError) as failure:
+        adapter_for(config(kind))
+    assert message in str(failure.value)
