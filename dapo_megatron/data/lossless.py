@@ -1,4 +1,4 @@
-"""Whether a tokenizer keeps what it is given: text to tokens and back."""
+"""Checks that a tokenizer keeps what it is given: text to tokens and back."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _same(text: str, read: str) -> bool:
 
 
 def _around(text: str, other: str) -> str:
-    """The place where `text` begins to differ from `other`, quoted."""
+    """Quote the place where `text` begins to differ from `other`."""
     place = next(
         (index for index, pair in enumerate(zip(text, other, strict=False)) if pair[0] != pair[1]),
         min(len(text), len(other)),
@@ -65,7 +65,7 @@ def _around(text: str, other: str) -> str:
 
 
 def _culprits(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-    """Which characters do not survive even alone, and what becomes of them."""
+    """Name the characters that do not survive even alone, and what becomes of them."""
     lost = list(_lost_characters(tokenizer, text))
     if not lost:
         return "every character survives alone, so it is how the tokenizer splits or joins them that loses something"

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 def load_prompts(
     config: DataConfig, tokenizer: PreTrainedTokenizerBase, source: str, warn: Callable[[str], None] = log.warning
 ) -> list[Prompt]:
-    """All prompts of `source` (see `read_rows`), in its order.
+    """Read all prompts of `source` (see `read_rows`), in its order.
 
     A plain prompt gets the special tokens that the tokenizer adds; a chat template has put its own into the text.
 

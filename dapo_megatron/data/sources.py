@@ -13,7 +13,7 @@ HUB = "hub:"
 
 
 def read_rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(uid, row) of every row. The uid is the file's name and the line, counted from 1: `train.jsonl:12`.
+    """Yield (uid, row) for every row. The uid is the file's name and the line, counted from 1: `train.jsonl:12`.
 
     Args:
         source: a .jsonl or .parquet file, or hub:NAME[/SPLIT], where NAME is as the hub spells it (owner/name) and the

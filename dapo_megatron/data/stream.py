@@ -11,7 +11,7 @@ from dapo_megatron.types import Prompt
 
 
 class PromptStream:
-    """Every prompt once per epoch, each epoch in an order of its own that `seed` decides.
+    """Gives every prompt once per epoch, each epoch in an order of its own that `seed` decides.
 
     Raises:
         ConfigError: without prompts.
@@ -24,7 +24,7 @@ class PromptStream:
         self._start_epoch(0)
 
     def take(self, count: int) -> list[Prompt]:
-        """The next `count` prompts. Where an epoch ends between them, the next one begins."""
+        """Return the next `count` prompts. Where an epoch ends between them, the next one begins."""
         taken: list[Prompt] = []
         while len(taken) < count:
             if self._position == len(self._order):

@@ -22,11 +22,9 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreT
     qwen2 it puts Qwen2's own normalizer and pre-tokenizer around the vocabulary, whatever the file says.
 
     Raises:
-        ConfigError: where there is no such folder, no tokenizer in it, or one that cannot be loaded.
+        ConfigError: where the folder holds no tokenizer, or one that cannot be loaded.
     """
     folder = Path(path)
-    if not folder.is_dir():
-        raise ConfigError(f"model.path {folder} is not a folder; expected that of a Hugging Face checkpoint")
     if not any((folder / name).is_file() for name in _FILES):
         raise ConfigError(f"no tokenizer in {folder}; expected one of {', '.join(_FILES)}")
 
@@ -41,7 +39,7 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreT
 
 
 def _has_code(folder: Path) -> bool:
-    """Whether the checkpoint brings a tokenizer class of its own."""
+    """Tell whether the checkpoint brings a tokenizer class of its own."""
     config = folder / "tokenizer_config.json"
     return config.is_file() and "auto_map" in json.loads(config.read_text(encoding="utf-8"))
 

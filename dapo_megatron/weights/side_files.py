@@ -54,7 +54,7 @@ def declare_tokenizer(folder: Path) -> None:
 
 
 def _parts(tokenizer: Any) -> dict[str, Any]:
-    """What decides ids and text, without the options that only move offsets or that a decoder does not look at."""
+    """Return what decides ids and text, without options that move offsets only or that a decoder does not look at."""
     parts = json.loads(
         tokenizer.backend_tokenizer.to_str(),
         object_hook=lambda part: {key: value for key, value in part.items() if key != "trim_offsets"},

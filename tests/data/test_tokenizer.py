@@ -44,11 +44,6 @@ def test_text_is_decoded_as_it_was_written(tokenizer):
     assert decoder(tokenizer)([*ids, tokenizer.eos_token_id]) == "is 1 ?"
 
 
-def test_no_folder(tmp_path):
-    with pytest.raises(ConfigError, match=r"none is not a folder"):
-        load_tokenizer(tmp_path / "none")
-
-
 def test_folder_without_tokenizer(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
     with pytest.raises(ConfigError, match=r"no tokenizer in .*expected one of tokenizer.json"):

@@ -159,7 +159,8 @@ def read_wandb(file: Path) -> tuple[list[dict[str, Any]], Any]:
     while place < len(data):
         _, length, kind = struct.unpack_from("<IHB", data, place)
         assert kind == 1, "a whole record"
-        record = wandb_internal_pb2.Record.FromString(data[place + 7 : place + 7 + length])
+        whole = data[place + 7 : place + 7 + length]
+        record = wandb_internal_pb2.Record.FromString(whole)  # pyright: ignore[reportAttributeAccessIssue]
         place += 7 + length
         if record.HasField("run"):
             run = record.run
