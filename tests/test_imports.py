@@ -30,7 +30,7 @@ ROOMS: dict[str, set[str]] = {
     "actor": VOCABULARY,
     "weights": VOCABULARY,
     "eval": {*VOCABULARY, "rollout.collect", "rollout.engine"},
-    "preflight": {*VOCABULARY, "actor.layout", "data", "obs.run_folder", "rollout.server"},
+    "preflight": {*VOCABULARY, "actor.layout", "data", "obs.run_folder", "reward.math", "rollout.server"},
 }
 """Room -> modules of this package that it may import besides its own. Other rooms may import everything."""
 
