@@ -178,6 +178,14 @@ def test_an_engine_that_cannot_be_started(tmp_path: Path, engine: dict[str, str]
     assert_matches(message, refused(changed(tmp_path, engine=engine)))
 
 
+@pytest.mark.parametrize("rule", ["lenient", "math_verify"])
+def test_a_grading_rule_whose_package_is_not_installed(
+    rule: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dapo_megatron.preflight.find_spec", without("math_verify"))
+    assert_matches("math_verify is not installed.*reward.rule=dapo", refused(changed(tmp_path, reward={"rule": rule})))
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [

@@ -1,1 +1,1 @@
-"""From a response to a number: grading rules, killable workers, reward shaping. No torch on import."""
+"""This package turns a response into a number: rules, killable workers, shaping. It imports no torch."""

@@ -1,4 +1,4 @@
-"""The response format of R1."""
+"""This module checks the response format of R1."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
 def keeps_r1_format(response: str) -> bool:
-    """Whether a response is `<think>...</think><answer>...</answer>`, with nothing but white space around the two.
+    """Tell whether a response is `<think>...</think><answer>...</answer>`, with nothing but white space around.
 
     Each tag must occur exactly once, in this order. Takes time linear in the length of the response.
     """

@@ -1,4 +1,4 @@
-"""Completions in, graded group out."""
+"""The judge takes completions and gives back a graded group."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Is the response right? One function over the three grading rules."""
+"""This module grades a response by one of three rules."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal
 Rule = Literal["dapo", "lenient", "math_verify"]
 
 PACKAGES: dict[Rule, str] = {"lenient": "math_verify", "math_verify": "math_verify"}
-"""The package that a rule imports, where it needs one."""
+"""A rule that is named here imports this package."""
 
 WINDOW = 8192
 """No rule reads more than this many characters from the end of a response, so that grading takes bounded time."""
@@ -17,7 +17,7 @@ WINDOW = 8192
 
 @dataclass(frozen=True, slots=True)
 class Grade:
-    """What a rule made of one response.
+    """A grade is what a rule made of one response.
 
     >>> grade("We add.\\nAnswer: 34", "34", "dapo")
     Grade(correct=True, extracted='34', timed_out=False)

@@ -1,12 +1,12 @@
-"""The soft overlong punishment."""
+"""This module holds the soft overlong punishment."""
 
 from __future__ import annotations
 
 
 def soft_punishment(length: int, max_length: int, cache: int) -> float:
-    """Reward for the length of a response, in [-1, 0] (DAPO, eq. 13).
+    """Return the reward for the length of a response, in [-1, 0] (DAPO, eq. 13).
 
-    0 up to max_length - cache tokens, then falling linearly to -1 at max_length, and -1 beyond.
+    It is 0 up to max_length - cache tokens, falls linearly to -1 at max_length, and stays there.
 
     Args:
         length: generated tokens, the end token included.

@@ -1,4 +1,4 @@
-"""Grading in worker processes that can be killed. Model text is untrusted: it can make a grader hang or eat memory."""
+"""Processes that can be killed do the grading. Model text is untrusted: it can make a grader hang or eat memory."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class WorkerDiedError(Exception):
 
 
 class GradingPool:
-    """Grades in `workers` processes, each item within `timeout_seconds` of wall-clock time.
+    """A pool grades in `workers` processes, each item within `timeout_seconds` of wall-clock time.
 
     A worker that takes longer over one item is killed and replaced, as is one that dies; the item counts as wrong, with
     `timed_out` set, and no other item is affected. Workers start in the background and end with this process, however
@@ -100,7 +100,7 @@ class GradingPool:
 
 
 class _Worker:
-    """One process at a time, replaced when it is lost. Used by one thread at a time, except for `stop`."""
+    """A worker is one process at a time, replaced when it is lost. One thread at a time uses it, except for `stop`."""
 
     def __init__(self, rule: Rule, timeout_seconds: float) -> None:
         self._rule, self._timeout = rule, timeout_seconds
@@ -109,7 +109,7 @@ class _Worker:
         self._start()
 
     def grade(self, items: Sequence[Item]) -> list[Grade]:
-        """Grades of the first items, at least one: all of them, unless the process is lost, which ends the list."""
+        """Grade the first items, at least one: all of them, unless the process is lost, which ends the list."""
         self._make_ready()
         grades: list[Grade] = []
         try:
@@ -189,7 +189,7 @@ class _Worker:
             raise WorkerDiedError from error
 
     def _line(self, seconds: float) -> bytes:
-        """The next line that the process writes."""
+        """Read the next line that the process writes."""
         deadline = time.monotonic() + seconds
         poll = select.poll()
         poll.register(self._output, select.POLLIN)

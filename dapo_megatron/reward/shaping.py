@@ -1,4 +1,4 @@
-"""From a grade to the reward that the advantage is made of."""
+"""This module turns a grade into the reward that the advantage is made of."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
 
 def is_correct(completion: Completion, grade: Grade, config: RewardConfig) -> bool:
-    """Right or wrong before any shaping: what dynamic sampling looks at."""
+    """Tell right from wrong before any shaping, as dynamic sampling sees it."""
     return grade.correct and not (config.truncated_is_wrong and completion.truncated)
 
 
 def reward(completion: Completion, grade: Grade, config: RewardConfig, max_response_tokens: int) -> float:
-    """Accuracy, plus format, plus soft overlong punishment, as far as `config` asks for them.
+    """Add up accuracy, format and soft overlong punishment, as far as `config` asks for them.
 
-    With the defaults in [-2, 1]. `max_response_tokens` is the cap that the response was sampled under.
+    The sum lies in [-2, 1] with the defaults. `max_response_tokens` is the cap that the response was sampled under.
     """
     total = config.right if is_correct(completion, grade, config) else config.wrong
     if config.format == "r1":

@@ -1,7 +1,7 @@
-"""The process behind `pool.GradingPool`: `python -m dapo_megatron.reward.worker RULE TIMEOUT_SECONDS`.
+"""`python -m dapo_megatron.reward.worker RULE TIMEOUT_SECONDS` is the process behind `pool.GradingPool`.
 
-Reads one line of JSON per chunk, [[response, answer], ...], and writes one line per item, [correct, extracted], as soon
-as it is graded; a first line says that it is ready. Ends with its input, that is, with the process that started it.
+It reads one line of JSON per chunk, [[response, answer], ...], and writes one line per item, [correct, extracted], as
+soon as it is graded; a first line says that it is ready. It ends with its input, that is, with its parent process.
 """
 
 from __future__ import annotations

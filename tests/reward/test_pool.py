@@ -45,7 +45,7 @@ NASTY = [
 
 
 def worker_pids(parent: int | None = None) -> set[int]:
-    """Grading workers that `parent` started (this process by default)."""
+    """Find the grading workers that `parent` started (this process by default)."""
     found = set()
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -99,8 +99,9 @@ def test_any_text_survives_the_pipe():
     assert not any(grade.timed_out for grade in grades)
 
 
-def test_hanging_answers_cost_no_other_answer():
-    with GradingPool("math_verify", workers=2, timeout_seconds=1.0) as pool:
+@pytest.mark.parametrize("rule", ["lenient", "math_verify"])
+def test_hanging_answers_cost_no_other_answer(rule):
+    with GradingPool(rule, workers=2, timeout_seconds=1.0) as pool:
         asyncio.run(pool.grade([RIGHT, RIGHT]))
         before = worker_pids()
         items = [RIGHT] + [item for text in HANGS for item in ((f"Answer: {text}", "34"), RIGHT)]

@@ -1,6 +1,6 @@
-"""The string rule DAPO was published with: what follows the last `Answer:` equals the gold answer, as normalised text.
+"""This is the string rule DAPO was published with: what follows the last `Answer:` equals the gold answer as text.
 
-Departs from the published rule in one report only: where there is no label it gives no answer, not "[INVALID]".
+It departs from the published rule in one report only: where there is no label it gives no answer, not "[INVALID]".
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ REWRITTEN = [
 
 
 def grade(response: str, answer: str) -> tuple[bool, str | None]:
-    """Whether the last label's line equals `answer` once both are normalised, and that line, normalised."""
+    """Tell whether the last label's line equals `answer`, both normalised; the line is returned too."""
     found = LABEL.findall(response[-READ:])
     if not found:
         return False, None
@@ -56,7 +56,7 @@ def grade(response: str, answer: str) -> tuple[bool, str | None]:
 
 
 def normalise(text: str) -> str:
-    r"""The form in which two answers are compared as strings.
+    r"""Return the form in which two answers are compared as strings.
 
     >>> normalise(r"x = $\frac12$ degrees"), normalise("1,234 students")
     ('\\frac{1}{2}', '1234')

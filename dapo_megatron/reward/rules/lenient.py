@@ -1,4 +1,4 @@
-r"""A rule of ours that forgives notation: two answers are equal when they mean the same.
+r"""This rule of ours forgives notation: two answers are equal when they mean the same.
 
 `statement` finds what the response states. Of that the value counts: the first stretch of mathematics, or the only one
 of a sentence (`There are 34 apples`), or the one after its last verb (`With 2 boxes, the total is 34`). Read so:
@@ -36,7 +36,7 @@ WORD = re.compile(
     r"\\(?:begin|end|operatorname)\s*\{[^{}\s]*\}|\\[A-Za-z]+"
     rf"|(?:{AND})(?=\s*(?:[-+.]?\s*[\d\\(\[{{]|[A-Za-z](?![A-Za-z])))"
     rf"|(?P<word>(?:(?<![A-Za-z])(?:(?i:{SHORT_WORDS})|i\.e\.|I(?=[\s'])|a(?=\s+[A-Za-z]{{2}}))(?![A-Za-z])"
-    r"|[A-Za-z]{3,}|[A-Za-z]*[^\W\d_A-Za-z]+[^\W\d_]*)(?:'[a-z]+)?)"
+    r"|[A-Za-z]{3,}|[A-Za-z]*[^\W\d_A-Za-z]+[^\W\d_]*)(?:'[a-z]+)?|\u2014)"
 )
 """Prose, as group `word`. Two letters are a product, but for those listed; an "and" between values is mathematics."""
 
@@ -82,15 +82,15 @@ SIDE_BY_SIDE, BASE = re.compile(r"(?<![_\d])\d+ \d"), re.compile(r"\d_")
 
 
 def grade(response: str, answer: str) -> tuple[bool, str | None]:
-    """Whether the stated answer means the same as `answer`, and what it is (numbers in lowest terms)."""
+    """Tell whether the stated answer means the same as `answer`, and what it is (numbers in lowest terms)."""
     text, gold = clean(final_answer(response) or ""), clean(answer)
     if not text:
         return False, None
     word = WORD.match(gold)
     expected = None if word and word["word"] else value(gold)
     if expected is None:
-        clause = text if TAKEN_BACK.search(text) else REMARK.split(text)[0]
-        return bool(gold) and plain(gold) in (plain(text), plain(clause)), text
+        ends = [] if TAKEN_BACK.search(text) else [mark.start() for mark in REMARK.finditer(text[: len(gold) + 40])]
+        return bool(gold) and plain(gold) in [plain(text[:end]) for end in (*ends, len(text))], text
     if (choice := CHOICE.fullmatch(text)) and text != gold:
         text = choice[1 if LETTER.fullmatch(gold) else 2]
     found = value(text)
@@ -101,7 +101,7 @@ def grade(response: str, answer: str) -> tuple[bool, str | None]:
 
 
 def clean(text: str) -> str:
-    """`text` without anything that carries no meaning of its own; empty where a brace is not closed."""
+    """Strip `text` of what carries no meaning of its own; nothing is left of it where a brace is not closed."""
     text = UNIT_LETTER.sub(" units", spelled_out(text).replace("{,}", ","))
     text = MEANINGLESS.sub(lambda sign: "" if sign[0] == r"\!" else " ", text)
     out: list[str] = []
@@ -119,7 +119,7 @@ def clean(text: str) -> str:
 
 
 def value(text: str) -> str | None:
-    """The value that a cleaned statement gives; None where it gives none, or no certain one.
+    """Return the value that a cleaned statement gives; None where it gives none, or no certain one.
 
     >>> value("34 (since 17*2)"), value("With 2 boxes, the total is 34 cm^2"), value("34 or thirty-five")
     ('34', '34', None)
@@ -150,7 +150,7 @@ def value(text: str) -> str | None:
 
 
 def same(answer: str, gold: str) -> bool:
-    r"""Whether two values are equal.
+    r"""Tell whether two values are equal.
 
     >>> same("x = 2 or x = 1", r"\{1, 2\}"), same(r"2 \sqrt{3}", r"\sqrt{12}"), same("(1, 2)", "(2, 1)")
     (True, True, False)
@@ -189,11 +189,11 @@ def same(answer: str, gold: str) -> bool:
 
 
 def plain(text: str) -> str:
-    """The form in which two values are the same text."""
+    """Return the form in which two values are the same text."""
     text = re.sub(r"\\[dt]frac", r"\\frac", text)
     text = re.sub(r"\\frac ?([0-9]) ?([0-9])", r"\\frac{\1}{\2}", text)
     text = re.sub(r"\\sqrt ?([0-9A-Za-z])", r"\\sqrt{\1}", text)
-    if "\\" not in text and re.search("[A-Za-z]{2}", text):
+    if "\\" not in text and re.search("[A-Za-z]{2}", text.replace(".", "")):
         return re.sub(r"^(?:it is |it's )?(?:an? |the )?|[ .]", "", text.casefold())
     text = re.sub(r"(?<![0-9]) | (?![0-9])", "", text)
     bare = re.fullmatch(r"(\(*)([A-Za-z0-9.]+)(\)*)", text)
@@ -201,7 +201,7 @@ def plain(text: str) -> str:
 
 
 def _number(text: str) -> Fraction | None:
-    """The exact value of a number or a fraction of two, None for anything else."""
+    """Return the exact value of a number or a fraction of two, None for anything else."""
     text = plain(text)
     sign, text = (-1, text[1:]) if text[:1] == "-" else (1, text.removeprefix("+"))
     if fraction := FRACTION.fullmatch(text):
@@ -215,7 +215,7 @@ def _number(text: str) -> Fraction | None:
 
 
 def _items(text: str) -> tuple[str, list[str]]:
-    """The brackets around a collection, "" without, and its items; no items where it is none."""
+    """Return the brackets around a collection, "" without, and its items; no items where it is none."""
     if _number(text) is not None:
         return "", []
     if text.count(r"\pm") == 1 and len(_split(text)) == 1:
@@ -228,7 +228,7 @@ def _items(text: str) -> tuple[str, list[str]]:
 
 
 def _split(text: str) -> list[str]:
-    """`text` at the separators outside of brackets, one item without any; no items where brackets do not match."""
+    """Split `text` at separators outside of brackets; no items where brackets do not match."""
     items, depth, start = [], 0, 0
     for sign in SEPARATOR.finditer(text):
         if sign[0][-1] in "([{":
@@ -244,7 +244,7 @@ def _split(text: str) -> list[str]:
 
 
 def _same_collection(answer: list[str], gold: list[str]) -> bool:
-    """Whether two collections hold the same values as often, in any order."""
+    """Tell whether two collections hold the same values as often, in any order."""
     names = {named[1] for item in answer if (named := NAMED.fullmatch(item))}
     if len(names) > 1 and not any(map(NAMED.fullmatch, gold)):  # x = 1, y = 2 is not 1, 2
         return False
@@ -258,7 +258,7 @@ def _same_collection(answer: list[str], gold: list[str]) -> bool:
 
 
 def _balanced(text: str) -> str:
-    """`text` up to the first bracket that is not closed in it, or closes none."""
+    """Cut `text` at the first bracket that is not closed in it, or closes none."""
     waiting: list[int] = []
     for bracket in BRACKET.finditer(text):
         if bracket[0][-1] in "([{":
@@ -271,5 +271,5 @@ def _balanced(text: str) -> str:
 
 
 def _latex(text: str) -> str:
-    """`text` without what LaTeX reads otherwise: thousands separators and mixed numbers in plain text."""
+    """Rewrite what LaTeX reads otherwise: thousands separators and mixed numbers in plain text."""
     return MIXED_NUMBER.sub(r"\1\\frac{\2}{\3}", re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text))

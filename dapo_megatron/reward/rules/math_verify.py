@@ -1,4 +1,4 @@
-r"""Symbolic comparison by the Math-Verify library (0.9), for answers that are not integers.
+r"""The Math-Verify library (0.9) compares symbolically, for answers that are not integers.
 
 Only the stated answer (`statement.final_answer`) is parsed, not the whole response, and none that is longer than
 `MAX_CHARACTERS`: that keeps numbers of the reasoning out and most of the input that sympy chokes on. What is left may
@@ -22,7 +22,7 @@ for module in ("math_verify.parser", "math_verify.grader", "math_verify.utils"):
 
 
 def grade(response: str, answer: str) -> tuple[bool, str | None]:
-    """Whether Math-Verify finds the stated answer equal to `answer`, and what it parses it as."""
+    """Tell whether Math-Verify finds the stated answer equal to `answer`, and what it parses it as."""
     text = (final_answer(response) or "").strip()
     if not text or len(text) > MAX_CHARACTERS:
         return False, None
@@ -36,7 +36,7 @@ def grade(response: str, answer: str) -> tuple[bool, str | None]:
 
 
 def equal(answer: str, gold: str) -> bool:
-    r"""Whether two pieces of LaTeX without delimiters are the same expression, equation, inequality, set or matrix.
+    r"""Tell whether two pieces of LaTeX, without delimiters, are the same expression, relation, set or matrix.
 
     >>> equal(r"\sqrt{8}", r"2\sqrt{2}"), equal("0 < x < 1", "(0, 1)"), equal("1.414214", r"\sqrt{2}")
     (True, True, False)

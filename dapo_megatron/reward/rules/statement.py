@@ -1,9 +1,9 @@
-r"""Where a response states its final answer.
+r"""This module finds where a response states its final answer.
 
 A statement is a \boxed{}, an `<answer>` tag, GSM8K's last line `#### 34`, or the word "answer" (in one of several
 languages) with a colon, as a heading, or with a verb and a value (`the answer is 34`, `34 is the answer`). The last
-statement counts, so that a correction does; what stands before `</think>` is no statement. A box states what is between
-its braces, anything else what follows up to the end of the line, or of the display block, in which its value begins.
+statement counts, so that a correction does; what stands before `</think>` is no statement. A box states what it
+holds, anything else what follows up to the end of the line, or of the display block, in which its value begins.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ IS = (
 AND = r"(?<![A-Za-z])(?:and|or|und|oder|et|ou)(?![A-Za-z])|和|或者?"
 JUST = r"(?:\s+(?:therefore|thus|hence|then|simply|just|exactly|precisely|approximately|about|equal\sto|given\sby))*"
 # Like mathematics, not like prose.
-VALUE = r"(?=[\s*_\"`:]*(?:[-+]?\s*(?:\.?\d|[\\$({\[|€£¥])|sqrt|(?!a\s)[A-Za-z](?![A-Za-z'])))"
+VALUE = r"(?=[\s*_\"`:]*(?:[-+]?\s?(?:\.?\d|[\\$({\[|€£¥])|sqrt|(?!a\s)[A-Za-z](?![A-Za-z'])))"
 
 LABEL = re.compile(
-    rf"""<answer> | ^\#\#\#\#(?=[^\n]*\s*\Z)
+    rf"""<answer> | ^\#\#\#\#(?!.*\n\s*\S)
     | (?P<inverted>\b(?:is|are)\s(?:the|our|my)\s(?:final\s|correct\s)?answer\b)
     | (?:{WORDS})(?:
         (?P<gap>[^\n:.?!]{{0,60}}?)
@@ -66,7 +66,7 @@ GOES_ON = re.compile(r"[\s$)\\]*(?:or|dozen|hundred|thousand|million|billion)\b"
 
 
 def final_answer(response: str) -> str | None:
-    r"""The part of a response that states its answer; None where there is none, or where it is cut off.
+    r"""Return the part of a response that states its answer; None where there is none, or where it is cut off.
 
     >>> final_answer("Thus x = 35. No, the answer is 34, since 2 * 17 = 34.")
     '34, since 2 * 17 = 34.'
@@ -87,12 +87,12 @@ def final_answer(response: str) -> str | None:
 
 
 def spelled_out(text: str) -> str:
-    """`text` with one spelling for each sign."""
+    """Give each sign of `text` one spelling."""
     return unicodedata.normalize("NFKC", text.translate(SPELLINGS)).replace("\u2044", "/")
 
 
 def _is_statement(text: str, label: re.Match[str]) -> bool:
-    """Whether a label announces an answer, rather than denies, supposes or asks for one."""
+    """Tell whether a label announces an answer, rather than denies, supposes or asks for one."""
     if label["heading"]:
         return _starts_a_line(text, label)
     if label["gap"] is None:  # a tag, ####, or an inverted sentence
@@ -103,7 +103,7 @@ def _is_statement(text: str, label: re.Match[str]) -> bool:
 
 
 def _is_prose(text: str, label: re.Match[str]) -> bool:
-    """Whether a label may stand amid the reasoning (`we check the answer: it is odd`), so that any other goes first."""
+    """Tell whether a label may be part of the reasoning (`check the answer: it is odd`), so that others go first."""
     if label["colon"]:
         return not _starts_a_line(text, label) and not re.compile(VALUE).match(text, label.end())
     return label["prose"] is not None
@@ -115,7 +115,7 @@ def _starts_a_line(text: str, label: re.Match[str]) -> bool:
 
 
 def _after(text: str, start: int) -> str | None:
-    """The line or display block in which a value begins; None where a delimiter is not closed."""
+    """Return the line or display block in which a value begins; None where a delimiter is not closed."""
     match = DECORATION.match(text, start)
     assert match
     start = end = match.end()
@@ -127,26 +127,26 @@ def _after(text: str, start: int) -> str | None:
 
 
 def _before(text: str, end: int) -> str:
-    """What a sentence says up to `end`."""
+    """Return what a sentence says up to `end`."""
     return re.split(r"[.!?;]\s", text[max(text.rfind("\n", 0, end) + 1, end - 200) : end])[-1]
 
 
 def _last_box(text: str) -> tuple[int, str | None]:
-    """Where the last box starts, -1 without one, and what it holds; None if the text ends within it.
+    """Find where the last box starts, -1 without one, and what it says; None if the text ends within it.
 
-    Boxes with nothing but "and", "or" or a comma in between count as one that holds all of them.
+    Boxes with nothing but "and", "or" or a comma in between count as one, and so does what changes a box after it.
     """
-    start, end, held = -1, 0, None
-    waiting: list[tuple[int, int] | None] = []  # brackets that are open; for a box, where it and its content start
+    start, end = -1, 0
+    waiting: list[int | None] = []  # braces that are open: where a box starts, None for any other
     for brace in BRACE.finditer(text):
         if brace[0] != "}":
-            waiting.append((brace.start(), brace.end()) if brace[0] != "{" else None)
-        elif waiting and (box := waiting.pop()):
-            between = text[end : box[0]]
-            joined = held is not None and len(between) < 50 and TOGETHER.fullmatch(between)
-            start, held = (start, f"{held} {between} ") if joined else (box[0], "")
-            held, end = held + text[box[1] : brace.start()], brace.end()
-    if held is not None and GOES_ON.match(text, end):
-        held += " " + text[end : text.find("\n", end) % (len(text) + 1)]
-    cut_off = [box[0] for box in waiting if box and box[0] >= end]
-    return (cut_off[-1], None) if cut_off else (start, held)
+            waiting.append(brace.start() if brace[0] != "{" else None)
+        elif waiting and (box := waiting.pop()) is not None:
+            between = text[end:box]
+            start = start if start >= 0 and len(between) < 50 and TOGETHER.fullmatch(between) else box
+            end = brace.end()
+    if (cut_off := max((box for box in waiting if box is not None), default=-1)) >= end:
+        return cut_off, None
+    if start >= 0 and GOES_ON.match(text, end):
+        end = text.find("\n", end) % (len(text) + 1)
+    return start, text[start:end] if start >= 0 else None

@@ -11,13 +11,14 @@ GOLDEN = Path(__file__).parents[2] / "golden"
 CASES = [json.loads(line) for line in (GOLDEN / "reward_cases.jsonl").read_text().splitlines()]
 
 # The golden column is the library reading the whole response. Reading only the stated answer differs here, each time
-# towards common sense: no stray number, no first number of two, no box before a later Answer line, any colon.
+# towards common sense: no stray number, no first number of two, no box before a later Answer line, any colon or minus.
 READ_OTHERWISE = {
     "two answers on one line",
     "truncated mid sentence; number near the end",
     "hedged",
     "box and line disagree, box right",
     "full-width colon",
+    "unicode minus",
 }
 
 
