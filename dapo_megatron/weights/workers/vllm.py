@@ -73,6 +73,11 @@ class GlooWeightTransfer(WeightTransferEngine[GlooInit, GlooUpdate]):
         if self.model_config.hf_text_config.tie_word_embeddings and hasattr(head, "quant_method"):
             head.quant_method.process_weights_after_loading(head)
 
+    @staticmethod
+    def trainer_send_weights(*_: Any) -> None:
+        """Abstract in vLLM 0.25, where a class without it cannot be used."""
+        raise NotImplementedError("weights are sent by dapo_megatron.weights.gloo.GlooPublisher")
+
     def shutdown(self) -> None:
         self._group = None
 
