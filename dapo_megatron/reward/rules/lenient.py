@@ -20,7 +20,8 @@ from dapo_megatron.reward.rules.statement import AND, IS, JUST, final_answer, sp
 MEANINGLESS = re.compile(
     r"<\|[^|<>]*\|>|</?answer>"  # special tokens and tags
     r"|\\(?:left|right|displaystyle|q?quad)(?![A-Za-z])|(?<!\\)\\[!,;: ()\[\]]|~|`|\""
-    r"|\^\{?\\circ\}?|\\?%|\\?\$|[€£¥₹]|(?<![\w)}])\*\*|\*\*(?![\w({])"  # ** is bold, but 2**10 a power
+    r"|\^(?:\\circ(?![A-Za-z])|\{\\circ\})|\\?%|\\?\$|[€£¥₹]"
+    r"|(?<![\w)}])\*\*|\*\*(?![\w({])"  # ** is bold, but 2**10 a power
 )
 FONT = r"\\(?:boxed|fbox|text|mbox|textbf|textit|textrm|mathbf|mathrm|mathit|bm|boldsymbol)\s*\{"
 BRACES = re.compile(rf"({FONT}|\\[{{}}]|[{{}}])")

@@ -31,6 +31,8 @@ FORGIVEN = {
             (text, "34")
             for text in ("34.", "`34`", "$34.$", r"\[ 34 \]", "**34**", r"\mathbf{34}", r"\(34\)", "\uff13\uff14")
         ),
+        (r"\boxed{34^\circ}", "34"),
+        (r"\boxed{34^{\circ}}", "34"),
         (r"\boxed{\dfrac{68}{2}}", "34"),
         (r"\left[0, \frac12\right]", "[0,0.5]"),
     ],
