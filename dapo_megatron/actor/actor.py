@@ -23,7 +23,6 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
-from torch.distributed.nn.functional import all_reduce
 
 from dapo_megatron.actor.architecture import check_layout
 from dapo_megatron.actor.head import RowSelection
@@ -37,12 +36,12 @@ from dapo_megatron.actor.optimizer import (
     gradient_norm,
     gradients_as_weights,
 )
-from dapo_megatron.actor.reduce import over_ranks
+from dapo_megatron.actor.reduce import SumOverRanks, over_ranks
 from dapo_megatron.actor.shard import LayoutError, Shard, concatenated, make_shard, runs_of, slots_of
 from dapo_megatron.actor.topology import Topology, process_groups
 from dapo_megatron.config import Config
 from dapo_megatron.errors import DapoError
-from dapo_megatron.measures import Mean, Measure, Measures, values
+from dapo_megatron.measures import Mean, Measure, Measures
 from dapo_megatron.types import MicroBatch, MiniBatch, TokenLoss, UpdateResult
 
 Loss = Callable[[Tensor, MicroBatch, Callable[[Tensor], Tensor]], TokenLoss]
@@ -203,7 +202,7 @@ class Actor:
         return gradients_as_weights(self._modules)
 
     def _context_sum(self, part: Tensor) -> Tensor:
-        return all_reduce(part, group=self._groups.cp) if self._topology.cp > 1 else part
+        return SumOverRanks.apply(part, self._groups.cp) if self._topology.cp > 1 else part
 
     def _agreed(self, problem: str | None) -> str | None:
         """A problem of any rank is one of all ranks, which must go on or stay together."""
@@ -348,4 +347,8 @@ def _means(norms: Mapping[str, float]) -> dict[str, Measure]:
 
 
 def _not_finite(measures: Measures) -> str | None:
-    return next((f"{name} is {value}" for name, value in values(measures).items() if not math.isfinite(value)), None)
+    """Name the first measure that is not finite. A mean over no tokens is nan and says nothing."""
+    for name, measure in measures.items():
+        if not math.isfinite(measure.value) and measure != Mean(0.0, 0.0):
+            return f"{name} is {measure.value}"
+    return None

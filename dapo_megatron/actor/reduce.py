@@ -1,4 +1,4 @@
-"""What is measured of a mini-batch, brought together over all ranks."""
+"""Sums over ranks: those a loss asks for, and the measures of a mini-batch."""
 
 from __future__ import annotations
 
@@ -11,6 +11,21 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from dapo_megatron.measures import Measure, Measures, reduce
+
+
+class SumOverRanks(torch.autograd.Function):
+    """Add up a tensor over a group; the gradient is added up over it, too. Collective, forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        total = part.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return SumOverRanks.forward(ctx, grads[0], ctx.group), None
 
 
 def over_ranks(parts: Sequence[Measures], groups: ProcessGroupCollection, device: torch.device) -> dict[str, Measure]:

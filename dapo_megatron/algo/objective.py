@@ -52,7 +52,8 @@ class Objective:
 
         new_T, old_T = masked(logprobs_T), masked(batch.old_logprobs_T)
         given = LossInput(new_T, old_T, masked(batch.advantages_T), mask_T, batch.cu_seqlens, context_sum)
-        loss_T, measures = self.config.found_loss.per_token(given, self.config.settings)
+        loss = self.config.found_loss
+        loss_T, measures = loss.per_token(given, self.config.settings)
         ratio_T, tokens = masked(given.log_ratio_T.detach().exp()), mask_T.sum()
         common: dict[str, Measure] = {
             "ratio/mean": Mean(ratio_T.sum(), tokens),
@@ -64,6 +65,11 @@ class Objective:
             common["kl/ref"] = Mean(kl_T.detach().sum(), tokens)
             if kl.coef:
                 loss_T = loss_T + kl.coef * kl_T
+        # Ranks reduce measures together: one that is missing somewhere would hang them all.
+        assert measures.keys() == loss.meanings.keys() and not measures.keys() & common.keys(), (
+            f"algo.loss={self.config.loss} must measure what its meanings name, {sorted(loss.meanings)}, every time, and "
+            f"none of {sorted(common)}; got {sorted(measures)}"
+        )
         return TokenLoss((masked(loss_T) * masked(batch.weights_T)).sum(), tokens, {**common, **measures})
 
 

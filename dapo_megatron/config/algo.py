@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, create_model, field_validator, model_validator
@@ -119,6 +120,7 @@ class AlgoConfig(Section):
         return self
 
 
+@cache
 def _loss(name: str) -> Loss:
     from dapo_megatron.algo.loss import Loss  # which itself needs this package
 

@@ -34,6 +34,12 @@ SCALED = Loss(
     ),
     meanings={"of_my_own": "tokens"},
 )
+FORGETFUL = replace(SCALED, meanings={**SCALED.meanings, "other": "measured on some ranks only"})
+USURPER = replace(
+    SCALED,
+    per_token=lambda given, settings: (given.logprobs_T, {"ratio/max": Mean(0)}),
+    meanings={"ratio/max": "what the actor looks at"},
+)
 
 
 def test_dapo_as_configured():
@@ -83,3 +89,9 @@ def test_gradient_against_the_reference_of_the_loss(name):
 
 def test_likelihood_uses_mask_and_weights():
     assert likelihood(LOGPROBS, BATCH).loss_sum.item() == 3.25
+
+
+@pytest.mark.parametrize("name", ["FORGETFUL", "USURPER"])
+def test_measures_that_ranks_could_not_reduce_together_are_refused(name):
+    with pytest.raises(AssertionError, match=f"{name} must measure"):
+        lose(LOGPROBS, BATCH, loss=f"{__name__}:{name}")
