@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # what is shown of a run starts without torch
 
 @dataclass(frozen=True, slots=True)
 class Sum:
-    """Parts are added.
+    """A sum, whose parts are added.
 
     >>> Sum(3).value
     3.0
@@ -33,7 +33,7 @@ class Sum:
 
 @dataclass(frozen=True, slots=True)
 class Mean:
-    """Totals and counts are added; the value is nan where nothing was counted.
+    """A mean, whose totals and counts are added; nan where nothing was counted.
 
     >>> Mean(total=3, count=4).value
     0.75
@@ -49,7 +49,7 @@ class Mean:
 
 @dataclass(frozen=True, slots=True)
 class Max:
-    """The largest part counts; nan or, after ranks were compared, inf where any part is nan.
+    """A maximum, whose largest part counts; where any is nan, it is nan or, once ranks were compared, inf.
 
     >>> Max(3).value
     3.0
@@ -72,15 +72,15 @@ def reduce(
     add: Callable[[Tensor], Tensor] | None = None,
     largest: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[str, Measure]:
-    """Bring parts together in float64. Collective where `add` and `largest` are.
+    """Bring the parts of measures together, in float64. Collective where `add` and `largest` are.
 
     >>> reduce([{"a": Mean(1.0, 2), "b": Max(5)}, {"a": Mean(4.0, 3), "b": Max(1)}])
     {'a': Mean(total=5.0, count=5.0), 'b': Max(largest=5.0)}
 
     Args:
         parts: at least one; all have the same names, with measures of the same types, in numbers or 0-d tensors.
-        add: sums a float64 tensor over ranks; None for a single rank.
-        largest: takes its largest entries over ranks.
+        add: adds a float64 tensor up over ranks; None for a single rank.
+        largest: takes the largest over ranks of each entry of a float64 tensor; None for a single rank.
     """
     import torch
 
@@ -109,7 +109,7 @@ def reduce(
 
 
 def values(measures: Measures) -> dict[str, float]:
-    """The number that is shown of each."""
+    """Return the value of each measure, as it is shown."""
     return {name: measure.value for name, measure in measures.items()}
 
 

@@ -1,4 +1,4 @@
-"""Sums over ranks: those a loss asks for, and the measures of a mini-batch."""
+"""Brings together what ranks have parts of: the sums that a loss asks for, and the measures of a mini-batch."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class SumOverRanks(torch.autograd.Function):
 
 
 def over_ranks(parts: Sequence[Measures], groups: ProcessGroupCollection, device: torch.device) -> dict[str, Measure]:
-    """Bring the measures of this rank's micro-batches and all other ranks' together. Collective; every rank gets them.
+    """Bring the measures of all micro-batches of all ranks together. Collective; every rank gets them.
 
     Args:
-        parts: one per micro-batch, on ranks of the last pipeline stage, which alone sees the loss. What other stages
-            pass is ignored.
+        parts: the measures of each micro-batch of this rank. Only those of the last pipeline stage count, which alone
+            sees the loss.
     """
     stages: Any = groups.pp
     replicas: Any = groups.dp_cp

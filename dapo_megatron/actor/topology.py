@@ -1,4 +1,4 @@
-"""Who is where: the ranks of a run, their groups, and what they tell one another through host memory.
+"""Knows who is where: the ranks of a run, their groups, and what they tell one another through host memory.
 
 Ranks count tensor parallel fastest, then context, data, and pipeline parallel (Megatron's own order):
 rank = tp_rank + tp x (cp_rank + cp x (dp_rank + dp x pp_rank)).
@@ -42,7 +42,7 @@ class HostGroups:
     replica: dist.ProcessGroup
     """The ranks of this data-parallel replica."""
     leaders: Any
-    """The leaders of all replicas; no group on other ranks."""
+    """The leaders of all replicas; on other ranks, no group."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +118,7 @@ class Topology:
         return self._reduce(values, dist.ReduceOp.SUM, 0)
 
     def max(self, values: Tensor) -> Tensor:
-        """Take the largest, likewise. Floating only; nan counts as inf, which no backend drops on the way."""
+        """Take the largest of each entry, as `sum` adds. Floating only; nan counts as inf, which no backend drops."""
         return self._reduce(torch.where(values.isnan(), torch.inf, values), dist.ReduceOp.MAX, -torch.inf)
 
     def _reduce(self, values: Tensor, operation: Any, neutral: float) -> Tensor:
@@ -131,8 +131,8 @@ def initialize(parallel: ParallelConfig, *, seed: int = 0, timeout: timedelta = 
     """Join the process group and split it. Reads torchrun's environment; without it, this is a run of one process.
 
     Args:
-        seed: of torch and of Megatron's random states.
-        timeout: of every collective, those that wait for the leader's rollout included.
+        seed: the seed of torch and of Megatron's random states.
+        timeout: how long a collective may take, those that wait for the leader's rollout included.
 
     Raises:
         ConfigError: where tp x pp x cp does not divide the number of ranks.

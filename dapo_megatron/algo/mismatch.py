@@ -1,4 +1,4 @@
-"""How far the engine's log-probs are from the trainer's for the same tokens and weights."""
+"""Measures how far the engine's log-probs are from the trainer's for the same tokens and weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a loss to what the actor minimises: mask, KL term, weights and the sum, the same for every loss.
+"""Makes of a loss what the actor minimises: mask, KL term, weights and the sum are the same for every loss.
 
 Nothing here divides: the reduction divides once, by the number of loss tokens of the mini-batch over all ranks.
 """
@@ -22,7 +22,7 @@ from dapo_megatron.types import MicroBatch, TokenLoss
 class Objective:
     """The sum over loss tokens of weight * (loss + kl.coef * KL), with the loss that `algo.loss` names.
 
-    Wants old log-probs in the batch, and the reference's where kl.coef > 0. Where anything of a loss token is not
+    It wants old log-probs in the batch, and the reference's where kl.coef > 0. Where anything of a loss token is not
     finite, the sum or a measure is not either, also where a clip hides it from the gradient.
     """
 
@@ -31,7 +31,7 @@ class Objective:
     def __call__(
         self, logprobs_T: Tensor, batch: MicroBatch, context_sum: Callable[[Tensor], Tensor] = lambda part: part
     ) -> TokenLoss:
-        """Measure one micro-batch.
+        """Compute the loss of one micro-batch, a sum, and measure it.
 
         Args:
             logprobs_T: [T], nats; carries the gradient. Slots outside the loss may hold anything, also nan.
@@ -67,14 +67,14 @@ class Objective:
                 loss_T = loss_T + kl.coef * kl_T
         # Ranks reduce measures together: one that is missing somewhere would hang them all.
         assert measures.keys() == loss.meanings.keys() and not measures.keys() & common.keys(), (
-            f"algo.loss={self.config.loss} must measure what its meanings name, {sorted(loss.meanings)}, every time, and "
-            f"none of {sorted(common)}; got {sorted(measures)}"
+            f"algo.loss={self.config.loss} must measure what its meanings name, {sorted(loss.meanings)}, every time, "
+            f"and none of {sorted(common)}; got {sorted(measures)}"
         )
         return TokenLoss((masked(loss_T) * masked(batch.weights_T)).sum(), tokens, {**common, **measures})
 
 
 def _assert_shapes(logprobs_T: Tensor, mask_T: Tensor, *others_T: Tensor | None) -> None:
-    """All [T], T > 0, the mask bool."""
+    """Check that all are [T], T > 0, and the mask is bool."""
     shapes = [tuple(tensor.shape) for tensor in (logprobs_T, mask_T, *others_T) if tensor is not None]
     assert len(shapes[0]) == 1 and shapes[0][0] > 0 and len(set(shapes)) == 1, (
         f"all must be [T] and alike, got {shapes}"
