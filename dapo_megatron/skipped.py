@@ -11,14 +11,13 @@ from dataclasses import fields
 from pathlib import Path
 
 from safetensors.torch import save
-from torch import Tensor
 
 from dapo_megatron.actor.topology import Topology
 from dapo_megatron.config import Config
 from dapo_megatron.errors import DapoError
 from dapo_megatron.obs.observer import Observer
 from dapo_megatron.state import Kept
-from dapo_megatron.types import MicroBatch, MiniBatch, UpdateResult
+from dapo_megatron.types import MiniBatch, UpdateResult
 
 MAX_FILES = 8
 """Files that a run keeps. One that goes wrong for good skips every update, and must not fill the disk with them."""
@@ -88,10 +87,12 @@ def save_skipped(folder: Path, step: int, update_index: int, reason: str, replic
     if len(list(target.parent.glob("*.safetensors"))) >= MAX_FILES:
         return None
     tensors = {
-        f"rank{rank}.micro_batch{index}.{name}": tensor
+        # Copies: safetensors refuses tensors that share memory.
+        f"rank{rank}.micro_batch{index}.{field.name}": tensor.detach().cpu().clone().contiguous()
         for rank, mini_batch in enumerate(replicas)
         for index, batch in enumerate(mini_batch.micro_batches)
-        for name, tensor in _tensors(batch).items()
+        for field in fields(batch)
+        if (tensor := getattr(batch, field.name)) is not None
     }
     metadata = {
         "reason": reason,
@@ -107,9 +108,3 @@ def save_skipped(folder: Path, step: int, update_index: int, reason: str, replic
     finally:
         unfinished.unlink(missing_ok=True)
     return target
-
-
-def _tensors(batch: MicroBatch) -> dict[str, Tensor]:
-    """Return field -> tensor where there is one; copies, for safetensors refuses tensors that share memory."""
-    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in values.items() if tensor is not None}

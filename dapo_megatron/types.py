@@ -122,7 +122,7 @@ class TrainSample:
     """
 
     token_ids: Tensor
-    """int64 [L]."""
+    """int64 [L]: prompt, then response."""
     loss_mask: Tensor
     """bool [L]: which tokens are trained on, each predicted from those before it. Never the first."""
     rollout_logprobs: Tensor
@@ -169,9 +169,9 @@ class MicroBatch:
     """
 
     tokens_T: Tensor
-    """int64 [T]."""
+    """int64 [T]: inputs."""
     labels_T: Tensor
-    """int64 [T]."""
+    """int64 [T]: the tokens after them."""
     positions_T: Tensor
     """int64 [T]: 0, 1, 2, ... starting again with every sequence."""
     cu_seqlens: Tensor
@@ -182,7 +182,7 @@ class MicroBatch:
     loss_mask_T: Tensor
     """bool [T]: whose label is trained on. Never where scored_T is False."""
     advantages_T: Tensor
-    """float32 [T]."""
+    """float32 [T]: the advantage of the response."""
     weights_T: Tensor
     """float32 [T]: weight of a token in the loss, that of its scope (`algo.scope`) times that of its correction
     (`algo.correction`). It does not change the denominator."""

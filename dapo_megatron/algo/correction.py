@@ -22,7 +22,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dapo_megatron.algo.segments import segment_sums, segments
+from dapo_megatron.algo.segments import check_slots, segment_sums, segments
 from dapo_megatron.config import CorrectionConfig
 
 
@@ -37,9 +37,7 @@ def importance(
         old_logprobs_T: [T], nats, like `rollout_logprobs_T`; slots outside the loss may hold anything.
         loss_mask_T: bool [T].
     """
-    shapes = [tuple(tensor.shape) for tensor in (old_logprobs_T, rollout_logprobs_T, loss_mask_T)]
-    assert len(shapes[0]) == 1 and len(set(shapes)) == 1, f"all must be [T] and alike, got {shapes}"
-    assert loss_mask_T.dtype == torch.bool, f"the mask must be bool, got {loss_mask_T.dtype}"
+    check_slots(loss_mask_T, old_logprobs_T, rollout_logprobs_T)
     log_importance_T = torch.where(loss_mask_T, old_logprobs_T - rollout_logprobs_T, 0)
     if cu_seqlens is not None:
         log_importance_T = segment_sums(log_importance_T, cu_seqlens)[segments(cu_seqlens)]

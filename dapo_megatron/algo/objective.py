@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dapo_megatron.algo.kl import ESTIMATORS, k3
 from dapo_megatron.algo.loss import LossInput
+from dapo_megatron.algo.segments import check_slots
 from dapo_megatron.config import AlgoConfig
 from dapo_megatron.measures import Max, Mean, Measure
 from dapo_megatron.types import MicroBatch, TokenLoss
@@ -42,7 +43,7 @@ class Objective:
             policy || policy), with a reference kl/ref (policy || reference, by kl.estimator), and the loss's own.
         """
         kl, mask_T = self.config.kl, batch.loss_mask_T
-        _assert_shapes(logprobs_T, mask_T, batch.old_logprobs_T, batch.advantages_T, batch.weights_T)
+        check_slots(mask_T, logprobs_T, batch.old_logprobs_T, batch.advantages_T, batch.weights_T)
         assert batch.old_logprobs_T is not None, "the batch has no old log-probs; compute them before the first update"
         assert kl.coef == 0 or batch.ref_logprobs_T is not None, f"kl.coef = {kl.coef} needs the reference's log-probs"
 
@@ -71,12 +72,3 @@ class Objective:
             f"and none of {sorted(common)}; got {sorted(measures)}"
         )
         return TokenLoss((masked(loss_T) * masked(batch.weights_T)).sum(), tokens, {**common, **measures})
-
-
-def _assert_shapes(logprobs_T: Tensor, mask_T: Tensor, *others_T: Tensor | None) -> None:
-    """Check that all are [T], T > 0, and the mask is bool."""
-    shapes = [tuple(tensor.shape) for tensor in (logprobs_T, mask_T, *others_T) if tensor is not None]
-    assert len(shapes[0]) == 1 and shapes[0][0] > 0 and len(set(shapes)) == 1, (
-        f"all must be [T] and alike, got {shapes}"
-    )
-    assert mask_T.dtype == torch.bool, f"the mask must be bool, got {mask_T.dtype}"

@@ -6,6 +6,13 @@ import torch
 from torch import Tensor
 
 
+def check_slots(mask_T: Tensor, *others_T: Tensor | None) -> None:
+    """Assert that all that are given are [T], T > 0, and the mask is bool."""
+    shapes = [tuple(tensor.shape) for tensor in (mask_T, *others_T) if tensor is not None]
+    assert mask_T.ndim == 1 and len(mask_T) and len(set(shapes)) == 1, f"all must be [T] and alike, got {shapes}"
+    assert mask_T.dtype == torch.bool, f"the mask must be bool, got {mask_T.dtype}"
+
+
 def segments(cu_seqlens: Tensor, slots: int | None = None) -> Tensor:
     """Return the segment of each slot, int64 [T]; `cu_seqlens` is int32 [S+1] as in `types.MicroBatch`.
 

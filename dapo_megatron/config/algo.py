@@ -29,7 +29,7 @@ class CorrectionConfig(Section):
     """The engine samples from slightly other probabilities than the trainer computes; importance = trainer / engine."""
 
     kind: Literal["none", "truncated", "masked"] = "none"
-    """Measure only; or weigh tokens by their importance, up to `cap`; or weigh those inside `band` and mask the rest."""
+    """Measure only; or weigh tokens by their importance up to `cap`; or weigh those inside `band` and mask the rest."""
     level: Literal["token", "sequence"] = "token"
     """Importance of each token by itself, or of the whole response (product over its tokens)."""
     cap: PositiveFloat = 2.0
