@@ -50,7 +50,7 @@ def rollout(seed: int) -> list[TrainSample]:
         loss_mask = torch.arange(prompt + response) >= prompt
         logprobs = torch.zeros(prompt + response)
         tokens = torch.randint(150_000, (prompt + response,))
-        samples.append(TrainSample(tokens, loss_mask, logprobs, rng.gauss(0, 1), number // GROUP, policy_version=0))
+        samples.append(TrainSample(tokens, loss_mask, logprobs, rng.gauss(0, 1), number // GROUP))
     return samples
 
 
@@ -59,7 +59,7 @@ def naive(
     *,
     mini_batch: int,
     micro_batch_tokens: int,
-    data_parallel: int,
+    replicas: int,
     seed: str,
     sequence_multiple: int,
     total_multiple: int,
@@ -71,10 +71,10 @@ def naive(
     random.Random(seed).shuffle(shuffled)
     unit = sequence_multiple * total_multiple
     capacity = micro_batch_tokens // unit * unit
-    ranks: list[list[MiniBatch]] = [[] for _ in range(data_parallel)]
+    ranks: list[list[MiniBatch]] = [[] for _ in range(replicas)]
     for first in range(0, len(shuffled), mini_batch):
         batch = shuffled[first : first + mini_batch]
-        dealt = [_in_order(batch[rank::data_parallel], sequence_multiple, capacity) for rank in range(data_parallel)]
+        dealt = [_in_order(batch[rank::replicas], sequence_multiple, capacity) for rank in range(replicas)]
         most = max(map(len, dealt))
         for mini_batches, bins in zip(ranks, dealt, strict=True):
             bins += [[] for _ in range(most - len(bins))]
@@ -138,7 +138,7 @@ def main() -> None:
                     samples,
                     mini_batch=mini_batch,
                     micro_batch_tokens=BUDGET,
-                    data_parallel=RANKS,
+                    replicas=RANKS,
                     seed=f"{arguments.seed}:{number}",
                     sequence_multiple=multiples[0],
                     total_multiple=multiples[1],

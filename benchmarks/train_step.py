@@ -115,7 +115,6 @@ def rollout(size: Size, seed: int) -> list[TrainSample]:
                 rollout_logprobs=0.2 * torch.randn(length, generator=generator) - math.log(size.vocabulary),
                 advantage=rng.gauss(0, 1),
                 group=number,
-                policy_version=0,
             )
         )
     return samples
@@ -141,7 +140,7 @@ def settings(folder: Path, dtype: str, size: Size) -> Config:
 def ours(config: Config, topo: topology.Topology, samples: Sequence[TrainSample]) -> Step:
     actor = Actor(config, topo, HfCheckpoint(config.model.path))
     loss = Objective(config.algo)
-    ((packed,),) = pack(samples, mini_batch=len(samples), micro_batch_tokens=BUDGET, data_parallel=1, seed=0)
+    ((packed,),) = pack(samples, mini_batch=len(samples), micro_batch_tokens=BUDGET, replicas=1, seed=0)
     batches = tuple(replace(batch, old_logprobs_T=batch.rollout_logprobs_T) for batch in packed.micro_batches)
     mini_batch = replace(packed, micro_batches=batches)
 

@@ -50,7 +50,7 @@ def parse(values: Mapping[str, Any]) -> Config:
 
 
 def dump(config: Config) -> str:
-    """The resolved configuration as YAML; `load` reads it back to an equal one."""
+    """Return the resolved configuration as YAML; `load` reads it back to an equal one."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
@@ -124,7 +124,7 @@ def _unknown_key(location: list[str]) -> str:
 
 
 def _fields(parents: Sequence[str]) -> dict[str, Any]:
-    """Key -> type in the section at `parents`; empty for the section of a loss that is not known by name."""
+    """Return key -> type in the section at `parents`; empty for the section of a loss that is not known by name."""
     section: type[Section] = Config
     for parent in parents:
         annotation = section.key_types().get(parent)
@@ -135,7 +135,7 @@ def _fields(parents: Sequence[str]) -> dict[str, Any]:
 
 
 def _all_keys(section: type[Section] = Config, prefix: str = "") -> dict[str, str]:
-    """Last part of every key -> the whole key."""
+    """Return the last part of every key -> the whole key."""
     keys: dict[str, str] = {}
     for name, annotation in section.key_types().items():
         keys.setdefault(name, prefix + name)

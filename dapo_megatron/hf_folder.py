@@ -1,4 +1,4 @@
-"""The folder of a Hugging Face checkpoint, opened without torch: what it has to hold, and what its config.json says."""
+"""Reads the folder of a Hugging Face checkpoint without torch: what it has to hold, what its config.json says."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def read_hf_config(path: Path, *, trust_remote_code: bool = False) -> Any:
 
 
 def tensor_names(path: Path) -> set[str]:
-    """Names of all tensors in *.safetensors."""
+    """Return the names of all tensors in *.safetensors."""
     from safetensors import safe_open
 
     names: set[str] = set()

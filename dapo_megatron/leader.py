@@ -1,4 +1,4 @@
-"""What only rank 0 has: prompts, engines, graders and the record of the run."""
+"""Holds what only rank 0 has: prompts, engines, graders and the record of the run."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Leader:
         self.carried: Kept[tuple[Group, ...]] = Kept(tuple[Group, ...], ())
         """Mixed groups that the step before did not need."""
         self.evaluations: Kept[dict[str, EvalResult]] = Kept(dict[str, EvalResult], {})
-        """When -> result, so far."""
+        """When ("before", "step 3", "after") -> result, so far."""
         with ExitStack() as stack:
             self.judge = stack.enter_context(closing(Judge(config.reward, config.rollout.max_response_tokens)))
             engines = Engines(config, config.run.folder, decoder(checked.tokenizer))
@@ -63,17 +63,17 @@ class Leader:
 
     @property
     def state(self) -> dict[str, Stateful]:
-        """Its parts that survive a restart."""
+        """The leader's parts that survive a restart, by name."""
         return {"prompts": self.prompts, "carried": self.carried, "evaluations": self.evaluations}
 
     def pack(self, samples: Sequence[TrainSample], replicas: int, step: int) -> tuple[list[list[MiniBatch]], Measures]:
-        """Pack the samples of a step into the mini-batches of every data-parallel replica."""
+        """Pack the samples of a step into the mini-batches of every replica."""
         train, parallel = self.config.train, self.config.parallel
         packed = pack(
             samples,
             mini_batch=train.mini_batch,
             micro_batch_tokens=train.micro_batch_tokens,
-            data_parallel=replicas,
+            replicas=replicas,
             seed=f"{train.seed}:{step}",
             sequence_multiple=parallel.sequence_multiple,
             total_multiple=parallel.total_multiple,

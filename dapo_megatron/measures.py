@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from itertools import islice
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # what is shown of a run starts without torch
@@ -18,7 +19,7 @@ if TYPE_CHECKING:  # what is shown of a run starts without torch
 
 @dataclass(frozen=True, slots=True)
 class Sum:
-    """Parts are added.
+    """A sum, whose parts are added.
 
     >>> Sum(3).value
     3.0
@@ -33,7 +34,7 @@ class Sum:
 
 @dataclass(frozen=True, slots=True)
 class Mean:
-    """Totals and counts are added; the value is nan where nothing was counted.
+    """A mean, whose totals and counts are added; nan where nothing was counted.
 
     >>> Mean(total=3, count=4).value
     0.75
@@ -49,7 +50,7 @@ class Mean:
 
 @dataclass(frozen=True, slots=True)
 class Max:
-    """The largest part counts; nan or, after ranks were compared, inf where any part is nan.
+    """A maximum, whose largest part counts; where any is nan, it is nan or, once ranks were compared, inf.
 
     >>> Max(3).value
     3.0
@@ -72,52 +73,43 @@ def reduce(
     add: Callable[[Tensor], Tensor] | None = None,
     largest: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[str, Measure]:
-    """Bring parts together in float64. Collective where `add` and `largest` are.
+    """Bring the parts of measures together, in float64. Collective where `add` and `largest` are.
 
     >>> reduce([{"a": Mean(1.0, 2), "b": Max(5)}, {"a": Mean(4.0, 3), "b": Max(1)}])
     {'a': Mean(total=5.0, count=5.0), 'b': Max(largest=5.0)}
 
     Args:
         parts: at least one; all have the same names, with measures of the same types, in numbers or 0-d tensors.
-        add: sums a float64 tensor over ranks; None for a single rank.
-        largest: takes its largest entries over ranks.
+        add: adds a float64 tensor up over ranks; None for a single rank.
+        largest: takes the largest over ranks of each entry of a float64 tensor; None for a single rank.
     """
     import torch
 
     first = parts[0]
-    sums = [name for name, measure in first.items() if not isinstance(measure, Max)]
-    maxima = [name for name, measure in first.items() if isinstance(measure, Max)]
 
-    def table(rows: list[list[Number]]) -> Tensor:
-        device = next((entry.device for row in rows for entry in row if isinstance(entry, torch.Tensor)), None)
+    def table(names: list[str]) -> Tensor:
+        rows = [[number for name in names for number in _numbers(part[name])] for part in parts]
+        device = next((number.device for row in rows for number in row if isinstance(number, torch.Tensor)), None)
         return torch.stack(
-            [torch.stack([torch.as_tensor(entry, dtype=torch.float64, device=device) for entry in row]) for row in rows]
+            [torch.stack([torch.as_tensor(n, dtype=torch.float64, device=device) for n in row]) for row in rows]
         ).detach()
 
     reduced: dict[str, Measure] = {}
-    if sums:
-        totals = table([[n for name in sums for n in _total_and_count(part[name])] for part in parts]).sum(0)
+    if sums := [name for name, measure in first.items() if not isinstance(measure, Max)]:
+        totals = table(sums).sum(0)
         numbers = iter((add(totals) if add else totals).tolist())
-        for name in sums:
-            total, count = next(numbers), next(numbers)
-            reduced[name] = Mean(total, count) if isinstance(first[name], Mean) else Sum(total)
-    if maxima:
-        highest = table([[_largest(part[name]) for name in maxima] for part in parts]).amax(0)
-        highest = largest(highest) if largest else highest
-        reduced |= {name: Max(value) for name, value in zip(maxima, highest.tolist(), strict=True)}
+        reduced |= {name: type(first[name])(*islice(numbers, len(_numbers(first[name])))) for name in sums}
+    if maxima := [name for name in first if name not in reduced]:
+        highest = table(maxima).amax(0)
+        highest = (largest(highest) if largest else highest).tolist()
+        reduced |= {name: Max(value) for name, value in zip(maxima, highest, strict=True)}
     return {name: reduced[name] for name in first}
 
 
 def values(measures: Measures) -> dict[str, float]:
-    """The number that is shown of each."""
+    """Return the value of each measure, as it is shown."""
     return {name: measure.value for name, measure in measures.items()}
 
 
-def _total_and_count(measure: Measure) -> tuple[Number, Number]:
-    assert not isinstance(measure, Max)
-    return (measure.total, measure.count) if isinstance(measure, Mean) else (measure.total, 0.0)
-
-
-def _largest(measure: Measure) -> Number:
-    assert isinstance(measure, Max)
-    return measure.largest
+def _numbers(measure: Measure) -> list[Number]:
+    return [getattr(measure, field.name) for field in fields(measure)]

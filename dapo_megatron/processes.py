@@ -1,4 +1,4 @@
-"""Processes that end together."""
+"""Lets processes end together."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def adopt_orphans() -> None:
 
 @contextmanager
 def failing_undisturbed() -> Iterator[None]:
-    """After a failure inside, ignore SIGTERM from there on.
+    """Ignore SIGTERM after a failure inside, from there on.
 
     torchrun sends it as soon as one rank is gone, and it should not replace the reason.
     """

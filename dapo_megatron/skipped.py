@@ -1,4 +1,4 @@
-"""Updates that were skipped because something was not finite: counted, kept to be looked at, and too many end the run.
+"""Counts updates that were skipped because something was not finite, keeps their data, and ends a run with too many.
 
 `skipped/step000012-update03.safetensors` in the run's folder holds the mini-batch: the tensors of every data-parallel
 replica as `rank0.micro_batch2.tokens_T`; its metadata, strings all, are reason, step, update, loss_tokens and ranks.
@@ -10,31 +10,25 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
 
 from dapo_megatron.actor.topology import Topology
 from dapo_megatron.config import Config
 from dapo_megatron.errors import DapoError
 from dapo_megatron.obs.observer import Observer
 from dapo_megatron.state import Kept
-from dapo_megatron.types import MicroBatch, MiniBatch, UpdateResult
+from dapo_megatron.types import MiniBatch, UpdateResult
 
 MAX_FILES = 8
-"""Per run. A run that goes wrong for good skips one update after the other, and must not fill the disk with them."""
+"""Files that a run keeps. One that goes wrong for good skips every update, and must not fill the disk with them."""
 
 
 class NotFiniteError(DapoError, RuntimeError):
     """Too many updates in a row could not be made."""
 
 
-class SkippedFileError(DapoError, ValueError):
-    """A file does not hold a mini-batch that `save_skipped` wrote."""
-
-
 class SkippedUpdates:
-    """Counts them, alike on every rank; the leader keeps their mini-batches and says so."""
+    """Counts skipped updates, alike on every rank; the leader keeps their mini-batches and says so."""
 
     def __init__(self, config: Config, topo: Topology, obs: Observer) -> None:
         self._limit, self._folder = config.train.max_skipped_updates, config.run.folder
@@ -73,14 +67,14 @@ class SkippedUpdates:
         return result
 
 
-def save_skipped(folder: Path, step: int, update_index: int, reason: str, ranks: Sequence[MiniBatch]) -> Path | None:
+def save_skipped(folder: Path, step: int, update_index: int, reason: str, replicas: Sequence[MiniBatch]) -> Path | None:
     """Write one mini-batch to `folder`/skipped, whole or not at all.
 
     Args:
-        folder: of the run.
-        update_index: among the updates of this step, counted from 0 like `step`.
+        folder: the run's.
+        update_index: the number of the update in its step, counted from 0 like `step`.
         reason: what was not finite.
-        ranks: the share of every data-parallel replica.
+        replicas: the share of every data-parallel replica.
 
     Returns:
         The file, or None where MAX_FILES are there already.
@@ -93,17 +87,19 @@ def save_skipped(folder: Path, step: int, update_index: int, reason: str, ranks:
     if len(list(target.parent.glob("*.safetensors"))) >= MAX_FILES:
         return None
     tensors = {
-        f"rank{rank}.micro_batch{index}.{name}": tensor
-        for rank, update in enumerate(ranks)
-        for index, batch in enumerate(update.micro_batches)
-        for name, tensor in _tensors(batch).items()
+        # Copies: safetensors refuses tensors that share memory.
+        f"rank{rank}.micro_batch{index}.{field.name}": tensor.detach().cpu().clone().contiguous()
+        for rank, mini_batch in enumerate(replicas)
+        for index, batch in enumerate(mini_batch.micro_batches)
+        for field in fields(batch)
+        if (tensor := getattr(batch, field.name)) is not None
     }
     metadata = {
         "reason": reason,
         "step": str(step),
         "update": str(update_index),
-        "loss_tokens": str(ranks[0].loss_tokens),
-        "ranks": str(len(ranks)),
+        "loss_tokens": str(replicas[0].loss_tokens),
+        "ranks": str(len(replicas)),
     }
     unfinished = target.with_suffix(".unfinished")
     try:
@@ -112,34 +108,3 @@ def save_skipped(folder: Path, step: int, update_index: int, reason: str, ranks:
     finally:
         unfinished.unlink(missing_ok=True)
     return target
-
-
-def load_skipped(path: Path) -> list[MiniBatch]:
-    """Read what `save_skipped` was given: the share of every data-parallel replica, bit for bit and on CPU.
-
-    Raises:
-        SkippedFileError: where `path` is no such file.
-    """
-    batches: dict[tuple[int, int], dict[str, Tensor]] = {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            ranks, loss_tokens = int(metadata["ranks"]), int(metadata["loss_tokens"])
-            for key in file.keys():  # noqa: SIM118  (safe_open is no mapping)
-                rank, index, name = key.split(".")
-                place = int(rank.removeprefix("rank")), int(index.removeprefix("micro_batch"))
-                batches.setdefault(place, {})[name] = file.get_tensor(key)
-        whole = {place: MicroBatch(**batches[place]) for place in sorted(batches)}
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
-        # The last three: a safetensors file of another kind, or of a version with other fields.
-        raise SkippedFileError(f"{path} is not a mini-batch of a skipped update: {error!r}") from error
-    return [
-        MiniBatch(tuple(batch for (owner, _), batch in whole.items() if owner == rank), loss_tokens)
-        for rank in range(ranks)
-    ]
-
-
-def _tensors(batch: MicroBatch) -> dict[str, Tensor]:
-    """Map field to tensor, for those that are not None; copies, for safetensors refuses tensors that share memory."""
-    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in values.items() if tensor is not None}

@@ -1,4 +1,4 @@
-"""What has to survive a restart, in plain values that JSON holds."""
+"""Keeps what has to survive a restart, in plain values that JSON holds."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ T = TypeVar("T")
 
 
 class Stateful(Protocol):
-    """A part of a run that goes on where it stood."""
+    """A part of a run that can go on where it stood."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values: numbers, text, lists and dicts with text as keys."""
+        """Return the state in plain values: numbers, text, lists and dicts with text as keys."""
         ...
 
     def load_state_dict(self, state: dict[str, Any], /) -> None:
-        """Stand where the part that gave `state` stood."""
+        """Go on where the part that gave `state` stood."""
         ...
 
 
@@ -32,7 +32,8 @@ class Kept(Generic[T]):
     {'value': 1}
 
     Args:
-        kind: its type, which may be built of the frozen dataclasses of this package.
+        kind: the type of the value, which may be built of the frozen dataclasses of this package.
+        value: the one to begin with.
     """
 
     def __init__(self, kind: Any, value: T) -> None:
@@ -50,7 +51,7 @@ class RunState:
     """All parts of a run that survive a restart, besides the actor.
 
     Args:
-        parts: by name; those of this rank.
+        parts: the parts that this rank has, by name.
 
     Raises:
         DapoError: from `load_state_dict`, where a state of other parts is given.

@@ -46,7 +46,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class VersionSpan:
-    """Tokens [start, end) of a completion were sampled by weights `version` (how often weights had been published)."""
+    """Which weights sampled the tokens [start, end) of a completion: `version` counts how often they were published."""
 
     version: int
     start: int
@@ -91,7 +91,7 @@ class Group:
     prompt: Prompt
     completions: tuple[Completion, ...]
     extracted: tuple[str | None, ...]
-    """What the grader read as the answer; None where it found none. Untrusted: model output."""
+    """What the grader read as the answers; None where it found none. Untrusted: model output."""
     correct: tuple[bool, ...]
     """Right or wrong, before any shaping. Dynamic sampling looks at this and nothing else."""
     rewards: tuple[float, ...]
@@ -116,22 +116,20 @@ class TrainSample:
     ...     token_ids=torch.tensor([7, 10, 3, 11, 10, 2]),                        # prompt, then response
     ...     loss_mask=torch.tensor([False, False, False, False, True, True]),     # response tokens that are trained on
     ...     rollout_logprobs=torch.tensor([0.0, 0.0, 0.0, 0.0, -0.11, -0.01]),    # 0 on the prompt
-    ...     advantage=0.87, group=3, policy_version=4)
+    ...     advantage=0.87, group=3)
     >>> sample.length, sample.loss_tokens
     (6, 2)
     """
 
     token_ids: Tensor
-    """int64 [L]."""
+    """int64 [L]: prompt, then response."""
     loss_mask: Tensor
-    """bool [L]: position t is trained on (token t is predicted from the tokens before it). Position 0 is never."""
+    """bool [L]: which tokens are trained on, each predicted from those before it. Never the first."""
     rollout_logprobs: Tensor
-    """float32 [L], nats, as the engine sampled them; 0 where loss_mask is False."""
+    """float32 [L], nats: log-probs of the tokens, as the engine sampled them; 0 where loss_mask is False."""
     advantage: float
     group: int
     """Index of the group among the groups of this rollout."""
-    policy_version: int
-    """Oldest version among the weights that wrote the response."""
 
     def __post_init__(self) -> None:
         shape = self.token_ids.shape
@@ -171,35 +169,35 @@ class MicroBatch:
     """
 
     tokens_T: Tensor
-    """int64 [T]."""
+    """int64 [T]: inputs."""
     labels_T: Tensor
-    """int64 [T]."""
+    """int64 [T]: the tokens after them."""
     positions_T: Tensor
     """int64 [T]: 0, 1, 2, ... starting again with every sequence."""
     cu_seqlens: Tensor
     """int32 [S+1]: sequence s fills slots cu_seqlens[s] to cu_seqlens[s+1], its own padding included."""
     scored_T: Tensor
-    """bool [T]: the log-prob of this slot's label is computed; the other slots skip the output layer. Fixed when
-    packing, so that every pass over the micro-batch runs the same kernels on the same shapes."""
+    """bool [T]: whose label's log-prob is computed; the other slots skip the output layer. Fixed when packing, so that
+    every pass over the micro-batch runs the same kernels on the same shapes."""
     loss_mask_T: Tensor
-    """bool [T]: the label of this slot is trained on. Never where scored_T is False."""
+    """bool [T]: whose label is trained on. Never where scored_T is False."""
     advantages_T: Tensor
-    """float32 [T]."""
+    """float32 [T]: the advantage of the response."""
     weights_T: Tensor
-    """float32 [T]: weight of a token in the loss: that of its scope (`algo.scope`), times that of its correction
-    (`algo.correction`). Does not change the denominator."""
+    """float32 [T]: weight of a token in the loss, that of its scope (`algo.scope`) times that of its correction
+    (`algo.correction`). It does not change the denominator."""
     rollout_logprobs_T: Tensor
-    """float32 [T], nats."""
+    """float32 [T], nats: log-probs of the labels, as the engine sampled them."""
     groups_S: Tensor
     """int64 [S]: the group that each sequence belongs to (`TrainSample.group`); -1 for a segment of padding."""
     old_logprobs_T: Tensor | None = None
-    """float32 [T], nats: the policy at the start of the step, computed by the trainer; 0 where not scored."""
+    """float32 [T], nats: those of the policy at the start of the step, by the trainer; 0 where not scored."""
     ref_logprobs_T: Tensor | None = None
-    """float32 [T], nats: the frozen reference, where the loss asks for one; 0 where not scored."""
+    """float32 [T], nats: those of the frozen reference, where there is a KL term; 0 where not scored."""
 
     @property
     def slots(self) -> int:
-        """T, padding included."""
+        """The number T of slots, padding included."""
         return self.tokens_T.shape[0]
 
     @property
@@ -209,37 +207,37 @@ class MicroBatch:
 
 @dataclass(frozen=True, slots=True)
 class MiniBatch:
-    """What one data-parallel replica computes of a mini-batch, the data of one update."""
+    """One replica's share of a mini-batch, the data of one update."""
 
     micro_batches: tuple[MicroBatch, ...]
-    """This replica's share. Every replica has the same number; one may have no loss tokens."""
+    """Every replica has the same number; one may have no loss tokens."""
     loss_tokens: int
     """Unmasked tokens of the whole mini-batch: all micro-batches of all replicas. The denominator of the loss."""
 
 
 @dataclass(frozen=True, slots=True)
 class UpdateResult:
-    """What one update (an optimizer step) did. The same on every rank."""
+    """What one update (an optimizer step) did, the same on every rank."""
 
     measures: Measures
-    """What the loss measured, exact over the mini-batch, and grad_norm before clipping and the norms by kind."""
+    """What the loss measured, over the whole mini-batch, with grad_norm before clipping and the norms by kind."""
     loss_tokens: int
     lr: float
     skipped: str | None = None
-    """What was not finite, where the update was skipped for that: the parameters are those of before."""
+    """What was not finite, if the update was skipped for that and the parameters are those of before; else None."""
 
     def __getitem__(self, metric: str) -> float:
-        """The value of one measure."""
+        """Return the value of one measure."""
         return self.measures[metric].value
 
 
 @dataclass(frozen=True, slots=True)
 class TokenLoss:
-    """What a loss gives for one micro-batch. Sums, never means: the reduction divides once, by the global count."""
+    """What a loss gives for one micro-batch: sums, never means, for the reduction divides once, by the global count."""
 
     loss_sum: Tensor
-    """0-d: the sum over unmasked tokens of what is minimised; carries the gradient."""
+    """0-d: what is minimised, summed over loss tokens; carries the gradient."""
     loss_tokens: Tensor
-    """0-d int64: how many tokens that sum is over."""
+    """0-d int64: the number of these tokens."""
     measures: Measures = field(default_factory=dict)
-    """0-d, detached, over the same tokens."""
+    """0-d and detached, over the same tokens."""

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from dapo_megatron.skipped import MAX_FILES, SkippedFileError, load_skipped, save_skipped
+from dapo_megatron.skipped import MAX_FILES, save_skipped
 from dapo_megatron.types import MicroBatch, MiniBatch
 
 
@@ -35,38 +35,28 @@ def micro_batch(seed: int, slots: int = 6) -> MicroBatch:
     )
 
 
-RANKS = [MiniBatch((micro_batch(0), micro_batch(1, 4)), 7), MiniBatch((micro_batch(2), micro_batch(3)), 7)]
+REPLICAS = [MiniBatch((micro_batch(0), micro_batch(1, 4)), 7), MiniBatch((micro_batch(2), micro_batch(3)), 7)]
 
 
 def bits(tensor: Tensor) -> tuple[torch.dtype, tuple[int, ...], list[int]]:
     return tensor.dtype, tuple(tensor.shape), tensor.contiguous().view(torch.uint8).tolist()
 
 
-def same(got: MicroBatch, want: MicroBatch) -> bool:
-    pairs = [(getattr(got, field.name), getattr(want, field.name)) for field in fields(MicroBatch)]
-    return all(a is b if a is None or b is None else bits(a) == bits(b) for a, b in pairs)
-
-
-def test_a_mini_batch_comes_back_bit_for_bit(tmp_path: Path) -> None:
-    assert save_skipped(tmp_path, 12, 3, "loss", RANKS) == tmp_path / "skipped/step000012-update03.safetensors"
-    loaded = load_skipped(tmp_path / "skipped/step000012-update03.safetensors")
-    assert [update.loss_tokens for update in loaded] == [7, 7]
-    for got, want in zip(loaded, RANKS, strict=True):
-        assert len(got.micro_batches) == len(want.micro_batches)
-        assert all(map(same, got.micro_batches, want.micro_batches))
-
-
-def test_micro_batches_keep_their_order_beyond_ten(tmp_path: Path) -> None:
-    update = MiniBatch(tuple(micro_batch(seed) for seed in range(12)), 40)
-    path = save_skipped(tmp_path, 0, 0, "ratio", [update, MiniBatch((), 40)])
-    assert path is not None
-    first, second = load_skipped(path)
-    assert all(map(same, first.micro_batches, update.micro_batches))
-    assert second == MiniBatch((), 40)
+def test_a_mini_batch_is_kept_bit_for_bit(tmp_path: Path) -> None:
+    path = tmp_path / "skipped/step000012-update03.safetensors"
+    assert save_skipped(tmp_path, 12, 3, "loss", REPLICAS) == path
+    wanted = {
+        f"rank{rank}.micro_batch{index}.{field.name}": bits(getattr(batch, field.name))
+        for rank, mini_batch in enumerate(REPLICAS)
+        for index, batch in enumerate(mini_batch.micro_batches)
+        for field in fields(MicroBatch)
+        if field.name != "ref_logprobs_T"
+    }
+    assert {name: bits(tensor) for name, tensor in load_file(path).items()} == wanted
 
 
 def test_the_file_says_what_it_is(tmp_path: Path) -> None:
-    path = save_skipped(tmp_path, 12, 3, "gradient: mlp is inf", RANKS)
+    path = save_skipped(tmp_path, 12, 3, "gradient: mlp is inf", REPLICAS)
     assert path is not None
     with safe_open(path, framework="pt") as file:
         metadata, names = file.metadata(), set(file.keys())
@@ -82,14 +72,14 @@ def test_the_file_says_what_it_is(tmp_path: Path) -> None:
 
 
 def test_no_more_than_the_limit_are_kept(tmp_path: Path) -> None:
-    saved = [save_skipped(tmp_path, step, 0, "loss", RANKS) for step in range(MAX_FILES + 2)]
+    saved = [save_skipped(tmp_path, step, 0, "loss", REPLICAS) for step in range(MAX_FILES + 2)]
     assert saved[MAX_FILES:] == [None, None]
     assert sorted((tmp_path / "skipped").iterdir()) == saved[:MAX_FILES]
 
 
 def test_a_write_that_breaks_off_leaves_nothing(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    large = replace(RANKS[0].micro_batches[0], rollout_logprobs_T=torch.zeros(2**20))
+    large = replace(REPLICAS[0].micro_batches[0], rollout_logprobs_T=torch.zeros(2**20))
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, hard))
     try:
         with pytest.raises(OSError, match="large"):
@@ -103,18 +93,4 @@ def test_what_a_killed_run_left_does_not_count(tmp_path: Path) -> None:
     (tmp_path / "skipped").mkdir()
     for step in range(MAX_FILES):
         (tmp_path / f"skipped/step{step:06}-update00.unfinished").write_bytes(b"half")
-    assert save_skipped(tmp_path, 1, 0, "loss", RANKS) is not None
-
-
-def test_other_files_are_refused(tmp_path: Path) -> None:
-    saved = save_skipped(tmp_path, 1, 0, "loss", RANKS)
-    assert saved is not None
-    torn = tmp_path / "torn.safetensors"
-    torn.write_bytes(saved.read_bytes()[:-10])
-    model = tmp_path / "model.safetensors"
-    save_file({"weight": torch.zeros(2)}, model)
-    fields_of_another_version = tmp_path / "other.safetensors"
-    save_file({"rank0.micro_batch0.ids": torch.zeros(2)}, fields_of_another_version, {"ranks": "1", "loss_tokens": "1"})
-    for path in (tmp_path / "absent.safetensors", torn, model, fields_of_another_version):
-        with pytest.raises(SkippedFileError, match=path.name):
-            load_skipped(path)
+    assert save_skipped(tmp_path, 1, 0, "loss", REPLICAS) is not None

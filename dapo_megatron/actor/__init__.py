@@ -1,4 +1,4 @@
-"""The policy on Megatron-core: topology, model, log-probs, optimizer steps."""
+"""The policy on Megatron-core: topology, model, log-probs, updates."""
 
 import warnings
 

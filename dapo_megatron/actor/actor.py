@@ -1,10 +1,10 @@
-"""The policy in training: log-probs of given tokens, and optimizer steps, in any layout of ranks.
+"""Computes log-probs of given tokens and makes updates, in any layout of ranks.
 
 The reduction. loss = (sum over the mini-batch's loss tokens) / N, with N counted over all micro-batches and ranks. Each
 rank hands Megatron its own sum and its own count (of its own context-parallel part); gradients are summed over ranks,
 and `finalize_model_grads` divides once, by the all-reduced count. Nothing is multiplied by, or divided by, a number of
-ranks or micro-batches, so the gradient does not depend on how the work is split. `step` checks that the divisor was the
-N that the mini-batch was built with.
+ranks or micro-batches, so the gradient does not depend on how the work is split. `Actor.gradient` checks that the
+divisor was the N that the mini-batch was built with.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
-from torch.distributed.nn.functional import all_reduce
 
 from dapo_megatron.actor.architecture import check_layout
 from dapo_megatron.actor.head import RowSelection
@@ -37,17 +36,17 @@ from dapo_megatron.actor.optimizer import (
     gradient_norm,
     gradients_as_weights,
 )
-from dapo_megatron.actor.reduce import over_ranks
+from dapo_megatron.actor.reduce import SumOverRanks, over_ranks
 from dapo_megatron.actor.shard import LayoutError, Shard, concatenated, make_shard, runs_of, slots_of
 from dapo_megatron.actor.topology import Topology, process_groups
 from dapo_megatron.config import Config
 from dapo_megatron.errors import DapoError
-from dapo_megatron.measures import Mean, Measure, Measures, values
+from dapo_megatron.measures import Mean, Measure, Measures
 from dapo_megatron.types import MicroBatch, MiniBatch, TokenLoss, UpdateResult
 
 Loss = Callable[[Tensor, MicroBatch, Callable[[Tensor], Tensor]], TokenLoss]
 """(logprobs_T, micro_batch, context_sum) -> sums. Log-probs and micro-batch hold the scored slots only, under context
-parallel those of this rank; context_sum adds up a tensor over the ranks that share its sequences, and its gradient."""
+parallel those of this rank; context_sum adds up a tensor, and its gradient, over the ranks that share the sequences."""
 
 
 class Checkpoint(Protocol):
@@ -57,7 +56,7 @@ class Checkpoint(Protocol):
     def hf_config(self) -> Any: ...
 
     def load(self, chunks: Sequence[torch.nn.Module]) -> None:
-        """Fill the bare GPTModels of this rank."""
+        """Fill `chunks`, the bare GPTModels of this rank, with its weights."""
         ...
 
 
@@ -91,8 +90,9 @@ class Actor:
         self._temperature = config.rollout.temperature
         self._megatron_config: Any = transformer_config(hf_config, config.model, config.parallel)
         chunks = build_chunks(hf_config, self._megatron_config, self._groups)
-        self._chunks: list[torch.nn.Module] = list(chunks)
-        checkpoint.load(self._chunks)
+        self.chunks: list[torch.nn.Module] = list(chunks)
+        """The bare GPTModels of this rank: several where pipeline stages are virtual."""
+        checkpoint.load(self.chunks)
         self._heads = [RowSelection(chunk) for chunk in chunks if chunk.post_process]
         dtype = DTYPES[config.model.dtype]
         modules: list[Any] = list(chunks)
@@ -106,7 +106,7 @@ class Actor:
         if trainable:
             modules = data_parallel(self._megatron_config, config.parallel, modules, self._groups)
             self.optimizer = build_optimizer(config.optimizer, config.parallel, dtype, modules, self._groups)
-            self._norms = ParameterNorms(self.optimizer, self._chunks)
+            self._norms = ParameterNorms(self.optimizer, self.chunks)
             self._megatron_config.finalize_model_grads_func = self._finalize
         else:
             for module in modules:
@@ -116,14 +116,10 @@ class Actor:
         if self._offloaded:
             self._move(torch.device("cpu"))
 
-    @property
-    def chunks(self) -> list[torch.nn.Module]:
-        """The bare GPTModels of this rank: several where pipeline stages are virtual."""
-        return self._chunks
-
     def with_old_logprobs(self, mini_batches: Sequence[MiniBatch]) -> tuple[list[MiniBatch], Measures]:
-        """Fill old_logprobs_T, through the same micro-batches and kernels as `step`: the first ratio is exactly 1.
-        (With train.logprob_tokens, through larger ones, and it is 1 up to rounding.)
+        """Fill old_logprobs_T, by the same micro-batches and kernels as `update`, so that the first ratio is exactly 1.
+
+        With train.logprob_tokens, larger micro-batches are used, and it is 1 up to rounding.
 
         Returns:
             The mini-batches, and over all their loss tokens: entropy (nats) of the policy's next-token distribution,
@@ -146,7 +142,7 @@ class Actor:
         return _filled(mini_batches, "ref_logprobs_T", self._evaluate(mini_batches, None)[0])
 
     def update(self, mini_batch: MiniBatch, loss: Loss, *, lr: float) -> UpdateResult:
-        """Make one optimizer step on a mini-batch. A mini-batch without loss tokens changes nothing.
+        """Make one update, an optimizer step on a mini-batch. A mini-batch without loss tokens changes nothing.
 
         Where the loss, a measure of it (the ratio among them) or the gradient is not finite, on whatever rank, no rank
         changes anything, and the result says so in `skipped`.
@@ -156,7 +152,7 @@ class Actor:
             grad_norm/KIND, weight_norm/KIND and update_ratio/KIND for the kinds of parameters (`norms.KINDS`).
 
         Raises:
-            TokenCountError: where the ranks' loss tokens do not add up to `mini-batch.loss_tokens`.
+            TokenCountError: where the ranks' loss tokens do not add up to `mini_batch.loss_tokens`.
         """
         measures = self.gradient(mini_batch, loss)
         if not mini_batch.loss_tokens:
@@ -170,7 +166,7 @@ class Actor:
         return UpdateResult(measures, mini_batch.loss_tokens, lr, skipped)
 
     def gradient(self, mini_batch: MiniBatch, loss: Loss) -> dict[str, Measure]:
-        """Leave the gradient of a mini-batch in Megatron's buffers: `update` without the step.
+        """Leave the gradient of a mini-batch in Megatron's buffers: do what `update` does before its step.
 
         Returns:
             "loss" and what the loss measures, over the whole mini-batch; the same on every rank.
@@ -199,20 +195,20 @@ class Actor:
         return over_ranks(parts, self._groups, self._topology.device)
 
     def gradients_as_weights(self) -> AbstractContextManager[None]:
-        """Inside, `chunks` hold the gradient of the last `gradient` in the place of their weights, to be exported."""
+        """Let `chunks` hold, inside, what `gradient` computed last in the place of their weights, to be exported."""
         return gradients_as_weights(self._modules)
 
     def _context_sum(self, part: Tensor) -> Tensor:
-        return all_reduce(part, group=self._groups.cp) if self._topology.cp > 1 else part
+        return SumOverRanks.apply(part, self._groups.cp) if self._topology.cp > 1 else part
 
     def _agreed(self, problem: str | None) -> str | None:
-        """A problem of any rank is one of all ranks, which must go on or stay together."""
+        """Return a problem where any rank has one, for all must make the update or skip it together."""
         flag = torch.tensor(int(problem is not None), device=self._topology.device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return (problem or "something on another rank is not finite") if flag else None
 
     def _finalize(self, model: list[Any], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
-        """Megatron's own, keeping the count that it divided by: it all-reduces that in place."""
+        """Call Megatron's own and keep the count that it divided by, which it all-reduces in place."""
         finalize_model_grads(model, num_tokens, **kwargs)
         self._divisor = num_tokens
 
@@ -221,7 +217,7 @@ class Actor:
         mini_batches: Sequence[MiniBatch],
         measure: Callable[[TokenLogprobs, MicroBatch], Measures] | None,
     ) -> tuple[list[Tensor], Measures]:
-        """Log-probs of every micro-batch (whole, on its own device) and what `measure` finds in all of them."""
+        """Return the log-probs of every micro-batch, whole and on its device, and what `measure` finds in all."""
         batches = [batch for mini_batch in mini_batches for batch in mini_batch.micro_batches]
         parts = runs_of(batches, self._config.train.logprob_tokens)
         together = [concatenated(part) for part in parts]
@@ -245,7 +241,7 @@ class Actor:
 
     @contextmanager
     def _at_hand(self) -> Iterator[None]:
-        """A model that is kept in host memory comes to the device for as long as it is used."""
+        """Bring a model that is kept in host memory to the device for as long as it is used."""
         if not self._offloaded:
             yield
             return
@@ -256,11 +252,11 @@ class Actor:
             self._move(torch.device("cpu"))
 
     def _move(self, device: torch.device) -> None:
-        for chunk in self._chunks:
+        for chunk in self.chunks:
             chunk.to(device)
 
     def _run(self, batches: Sequence[MicroBatch], on_output: Callable[..., Any], *, forward_only: bool) -> list[Any]:
-        """Send micro-batches through the pipeline; what `on_output` gave for each, on the last stage."""
+        """Send micro-batches through the pipeline; on the last stage, return what `on_output` gave for each."""
         topology, parallel = self._topology, self._config.parallel
         if len(batches) % parallel.micro_batch_multiple:
             raise LayoutError(
@@ -317,7 +313,7 @@ class Actor:
         )
 
     def _whole(self, local: list[Tensor], batches: Sequence[MicroBatch]) -> list[Tensor]:
-        """Log-probs of whole micro-batches on every rank, from those of this rank's slots on the last stage."""
+        """Return the log-probs of whole micro-batches on every rank, from each rank's slots on the last stage."""
         cp, sizes = self._topology.cp, [batch.slots for batch in batches]
         mine = torch.cat(local) if local else torch.empty(sum(sizes) // cp, device=self._topology.device)
         if self._topology.pp > 1:
@@ -348,4 +344,8 @@ def _means(norms: Mapping[str, float]) -> dict[str, Measure]:
 
 
 def _not_finite(measures: Measures) -> str | None:
-    return next((f"{name} is {value}" for name, value in values(measures).items() if not math.isfinite(value)), None)
+    """Name the first measure that is not finite. A mean over no tokens is nan and says nothing."""
+    for name, measure in measures.items():
+        if not math.isfinite(measure.value) and measure != Mean(0.0, 0.0):
+            return f"{name} is {measure.value}"
+    return None

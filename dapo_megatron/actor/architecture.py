@@ -1,5 +1,6 @@
-"""Which models the actor can train and which layouts they allow. Light: needs neither megatron nor torch.distributed,
-so that a run can be refused before any process is started.
+"""Knows which models the actor can train and which layouts they allow.
+
+It needs neither megatron nor torch.distributed, so that a run can be refused before any process is started.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ _VOCAB_MULTIPLE = 16
 
 
 def attention_tokens(hf_config: Any) -> float:
-    """Length of a sequence at which causal attention costs as much as all matrix products with weights.
+    """Return the length of a sequence at which causal attention costs as much as all matrix products with weights.
 
     A token costs 2 operations per weight; attention over a sequence of n tokens, 2 x 2 x n/2 per token and query
     channel on average. For Qwen2.5-32B: 97,000 tokens.
@@ -33,7 +34,7 @@ def check_layout(hf_config: Any, parallel: ParallelConfig) -> None:
     """Refuse a model that the actor does not support, or that does not split this way.
 
     Args:
-        hf_config: what `transformers.AutoConfig.from_pretrained` gives.
+        hf_config: a config of transformers, as `AutoConfig.from_pretrained` gives it.
 
     Raises:
         ConfigError: naming the sizes and what would work.
@@ -71,16 +72,16 @@ def _check_variant(hf_config: Any) -> None:
 
 
 def rope_parameters(hf_config: Any) -> dict[str, Any]:
-    """Settings of the rotary embedding: `rope_theta`, `rope_type`."""
+    """Return the settings of the rotary embedding, `rope_theta` and where it is given `rope_type`."""
     return getattr(hf_config, "rope_parameters", None) or {"rope_theta": hf_config.rope_theta}
 
 
 def head_size(hf_config: Any) -> int:
-    """Width of one attention head."""
+    """Return the width of one attention head."""
     return getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
 
 
 def padded_vocab(vocab_size: int, tp: int) -> int:
-    """Rows of the embedding over all tensor-parallel ranks: every rank has as many, a multiple of 16."""
+    """Return the rows of the embedding over all tensor-parallel ranks, each of which has a multiple of 16."""
     multiple = _VOCAB_MULTIPLE * tp
     return -(-vocab_size // multiple) * multiple

@@ -1,4 +1,4 @@
-"""Logits of chosen rows only. Nobody reads the logits of prompts and padding, and the vocabulary is wide."""
+"""Computes the logits of chosen rows only: nobody reads those of prompts and padding, and the vocabulary is wide."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class RowSelection:
-    """Between the last layer of a GPTModel and its output layer. Set `rows_R` before each forward pass.
+    """Chooses rows between the last layer of a GPTModel and its output layer. Set `rows_R` before each forward pass.
 
     Under sequence parallel each tensor-parallel rank holds another part of the slots, and the output layer would gather
     them. Here that happens before the choice, and the output layer is told that its input is whole.
@@ -19,7 +19,7 @@ class RowSelection:
     def __init__(self, model: GPTModel) -> None:
         layer = model.output_layer
         self.rows_R: Tensor | None = None
-        """int64 [R]: slots, of those on this context-parallel rank."""
+        """int64 [R]: the slots, among those of this context-parallel rank, whose logits are wanted."""
         self._gathers = layer.sequence_parallel
         self._tp_group = model.pg_collection.tp
         if self._gathers:

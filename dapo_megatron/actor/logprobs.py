@@ -1,4 +1,4 @@
-"""Log-probabilities from logits that are split over tensor-parallel ranks along the vocabulary.
+"""Computes log-probabilities from logits that are split over tensor-parallel ranks along the vocabulary.
 
 T tokens, V the columns of this rank (padding included). Tokens go through in chunks of C, and only a chunk is ever held
 in float32; what is summed up per token is float64. The backward pass writes the gradient over the logits, so that at
@@ -20,7 +20,7 @@ to the next: with V = 4,096 and 152,064, on one thread and on two, that takes a 
 
 
 class TokenLogprobs(NamedTuple):
-    """What is known of each token, the same on every rank. All float32."""
+    """What is known of each token, in float32, the same on every rank."""
 
     logprobs_T: Tensor
     """Log-probs of the labels, in nats; differentiable."""
@@ -39,7 +39,7 @@ def vocab_parallel_logprobs(
     tp_group: dist.ProcessGroup,
     with_stats: bool = False,
 ) -> TokenLogprobs:
-    """log p(label) under softmax(logits / temperature); with_stats also entropy and top probability, exactly.
+    """Return log p(label) under softmax(logits / temperature); with_stats, also entropy and top probability, exactly.
 
     The backward pass overwrites `logits_TV` with its gradient: nobody may want the logits after it. Autograd notices
     who does (an operation that saved them, a second backward pass) and raises RuntimeError.
@@ -73,7 +73,7 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         """`labels_T` counts from this rank's first column; the first `real` columns are no padding."""
         tokens = logits_TV.shape[0]
         mine_T = (labels_T >= 0) & (labels_T < real)
-        # Of this rank's columns. Where all are padding, the maximum is finite so that its differences are.
+        # Largest of this rank's columns. Where all are padding, it is finite so that its differences are.
         own_max_T = logits_TV.new_full((tokens,), torch.finfo(torch.float32).min, dtype=torch.float32)
         # Rows: sum of exponentials; sum of exponents weighted by these; logit of the label, where it is here.
         sums_3T = logits_TV.new_zeros((3, tokens), dtype=torch.float64)
@@ -107,7 +107,7 @@ class _VocabParallelLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """d log p(label) / d logit_v = (1[v = label] - p(v)) / temperature."""
+        """Use d log p(label) / d logit_v = (1[v = label] - p(v)) / temperature."""
         logits_TV, labels_T, mine_T, max_T, exp_sum_T = ctx.saved_tensors
         real, temperature = ctx.real, ctx.temperature
         grad_T = grads[0] / temperature
@@ -125,7 +125,7 @@ class _VocabParallelLogprobs(torch.autograd.Function):
 
 
 def _exponents(logits_CV: Tensor, max_C: Tensor, temperature: float) -> Tensor:
-    """In place (logits - max) / temperature, in this order: the difference of close numbers is exact."""
+    """Compute (logits - max) / temperature in place, in this order: the difference of close numbers is exact."""
     logits_CV.sub_(max_C[:, None])
     return logits_CV.div_(temperature) if temperature != 1 else logits_CV
 

@@ -1,4 +1,4 @@
-"""The policy as Megatron's GPTModel, sized by a Hugging Face config."""
+"""Builds the policy as Megatron's GPTModel, sized by a Hugging Face config."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def transformer_config(hf_config: Any, model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
-    """Megatron's config for this model and layout. Expects a model that `architecture.check_layout` accepts."""
+    """Return Megatron's config for this model, which `architecture.check_layout` accepts, and layout."""
     dtype = DTYPES[model.dtype]
     virtual = parallel.vpp > 1
     settings: dict[str, Any] = {
@@ -72,7 +72,7 @@ def _leave(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def build_chunks(hf_config: Any, config: TransformerConfig, groups: ProcessGroupCollection) -> list[GPTModel]:
-    """The chunks of the model that this rank holds (one, unless pipeline stages are virtual), not initialised."""
+    """Build the chunks of the model that this rank holds (one, unless stages are virtual), not initialised."""
     stages = config.virtual_pipeline_model_parallel_size
     return [_build_chunk(hf_config, config, groups, stage) for stage in ([None] if stages is None else range(stages))]
 

@@ -1,4 +1,4 @@
-"""L2 norms of the gradient, the weights and the update for each kind of parameter, over the whole model in any layout.
+"""Measures L2 norms of gradient, weights and update for each kind of parameter, over the whole model in any layout.
 
 Squares are summed in float64. Every parameter counts once: not its copies on other tensor-parallel ranks, the tied
 output layer of the last pipeline stage, or replicas. The result is the same on every rank, bit for bit.
@@ -25,7 +25,7 @@ KINDS = {
     "output": "output_layer",
     "other": "",
 }
-"""Kind -> what the names of its parameters hold. The first that fits counts: Transformer Engine keeps a layer's norm
+"""Kind -> a part of the names of its parameters. The first that fits counts: Transformer Engine keeps a layer's norm
 inside the linear layer after it, as in `self_attention.linear_qkv.layer_norm_weight`."""
 
 _CHUNK = 2**26
@@ -72,8 +72,9 @@ class ParameterNorms:
 
     @torch.no_grad()
     def gradients(self) -> dict[str, float]:
-        """`grad_norm/KIND` of the gradients as they are: after `prepare_grads()`, and before clipping where that is
-        what is asked for. A kind whose gradient is not finite shows, the others keep their norm.
+        """Return `grad_norm/KIND` of the gradients as they are: call it after `prepare_grads()` and before clipping.
+
+        Where the gradient of one kind is not finite, the others keep their norm.
         """
         sums = self._zeros()
         for chunk in self._chunks:
@@ -82,7 +83,7 @@ class ParameterNorms:
 
     @torch.no_grad()
     def updates(self) -> dict[str, float]:
-        """`weight_norm/KIND` of the weights as they are, and `update_ratio/KIND`: norm of the last update over that.
+        """Return `weight_norm/KIND` of the weights as they are, and `update_ratio/KIND`, the update's norm over it.
 
         The update is computed again from Adam's state, without rounding to float32 weights and without a copy of them:
         lr (u + decay w) / (1 - lr decay), with u from both moments and w the weights after the step. So lr x decay must
@@ -99,18 +100,18 @@ class ParameterNorms:
         }
 
     def _zeros(self) -> Tensor:
-        """Returns float64 [kinds]."""
+        """Return zeros, float64 [kinds]."""
         return torch.zeros(len(KINDS), dtype=torch.float64, device=self._device)
 
     def _norms(self, sums: Tensor) -> dict[str, float]:
-        """Adds up the ranks' squares [kinds] and gives the norms of the kinds that the model has."""
+        """Add up the ranks' squares [kinds] and return the norms of the kinds that the model has."""
         dist.all_reduce(sums)
         norms = dict(zip(KINDS, sums.sqrt().tolist(), strict=True))
         return {kind: norms[kind] for kind in self._kinds}
 
 
 def _chunks(part: Any, kinds: Mapping[Any, int]) -> Iterator[_Chunk]:
-    """Splits the parameters of an optimizer part that this rank counts."""
+    """Split up the parameters of an optimizer part that this rank counts."""
     # Each of these groups holds all parameters of the part: among replicas, the one around rank 0 counts. So sums go
     # over all ranks, whatever the parts' groups are, in one reduction.
     if 0 not in dist.get_process_group_ranks(part.get_grad_stats_parallel_group()):
@@ -130,19 +131,19 @@ def _chunks(part: Any, kinds: Mapping[Any, int]) -> Iterator[_Chunk]:
 
 
 def _squares(tensors: list[Any]) -> Tensor:
-    """Returns the squared norms, float64 [tensors]."""
+    """Return the squared norms, float64 [tensors]."""
     # Summed in float32, 1e8 squares are off by 1% on CPU.
     return torch.stack(_foreach._foreach_norm(tensors, 2, dtype=torch.float64)).square()
 
 
 def _update_squares(chunk: _Chunk) -> Tensor:
-    """Returns the squared norms of the last update, float64 [params]."""
+    """Return the squared norms of the last update, float64 [params]."""
     adam: Any = chunk.part.optimizer
     group = adam.param_groups[chunk.group]
     states = [adam.state[param] for param in chunk.params]
     beta1, beta2 = group["betas"]
     lr, decay, step = group["lr"], group["weight_decay"], group["step"]
-    correction1, correction2 = (1 - beta1**step, 1 - beta2**step) if group["bias_correction"] else (1.0, 1.0)
+    correction1, correction2 = 1 - beta1**step, 1 - beta2**step
     # Scalars stay outside: the update is the change below times lr * scale / (1 - lr * decay).
     scale = math.sqrt(correction2) / correction1
     changes = _foreach._foreach_sqrt([state["exp_avg_sq"] for state in states])

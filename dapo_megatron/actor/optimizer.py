@@ -52,7 +52,7 @@ def build_optimizer(
     chunks: list[DistributedDataParallel],
     groups: ProcessGroupCollection,
 ) -> Any:
-    """Megatron's optimizer. Weight decay is for matrices; biases and norms have none."""
+    """Build Megatron's optimizer. Weight decay is for matrices; biases and norms have none."""
     config = MegatronOptimizerConfig(
         optimizer="adam",
         lr=optimizer.lr,
@@ -71,7 +71,7 @@ def build_optimizer(
 
 @contextmanager
 def gradients_as_weights(modules: Sequence[Any]) -> Iterator[None]:
-    """Inside, every parameter of these DDP modules holds its summed gradient instead of its value. Collective.
+    """Let every parameter of these DDP modules hold, inside, its summed gradient instead of its value. Collective.
 
     The distributed optimizer leaves each rank only its part of the sums; the others' are fetched.
     """
@@ -94,7 +94,7 @@ def gradients_as_weights(modules: Sequence[Any]) -> Iterator[None]:
 
 @torch.no_grad()
 def gradient_norm(optimizer: Any) -> float:
-    """Of the summed gradients, before clipping. Changes no parameter; `apply_gradient` comes next, or nothing."""
+    """Return the norm of the summed gradients. No parameter changes; `apply_gradient` comes next, or nothing."""
     optimizer.prepare_grads()
     return float(optimizer.get_grad_norm())
 

@@ -1,4 +1,4 @@
-"""What is measured of a mini-batch, brought together over all ranks."""
+"""Brings together what ranks have parts of: the sums that a loss asks for, and the measures of a mini-batch."""
 
 from __future__ import annotations
 
@@ -13,12 +13,27 @@ from torch import Tensor
 from dapo_megatron.measures import Measure, Measures, reduce
 
 
+class SumOverRanks(torch.autograd.Function):
+    """Add up a tensor over a group; the gradient is added up over it, too. Collective, forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        total = part.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return SumOverRanks.forward(ctx, grads[0], ctx.group), None
+
+
 def over_ranks(parts: Sequence[Measures], groups: ProcessGroupCollection, device: torch.device) -> dict[str, Measure]:
-    """Bring the measures of this rank's micro-batches and all other ranks' together. Collective; every rank gets them.
+    """Bring the measures of all micro-batches of all ranks together. Collective; every rank gets them.
 
     Args:
-        parts: one per micro-batch, on ranks of the last pipeline stage, which alone sees the loss. What other stages
-            pass is ignored.
+        parts: the measures of each micro-batch of this rank. Only those of the last pipeline stage count, which alone
+            sees the loss.
     """
     stages: Any = groups.pp
     replicas: Any = groups.dp_cp

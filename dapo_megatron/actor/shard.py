@@ -1,4 +1,4 @@
-"""A rank's own part of a micro-batch under context parallel, and the way back.
+"""Cuts a rank's own part out of a micro-batch under context parallel, and leads back.
 
 A sequence of L slots is cut into 2n chunks; rank r of n holds chunks r and 2n-1-r, as Megatron and Transformer Engine
 want it, so that every rank has the same share of the causal triangle. Of its t = T/n slots, R are scored: those alone
@@ -29,18 +29,18 @@ class Shard:
     """What one rank computes of one micro-batch."""
 
     tokens_t: Tensor
-    """int64 [t]: this rank's slots."""
+    """int64 [t]: the tokens of this rank's slots."""
     positions_t: Tensor
-    """int64 [t]."""
+    """int64 [t]: their positions."""
     packed: PackedSeqParams
-    """The sequences of the whole context-parallel group, as Megatron wants them told."""
+    """Megatron's description of the sequences of the whole context-parallel group."""
     rows_R: Tensor
-    """int64 [R], R > 0: the scored among the t slots. Where none is, the first, so that there is a backward pass."""
+    """int64 [R], R > 0: which of the t slots are scored; where none is, the first, so that there is a backward pass."""
     batch: MicroBatch
-    """Those R slots alone; its cu_seqlens count them."""
+    """The scored slots alone, T = R; its cu_seqlens count them."""
 
     def spread(self, values_R: Tensor) -> Tensor:
-        """[t]: `values_R` where they belong, 0 on the slots that are not scored."""
+        """Return [t]: `values_R` where they belong, 0 on the slots that are not scored."""
         values_R = torch.where(self.batch.scored_T, values_R, 0)
         return values_R.new_zeros(self.tokens_t.shape).index_copy(0, self.rows_R, values_R)
 
@@ -79,7 +79,7 @@ def make_shard(
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
     )
-    mine = slots_of(batch.cu_seqlens, cp, cp_rank) if cp > 1 else torch.arange(batch.slots)
+    mine = slots_of(batch.cu_seqlens, cp, cp_rank)
     scored_t = batch.scored_T[mine]
     rows_R = scored_t.nonzero()[:, 0] if scored_t.any() else torch.zeros(1, dtype=torch.int64)
     slots_R = mine[rows_R]
@@ -127,9 +127,11 @@ def concatenated(batches: Sequence[MicroBatch]) -> MicroBatch:
 
 
 def slots_of(cu_seqlens: Tensor, cp: int, cp_rank: int) -> Tensor:
-    """int64 [T / cp]: the slots of a micro-batch that this rank holds, in its order."""
+    """Return the slots of a micro-batch that this rank holds, in its order: int64 [T / cp]."""
+    if cp == 1:
+        return torch.arange(int(cu_seqlens[-1]))
     slots = []
     for start, end in pairwise(cu_seqlens.tolist()):
         chunks = torch.arange(start, end).chunk(2 * cp)
         slots += [chunks[cp_rank], chunks[2 * cp - 1 - cp_rank]]
-    return torch.cat(slots) if slots else torch.empty(0, dtype=torch.int64)
+    return torch.cat(slots)

@@ -1,4 +1,4 @@
-"""Who is where: the ranks of a run, their groups, and what they tell one another through host memory.
+"""Knows who is where: the ranks of a run, their groups, and what they tell one another through host memory.
 
 Ranks count tensor parallel fastest, then context, data, and pipeline parallel (Megatron's own order):
 rank = tp_rank + tp x (cp_rank + cp x (dp_rank + dp x pp_rank)).
@@ -35,17 +35,6 @@ _LOOPBACK = "lo"
 
 
 @dataclass(frozen=True, slots=True)
-class HostGroups:
-    """Groups for what lies in host memory, over gloo."""
-
-    world: dist.ProcessGroup
-    replica: dist.ProcessGroup
-    """The ranks of this data-parallel replica."""
-    leaders: Any
-    """The leaders of all replicas; no group on other ranks."""
-
-
-@dataclass(frozen=True, slots=True)
 class Topology:
     """Where this process stands, and the way to the other ranks. Methods are collective over all ranks."""
 
@@ -55,11 +44,14 @@ class Topology:
     pp: int
     cp: int
     dp: int
-    tp_rank: int
-    pp_rank: int
     cp_rank: int
     dp_rank: int
-    host: HostGroups = field(repr=False)
+    host_world: dist.ProcessGroup = field(repr=False)
+    """All ranks, over gloo, for what lies in host memory; so are the next two."""
+    host_replica: dist.ProcessGroup = field(repr=False)
+    """The ranks of this replica."""
+    host_leaders: dist.ProcessGroup = field(repr=False)
+    """The leaders of all replicas; on other ranks, no group."""
 
     @property
     def is_leader(self) -> bool:
@@ -67,7 +59,7 @@ class Topology:
 
     @property
     def is_replica_leader(self) -> bool:
-        return self.tp_rank == self.pp_rank == self.cp_rank == 0
+        return dist.get_rank(self.host_replica) == 0
 
     @property
     def device(self) -> torch.device:
@@ -89,21 +81,21 @@ class Topology:
         # To one rank of each replica, which hands it on: the leader would need memory for a copy per rank.
         if self.is_replica_leader:
             entries = None if per_replica is None else list(per_replica)
-            dist.scatter_object_list(received, entries, src=0, group=self.host.leaders)
-        dist.broadcast_object_list(received, group_src=0, group=self.host.replica)
+            dist.scatter_object_list(received, entries, src=0, group=self.host_leaders)
+        dist.broadcast_object_list(received, group_src=0, group=self.host_replica)
         return received[0]
 
     def gather(self, value: T) -> list[T] | None:
         """Do the opposite of `scatter`: on the leader return the value of every replica, elsewhere None."""
         entries: list[Any] | None = [None] * self.dp if self.is_leader else None
         if self.is_replica_leader:
-            dist.gather_object(value, entries, dst=0, group=self.host.leaders)
+            dist.gather_object(value, entries, dst=0, group=self.host_leaders)
         return entries
 
     def broadcast(self, value: T | None) -> T:
         """Give every rank the leader's value, whatever the others pass."""
         box: list[Any] = [value]
-        dist.broadcast_object_list(box, src=0, group=self.host.world)
+        dist.broadcast_object_list(box, src=0, group=self.host_world)
         return box[0]
 
     def sum(self, values: Tensor) -> Tensor:
@@ -118,12 +110,12 @@ class Topology:
         return self._reduce(values, dist.ReduceOp.SUM, 0)
 
     def max(self, values: Tensor) -> Tensor:
-        """Take the largest, likewise. Floating only; nan counts as inf, which no backend drops on the way."""
+        """Take the largest of each entry, as `sum` adds. Floating only; nan counts as inf, which no backend drops."""
         return self._reduce(torch.where(values.isnan(), torch.inf, values), dist.ReduceOp.MAX, -torch.inf)
 
     def _reduce(self, values: Tensor, operation: Any, neutral: float) -> Tensor:
         own = values.clone() if self.is_replica_leader else torch.full_like(values, neutral)
-        dist.all_reduce(own, op=operation, group=self.host.world)
+        dist.all_reduce(own, op=operation, group=self.host_world)
         return own
 
 
@@ -131,8 +123,8 @@ def initialize(parallel: ParallelConfig, *, seed: int = 0, timeout: timedelta = 
     """Join the process group and split it. Reads torchrun's environment; without it, this is a run of one process.
 
     Args:
-        seed: of torch and of Megatron's random states.
-        timeout: of every collective, those that wait for the leader's rollout included.
+        seed: the seed of torch and of Megatron's random states.
+        timeout: how long a collective may take, those that wait for the leader's rollout included.
 
     Raises:
         ConfigError: where tp x pp x cp does not divide the number of ranks.
@@ -167,7 +159,7 @@ def initialize(parallel: ParallelConfig, *, seed: int = 0, timeout: timedelta = 
     block = parallel.tp * parallel.cp
     members = [[rank for rank in range(world_size) if rank // block % dp == replica] for replica in range(dp)]
     world, leaders, *replicas = (
-        dist.new_group(ranks, backend="gloo", timeout=timeout)
+        cast(dist.ProcessGroup, dist.new_group(ranks, backend="gloo", timeout=timeout))
         for ranks in (None, [first for first, *_ in members], *members)
     )
     torch.manual_seed(seed)
@@ -179,11 +171,11 @@ def initialize(parallel: ParallelConfig, *, seed: int = 0, timeout: timedelta = 
         pp=parallel.pp,
         cp=parallel.cp,
         dp=dp,
-        tp_rank=mpu.get_tensor_model_parallel_rank(),
-        pp_rank=mpu.get_pipeline_model_parallel_rank(),
         cp_rank=mpu.get_context_parallel_rank(),
         dp_rank=mpu.get_data_parallel_rank(),
-        host=HostGroups(cast(dist.ProcessGroup, world), cast(Any, replicas[rank // block % dp]), leaders),
+        host_world=world,
+        host_replica=replicas[rank // block % dp],
+        host_leaders=leaders,
     )
 
 

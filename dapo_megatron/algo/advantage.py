@@ -9,16 +9,16 @@ from torch import Tensor
 
 
 def group_advantages(rewards_G: Tensor | Sequence[float], *, ddof: int | None = 1, eps: float = 1e-6) -> Tensor:
-    """(R - mean R) / (std R + eps) over the responses to one prompt; every token of a response shares its advantage.
+    """Return (R - mean R) / (std R + eps) for the responses to one prompt; all tokens of a response share it.
 
-    The paper says neither which standard deviation nor gives an eps; the defaults are those of its published code.
+    The paper gives no eps and does not say which standard deviation; the defaults are those of its published code.
     Equal rewards give exactly 0. So does a group of one, which has nothing to be compared with; that code keeps its
     reward instead.
 
     Args:
         rewards_G: [G], floating; a sequence becomes float64.
         ddof: 1 divides by the unbiased standard deviation, 0 by the population's, None only centres.
-        eps: keeps the division finite.
+        eps: added to the standard deviation, which keeps the division finite.
 
     Returns:
         [G], in the dtype of the rewards.

@@ -17,10 +17,10 @@ def clip(
     Where the clip acts, the ratio has no gradient. On a kink (r = 1 + high, say) it does not act yet.
 
     Args:
-        dual: an upper bound where A < 0 (dual clip, arXiv 1912.09729); None has none, as in the paper.
+        dual: upper bound of ratios where A < 0 (dual clip, arXiv 1912.09729); None for no bound, as in the paper.
 
     Returns:
-        The clipped ratios [T]; where they were above an upper bound, and where below a lower one, bool [T].
+        The clipped ratios [T]; and, bool [T], which were above an upper bound, and which below a lower one.
     """
     falls_T = advantages_T < 0
     highest_T = log_ratio_T.new_full(log_ratio_T.shape, math.inf).masked_fill_(~falls_T, math.log1p(high))

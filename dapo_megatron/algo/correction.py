@@ -1,4 +1,4 @@
-"""The engine samples from slightly other probabilities than the trainer computes: what to do about it.
+"""Corrects for the engine, which samples from slightly other probabilities than the trainer computes.
 
 importance = probability under the trainer's old policy / probability under the engine. Sources:
 
@@ -22,32 +22,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dapo_megatron.algo.segments import segment_sums, segments
+from dapo_megatron.algo.segments import check_slots, segment_sums, segments
 from dapo_megatron.config import CorrectionConfig
 
 
-def token_importance(old_logprobs_T: Tensor, rollout_logprobs_T: Tensor, loss_mask_T: Tensor) -> Tensor:
-    """[T]: of each loss token by itself, 1 elsewhere. Log-probs [T] in nats; other slots may hold anything."""
-    return _log_importance(old_logprobs_T, rollout_logprobs_T, loss_mask_T).exp()
-
-
-def sequence_importance(
-    old_logprobs_T: Tensor, rollout_logprobs_T: Tensor, loss_mask_T: Tensor, cu_seqlens: Tensor
+def importance(
+    old_logprobs_T: Tensor, rollout_logprobs_T: Tensor, loss_mask_T: Tensor, cu_seqlens: Tensor | None = None
 ) -> Tensor:
-    """[T]: of each response, the product over its loss tokens, at all its slots. inf where the dtype ends."""
-    log_importance_T = _log_importance(old_logprobs_T, rollout_logprobs_T, loss_mask_T)
-    return segment_sums(log_importance_T, cu_seqlens)[segments(cu_seqlens)].exp()
+    """Return the importance of each loss token, [T], 1 elsewhere; with `cu_seqlens`, that of whole responses.
 
+    A response has the product over its loss tokens, at all its slots; inf where the dtype ends.
 
-def truncated(importance_T: Tensor, cap: float) -> Tensor:
-    """Weights [T]: min(importance, cap)."""
-    return importance_T.clamp(max=cap)
-
-
-def masked(importance_T: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
-    """Weights [T], importance inside [low, high] and 0 outside, and bool [T]: the tokens that stay in the loss."""
-    stays_T = ~((importance_T < low) | (importance_T > high))
-    return torch.where(stays_T, importance_T, 0), stays_T
+    Args:
+        old_logprobs_T: [T], nats, like `rollout_logprobs_T`; slots outside the loss may hold anything.
+        loss_mask_T: bool [T].
+    """
+    check_slots(loss_mask_T, old_logprobs_T, rollout_logprobs_T)
+    log_importance_T = torch.where(loss_mask_T, old_logprobs_T - rollout_logprobs_T, 0)
+    if cu_seqlens is not None:
+        log_importance_T = segment_sums(log_importance_T, cu_seqlens)[segments(cu_seqlens)]
+    return log_importance_T.exp()
 
 
 def correct(
@@ -57,7 +51,7 @@ def correct(
     cu_seqlens: Tensor,
     config: CorrectionConfig,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The correction of `config` for one micro-batch: log-probs [T] in nats, segments `cu_seqlens`.
+    """Apply the correction of `config` to one micro-batch; log-probs [T] in nats.
 
     Returns:
         The weight of each token [T], of no meaning where it is not in the loss; the new loss mask, bool [T]; and which
@@ -65,18 +59,10 @@ def correct(
     """
     if config.kind == "none":
         return torch.ones_like(old_logprobs_T), loss_mask_T, torch.zeros_like(loss_mask_T)
-    if config.level == "token":
-        importance_T = token_importance(old_logprobs_T, rollout_logprobs_T, loss_mask_T)
-    else:
-        importance_T = sequence_importance(old_logprobs_T, rollout_logprobs_T, loss_mask_T, cu_seqlens)
+    bounds = cu_seqlens if config.level == "sequence" else None
+    importance_T = importance(old_logprobs_T, rollout_logprobs_T, loss_mask_T, bounds)
     if config.kind == "truncated":
-        return truncated(importance_T, config.cap), loss_mask_T, loss_mask_T & (importance_T > config.cap)
-    weights_T, stays_T = masked(importance_T, *config.band)
-    return weights_T, loss_mask_T & stays_T, loss_mask_T & ~stays_T
-
-
-def _log_importance(old_logprobs_T: Tensor, rollout_logprobs_T: Tensor, loss_mask_T: Tensor) -> Tensor:
-    shapes = [tuple(tensor.shape) for tensor in (old_logprobs_T, rollout_logprobs_T, loss_mask_T)]
-    assert len(shapes[0]) == 1 and len(set(shapes)) == 1, f"all must be [T] and alike, got {shapes}"
-    assert loss_mask_T.dtype == torch.bool, f"the mask must be bool, got {loss_mask_T.dtype}"
-    return torch.where(loss_mask_T, old_logprobs_T - rollout_logprobs_T, 0)
+        return importance_T.clamp(max=config.cap), loss_mask_T, loss_mask_T & (importance_T > config.cap)
+    low, high = config.band
+    outside_T = (importance_T < low) | (importance_T > high)  # nan is not
+    return torch.where(outside_T, 0, importance_T), loss_mask_T & ~outside_T, loss_mask_T & outside_T

@@ -1,4 +1,4 @@
-"""Estimators of KL(policy || reference), p and q below, from tokens that the policy sampled.
+"""Estimates KL(policy || reference), p and q below, from tokens that the policy sampled.
 
 Source: J. Schulman, "Approximating KL Divergence", 2020.
 """
@@ -12,12 +12,12 @@ from torch import Tensor
 
 
 def k2(logprobs_T: Tensor, ref_logprobs_T: Tensor) -> Tensor:
-    """(log p - log q)^2 / 2, nats [T]. Biased, never negative; on samples of the policy its gradient is the KL's."""
+    """Return (log p - log q)^2 / 2, nats [T]: biased, never negative; on samples of p its gradient is the KL's."""
     return (logprobs_T - ref_logprobs_T).square() / 2
 
 
 def k3(logprobs_T: Tensor, ref_logprobs_T: Tensor) -> Tensor:
-    """q/p - 1 - log(q/p), nats [T]. Unbiased and never negative; what GRPO uses (arXiv 2402.03300, eq. 4)."""
+    """Return q/p - 1 - log(q/p), nats [T]: unbiased and never negative; what GRPO uses (arXiv 2402.03300, eq. 4)."""
     log_ratio_T = ref_logprobs_T - logprobs_T
     return torch.expm1(log_ratio_T) - log_ratio_T
 

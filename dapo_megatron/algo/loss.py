@@ -1,4 +1,4 @@
-"""What a loss is: one file of `algo.losses`, or of a user's own, that binds a `Loss`."""
+"""Says what a loss is: a file of `algo.losses`, or of a user's own, binds a `Loss`."""
 
 from __future__ import annotations
 
@@ -15,32 +15,33 @@ if TYPE_CHECKING:  # a configuration names losses, and is read without torch
 
 @dataclass(frozen=True, slots=True)
 class LossInput:
-    """The scored slots of one micro-batch: T of them, under context parallel those of this rank.
+    """What a loss sees of one micro-batch: its T scored slots, under context parallel those of this rank.
 
-    Slots outside the loss hold 0, whatever the batch has there, and what a loss gives for them is ignored.
+    Slots outside the loss hold 0, and what a loss gives for them is ignored.
     """
 
     logprobs_T: Tensor
-    """Nats; carries the gradient."""
+    """Log-probs of the labels, in nats; they carry the gradient."""
     old_logprobs_T: Tensor
-    """Nats: the policy before the first update of the step."""
+    """Log-probs of the labels under the policy at the start of the step, in nats."""
     advantages_T: Tensor
     mask_T: Tensor
-    """bool: in the loss."""
+    """bool: which slots are in the loss."""
     cu_seqlens: Tensor
-    """int32 [S+1]: sequence s has slots cu_seqlens[s] to cu_seqlens[s+1], under context parallel a part of it."""
+    """int32 [S+1]: slots cu_seqlens[s] to cu_seqlens[s+1] are of sequence s, under context parallel a part of it."""
     context_sum: Callable[[Tensor], Tensor]
-    """Adds up a tensor over the ranks that share these sequences, forward and backward. Collective."""
+    """Adds up a tensor over the ranks that share these sequences, and its gradient. Collective in both directions:
+    whether a loss calls it must not depend on the data."""
 
     @property
     def log_ratio_T(self) -> Tensor:
-        """Log of the probability ratio, policy to old policy; 0 outside the loss."""
+        """The log of the probability ratio, policy to old policy, [T]; 0 outside the loss."""
         return self.logprobs_T - self.old_logprobs_T
 
     def sequence_means(self, values_T: Tensor) -> Tensor:
-        """[T]: at each slot the mean over all loss tokens of its sequence, in the dtype of `values_T`. Collective.
+        """Return the mean over all loss tokens of each slot's sequence, [T], in the dtype of `values_T`. Collective.
 
-        Where a sequence has no loss tokens, the sum, which is 0.
+        A sequence without loss tokens has mean 0.
         """
         import torch
 
@@ -53,7 +54,7 @@ class LossInput:
         return means_S[segments(self.cu_seqlens, values_T.shape[0])].to(values_T.dtype)
 
     def share(self, chosen_T: Tensor) -> Mean:
-        """Share of the loss tokens that are in `chosen_T`, bool."""
+        """Measure which share of the loss tokens is in `chosen_T`, bool [T]."""
         return Mean((chosen_T & self.mask_T).sum(), self.mask_T.sum())
 
 
@@ -61,21 +62,21 @@ class LossInput:
 class Loss:
     """One way to learn from advantages, as `algo.loss` names it.
 
-    The mask, the weights of scope and correction, the KL term, the sum and its one division are the same for all losses
-    and none of theirs (`algo.objective`).
+    The mask, the weights of scope and correction, the KL term, the sum and its one division are not its business: they
+    are the same for all losses (`algo.objective`).
     """
 
     settings: type[Section]
-    """Its section of the configuration, `algo.NAME`; every setting has a default."""
+    """The model of its section of the configuration, `algo.NAME`; every setting has a default."""
     per_token: Callable[[LossInput, Any], tuple[Tensor, Measures]]
     """(input, settings) -> what is minimised at each slot, [T], before weights; and what was measured."""
     meanings: Mapping[str, str]
-    """Metric -> meaning, for each that `per_token` measures."""
+    """Metric -> meaning. `per_token` measures all of these and no others, on every call."""
     reference: Callable[[Tensor, Tensor, float, Any], Tensor] | None = None
     """(policy, old policy, advantage, settings) -> what is maximised at each token of one response, [n].
 
-    Log-probs float64 [n], nats, of its loss tokens alone. Written as the paper prints it, for `check-reduction`, and
-    sharing no code with `per_token`.
+    The log-probs are float64 [n], in nats, of its loss tokens alone. `check-reduction` compares with it: it is written
+    as the paper prints it, and shares no code with `per_token`.
     """
     bounds: Callable[[Any], tuple[float, ...]] = lambda settings: ()
-    """Ratios beyond which something changes and that few tokens reach: `check-reduction` sends some there."""
+    """settings -> ratios that few tokens reach and where the loss changes: `check-reduction` sends some beyond."""

@@ -1,4 +1,4 @@
-"""How far the engine's log-probs are from the trainer's for the same tokens and weights."""
+"""Measures how far the engine's log-probs are from the trainer's for the same tokens and weights."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dapo_megatron.algo.kl import k3
+from dapo_megatron.algo.segments import check_slots
 from dapo_megatron.measures import Max, Mean, Measures
 
 
@@ -16,8 +17,7 @@ def mismatch(trainer_logprobs_T: Tensor, rollout_logprobs_T: Tensor, loss_mask_T
         mismatch/kl: mean of k3 of KL(engine || trainer), which the engine's samples estimate without bias;
         mismatch/abs: mean of |difference|; mismatch/abs_max: the largest |difference|, 0 where there are no tokens.
     """
-    shapes = [tuple(tensor.shape) for tensor in (trainer_logprobs_T, rollout_logprobs_T, loss_mask_T)]
-    assert len(shapes[0]) == 1 and len(set(shapes)) == 1, f"all must be [T] and alike, got {shapes}"
+    check_slots(loss_mask_T, trainer_logprobs_T, rollout_logprobs_T)
     trainer_T = torch.where(loss_mask_T, trainer_logprobs_T.detach(), 0)
     rollout_T = torch.where(loss_mask_T, rollout_logprobs_T, 0)
     difference_T, tokens = (trainer_T - rollout_T).abs(), loss_mask_T.sum()

@@ -1,4 +1,4 @@
-"""From a loss to what the actor minimises: mask, KL term, weights and the sum, the same for every loss.
+"""Makes of a loss what the actor minimises: mask, KL term, weights and the sum are the same for every loss.
 
 Nothing here divides: the reduction divides once, by the number of loss tokens of the mini-batch over all ranks.
 """
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dapo_megatron.algo.kl import ESTIMATORS, k3
 from dapo_megatron.algo.loss import LossInput
+from dapo_megatron.algo.segments import check_slots
 from dapo_megatron.config import AlgoConfig
 from dapo_megatron.measures import Max, Mean, Measure
 from dapo_megatron.types import MicroBatch, TokenLoss
@@ -22,7 +23,7 @@ from dapo_megatron.types import MicroBatch, TokenLoss
 class Objective:
     """The sum over loss tokens of weight * (loss + kl.coef * KL), with the loss that `algo.loss` names.
 
-    Wants old log-probs in the batch, and the reference's where kl.coef > 0. Where anything of a loss token is not
+    It wants old log-probs in the batch, and the reference's where kl.coef > 0. Where anything of a loss token is not
     finite, the sum or a measure is not either, also where a clip hides it from the gradient.
     """
 
@@ -31,7 +32,7 @@ class Objective:
     def __call__(
         self, logprobs_T: Tensor, batch: MicroBatch, context_sum: Callable[[Tensor], Tensor] = lambda part: part
     ) -> TokenLoss:
-        """Measure one micro-batch.
+        """Compute the loss of one micro-batch, a sum, and measure it.
 
         Args:
             logprobs_T: [T], nats; carries the gradient. Slots outside the loss may hold anything, also nan.
@@ -42,7 +43,7 @@ class Objective:
             policy || policy), with a reference kl/ref (policy || reference, by kl.estimator), and the loss's own.
         """
         kl, mask_T = self.config.kl, batch.loss_mask_T
-        _assert_shapes(logprobs_T, mask_T, batch.old_logprobs_T, batch.advantages_T, batch.weights_T)
+        check_slots(mask_T, logprobs_T, batch.old_logprobs_T, batch.advantages_T, batch.weights_T)
         assert batch.old_logprobs_T is not None, "the batch has no old log-probs; compute them before the first update"
         assert kl.coef == 0 or batch.ref_logprobs_T is not None, f"kl.coef = {kl.coef} needs the reference's log-probs"
 
@@ -52,7 +53,8 @@ class Objective:
 
         new_T, old_T = masked(logprobs_T), masked(batch.old_logprobs_T)
         given = LossInput(new_T, old_T, masked(batch.advantages_T), mask_T, batch.cu_seqlens, context_sum)
-        loss_T, measures = self.config.found_loss.per_token(given, self.config.settings)
+        loss = self.config.found_loss
+        loss_T, measures = loss.per_token(given, self.config.settings)
         ratio_T, tokens = masked(given.log_ratio_T.detach().exp()), mask_T.sum()
         common: dict[str, Measure] = {
             "ratio/mean": Mean(ratio_T.sum(), tokens),
@@ -64,13 +66,9 @@ class Objective:
             common["kl/ref"] = Mean(kl_T.detach().sum(), tokens)
             if kl.coef:
                 loss_T = loss_T + kl.coef * kl_T
+        # Ranks reduce measures together: one that is missing somewhere would hang them all.
+        assert measures.keys() == loss.meanings.keys() and not measures.keys() & common.keys(), (
+            f"algo.loss={self.config.loss} must measure what its meanings name, {sorted(loss.meanings)}, every time, "
+            f"and none of {sorted(common)}; got {sorted(measures)}"
+        )
         return TokenLoss((masked(loss_T) * masked(batch.weights_T)).sum(), tokens, {**common, **measures})
-
-
-def _assert_shapes(logprobs_T: Tensor, mask_T: Tensor, *others_T: Tensor | None) -> None:
-    """All [T], T > 0, the mask bool."""
-    shapes = [tuple(tensor.shape) for tensor in (logprobs_T, mask_T, *others_T) if tensor is not None]
-    assert len(shapes[0]) == 1 and shapes[0][0] > 0 and len(set(shapes)) == 1, (
-        f"all must be [T] and alike, got {shapes}"
-    )
-    assert mask_T.dtype == torch.bool, f"the mask must be bool, got {mask_T.dtype}"

@@ -12,18 +12,18 @@ from torch import Tensor
 from dapo_megatron.algo.replicas import Replicas
 
 _BITS = 8
-"""Of a value's 32 that each round settles: four rounds, each of one sum."""
+"""Bits of a value's 32 that each round settles: four rounds, each of one sum."""
 
 
 def quantiles(values_T: Tensor, fractions: Sequence[float], replicas: Replicas) -> Tensor:
-    """float32 [Q]: for each fraction q the smallest value v such that at least q n of all n values are <= v.
+    """Return for each fraction q the smallest value v such that at least q n of all n values are <= v: float32 [Q].
 
     Always one of the values, so the result does not depend on how they are spread. q = 0 gives the minimum; a fraction
     is the decimal number that it is written as. nan counts as larger than inf. Without values, nan.
 
     Args:
-        values_T: float32 [T], those of this replica; may be empty.
-        fractions: from 0 to 1.
+        values_T: float32 [T], the values of this replica; may be empty.
+        fractions: the Q fractions q, from 0 to 1.
     """
     assert values_T.ndim == 1 and values_T.dtype == torch.float32, (values_T.shape, values_T.dtype)
     keys_T = _keys(values_T).sort().values
@@ -42,7 +42,7 @@ def quantiles(values_T: Tensor, fractions: Sequence[float], replicas: Replicas) 
 
 
 def _keys(values_T: Tensor) -> Tensor:
-    """int64 in the range of int32, in the order of the values: floats of one sign are ordered like their bits."""
+    """Return int64 keys in the range of int32, ordered as the values are: floats of one sign are ordered like bits."""
     bits_T = values_T.contiguous().view(torch.int32)
     keys_T = torch.where(bits_T >= 0, bits_T, bits_T ^ 0x7FFFFFFF)
     return torch.where(values_T.isnan(), 0x7FFFFFFF, keys_T).long()

@@ -8,16 +8,16 @@ from torch import Tensor
 
 
 class Replicas(Protocol):
-    """Reductions over replicas, each counted once. In a single one, the identity.
+    """Reductions over replicas, each counted once; with a single replica, the identity.
 
-    Collective: all ranks of all replicas make the same calls, in the same order, with tensors of the same shape and
-    dtype, that ranks of one replica hold alike. All get the same result. Tensors lie in host memory.
+    They are collective: all ranks of all replicas make the same calls, in the same order, with tensors of the same
+    shape and dtype, which ranks of one replica hold alike. All get the same result. Tensors lie in host memory.
     """
 
     def sum(self, values: Tensor) -> Tensor:
-        """A new tensor like `values`."""
+        """Return the sum, a new tensor like `values`."""
         ...
 
     def max(self, values: Tensor) -> Tensor:
-        """A new tensor like `values`, floating."""
+        """Return the largest of each entry, a new tensor like `values`, which are floating."""
         ...

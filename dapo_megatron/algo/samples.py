@@ -1,4 +1,4 @@
-"""Graded groups to samples that can be trained on."""
+"""Turns graded groups into samples that can be trained on."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _DDOF = {"unbiased": 1, "population": 0, "none": None}
 
 
 def to_samples(groups: Sequence[Group], algo: AlgoConfig, *, filter_truncated: bool) -> list[TrainSample]:
-    """One sample per response, in the order of the groups; all generated tokens are trained on, the end token included.
+    """Return one sample per response, in the order of the groups; all generated tokens are trained on, end tokens too.
 
     With `filter_truncated` (overlong filtering), truncated responses lose all their loss tokens. They still count in
     the mean and standard deviation of their group.
@@ -42,5 +42,4 @@ def _sample(prompt: Prompt, completion: Completion, advantage: float, group: int
         rollout_logprobs=rollout_logprobs,
         advantage=advantage,
         group=group,
-        policy_version=min((span.version for span in completion.versions), default=0),
     )

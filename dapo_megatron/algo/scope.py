@@ -1,4 +1,4 @@
-"""What weighs the same in the mean over a mini-batch: every token, every prompt, or every response, or nothing does.
+"""Weighs tokens so that in the mean over a mini-batch every token, every prompt or every response weighs the same.
 
 A mini-batch is spread over replicas: each counts its own segments (`counts`), the counts are summed, and from the sums
 each weighs its own segments (`weights`). With N loss tokens in the mini-batch, sum(weight * loss) / N is:
@@ -26,11 +26,11 @@ Scope = Literal["token", "prompt", "sample", "constant"]
 
 
 def counts(scope: Scope, tokens_S: Tensor, groups_S: Tensor, groups: int) -> Tensor:
-    """What `weights` has to know of one replica's segments: float64, to be summed over replicas.
+    """Return what `weights` has to know of one replica's segments: float64, to be summed over replicas.
 
     Args:
-        tokens_S: [S], the loss tokens of each segment; a segment with any is a response.
-        groups_S: int64 [S], the prompt that each belongs to, below `groups`; looked at only where there are tokens.
+        tokens_S: [S], the number of loss tokens of each segment; a segment with any is a response.
+        groups_S: int64 [S], the group that each belongs to, below `groups`; looked at only where there are tokens.
     """
     tokens_S = tokens_S.double()
     match scope:
@@ -48,7 +48,7 @@ def counts(scope: Scope, tokens_S: Tensor, groups_S: Tensor, groups: int) -> Ten
 def weights(
     scope: Scope, tokens_S: Tensor, groups_S: Tensor, totals: Tensor, loss_tokens: int, length: int | None = None
 ) -> Tensor:
-    """float64 [S]: the weight of each loss token of a segment; 0 for a segment without any.
+    """Return the weight of a loss token of each segment, float64 [S]; 0 for a segment without any.
 
     Args:
         totals: `counts`, summed over replicas.

@@ -1,4 +1,4 @@
-"""Between the old log-probs and the updates: how far engine and trainer disagree, and what each token then weighs."""
+"""Measures how far engine and trainer disagree, and weighs tokens: after the old log-probs, before the updates."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dapo_megatron.algo import scope
-from dapo_megatron.algo.correction import correct, token_importance
+from dapo_megatron.algo.correction import correct, importance
 from dapo_megatron.algo.mismatch import mismatch
 from dapo_megatron.algo.quantiles import quantiles
 from dapo_megatron.algo.replicas import Replicas
@@ -32,7 +32,7 @@ def weigh(
 ) -> tuple[list[MiniBatch], dict[str, Measure]]:
     """Measure the mismatch, correct it as configured, and weigh each token by its correction and scope. Collective.
 
-    Needs old log-probs. Micro-batches are whole, in host memory, and alike on all ranks of a replica.
+    The mini-batches have old log-probs. Micro-batches are whole, in host memory, and alike on all ranks of a replica.
 
     Returns:
         The mini-batches with loss_mask_T and weights_T set and, where tokens were masked, fewer loss_tokens; and the
@@ -51,7 +51,7 @@ def measure(mini_batches: Sequence[MiniBatch], replicas: Replicas) -> dict[str, 
     batches = [batch for whole in mini_batches for batch in whole.micro_batches]
     parts = [mismatch(*_logprobs(batch), batch.loss_mask_T) for batch in batches]
     ratios_T = torch.cat(
-        [token_importance(*_logprobs(batch), batch.loss_mask_T)[batch.loss_mask_T].float() for batch in batches]
+        [importance(*_logprobs(batch), batch.loss_mask_T)[batch.loss_mask_T].float() for batch in batches]
     )
     ratios_Q = quantiles(ratios_T, list(RATIO_QUANTILES.values()), replicas)
     at_quantiles = {name: Max(ratio) for name, ratio in zip(RATIO_QUANTILES, ratios_Q.tolist(), strict=True)}
@@ -67,8 +67,8 @@ def corrected(
     count of the masks thereby still checks.
 
     Returns:
-        Also, unless of kind "none": correction/weight, the mean weight of the tokens that stay, and the share of tokens
-        that were changed, correction/truncated or correction/masked.
+        The mini-batches and, unless the kind is "none": correction/weight, the mean weight of the tokens that stay, and
+        the share of tokens that were changed, correction/truncated or correction/masked.
     """
     local: list[MiniBatch] = []
     masked_U: list[Tensor] = []
@@ -124,6 +124,6 @@ def scoped(mini_batches: Sequence[MiniBatch], algo: AlgoConfig, replicas: Replic
 
 
 def _logprobs(batch: MicroBatch) -> tuple[Tensor, Tensor]:
-    """Old and rollout, float64: sums over a long response keep their digits."""
+    """Return old and rollout log-probs in float64: sums over a long response keep their digits."""
     assert batch.old_logprobs_T is not None, "the batch has no old log-probs; compute them before weighing"
     return batch.old_logprobs_T.double(), batch.rollout_logprobs_T.double()

@@ -1,4 +1,4 @@
-"""Mini-batches that are hard to reduce right."""
+"""Makes mini-batches that are hard to reduce right."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ OLD = 0.3
 def samples(
     seed: int, responses: Sequence[int], *, trained: float = 1.0, masked: Sequence[int] = ()
 ) -> list[TrainSample]:
-    """Responses of these lengths after prompts of 1 to 9 tokens, three to a group.
+    """Make responses of these lengths after prompts of 1 to 9 tokens, three to a group.
 
     Args:
-        trained: share of response tokens that keep their loss.
-        masked: responses without loss, as overlong filtering leaves them.
+        trained: the share of response tokens that keep their loss.
+        masked: indices of responses without loss, as overlong filtering leaves them.
     """
     made = []
     generator = torch.Generator().manual_seed(seed)
@@ -42,7 +42,6 @@ def samples(
                 rollout_logprobs=torch.zeros(length),
                 advantage=float(torch.randn((), generator=generator)),
                 group=index // 3,
-                policy_version=0,
             )
         )
     return made
@@ -65,9 +64,9 @@ def make_cases(config: Config, logprobs: Callable[[TrainSample], Tensor]) -> lis
 def _case(
     name: str, made: Sequence[TrainSample], config: Config, logprobs: Callable[[TrainSample], Tensor], budget: int
 ) -> Case:
-    """Old policy, reference and engine differ from the policy by random factors: clipping and corrections take part.
+    """Make old policy, reference and engine differ from the policy by random factors: clips and corrections take part.
 
-    What rounding may push over a kink of the objective says nothing: no ratio is near one.
+    No ratio is near a kink of the objective: what rounding may push over it says nothing.
     """
     chance = random.Random(name)
 
@@ -88,10 +87,10 @@ def _case(
 
 
 def _shift(sample: TrainSample, in_loss: Tensor, config: Config, chance: random.Random) -> Tensor:
-    """float64 [L]: log policy - log old policy, away from the kinks of the loss.
+    """Draw log policy - log old policy, float64 [L], away from the kinks of the loss.
 
-    A kink shows where the gradient begins or ends: tokens are drawn again for which a little more or less changes that.
-    Without it, a token in ten is sent beyond a bound of the loss.
+    At a kink the gradient begins or ends: tokens are drawn again for which a little more or less changes that. One
+    token in ten is sent beyond a bound of the loss, where it names any.
     """
     margin = 1e-2 if config.model.dtype == "float32" else 0.1
     bounds = config.algo.found_loss.bounds(config.algo.settings)
@@ -110,7 +109,7 @@ def _shift(sample: TrainSample, in_loss: Tensor, config: Config, chance: random.
 
 
 def _has_slope(log_ratio: Tensor, advantage: float, config: Config) -> Tensor:
-    """bool [n]: whether the objective has a gradient at each loss token of a response with these log-ratios."""
+    """Return whether the objective has a gradient at each loss token of a response with these log-ratios: bool [n]."""
     with torch.enable_grad():
         policy = log_ratio.clone().requires_grad_()
         objective = objective_of(policy, torch.zeros_like(policy), advantage, config.algo)
@@ -118,7 +117,7 @@ def _has_slope(log_ratio: Tensor, advantage: float, config: Config) -> Tensor:
 
 
 def _engine_spread(config: Config, sample: TrainSample) -> float:
-    """Standard deviation of log trainer - log engine of a token, such that the correction changes some and not all."""
+    """Return the standard deviation of log trainer - log engine: the correction then changes some tokens, not all."""
     correction = config.algo.correction
     match correction.kind:
         case "none":

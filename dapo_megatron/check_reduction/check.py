@@ -1,4 +1,4 @@
-"""The check as a whole: references first, then one layout after the other, and the verdict."""
+"""Runs the check as a whole: references first, then one layout after the other, and the verdict."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from dapo_megatron.config import Config
 from dapo_megatron.errors import ConfigError
 
 LIMITS = {"float32": 1e-5, "bfloat16": 6.0}
-"""Largest error that passes. In float32 that is the largest of a parameter's entries, relative to the largest entry.
-bfloat16 keeps 8 bits of every number on the way, which says little by itself: there it is that of the parameter's norm,
-over the same error of Hugging Face's model when that computes in bfloat16, too (or the median of these errors where
-that is larger: small parameters have some by chance)."""
+"""Largest error that passes. In float32 an error is the largest of a parameter's entries, relative to the largest
+entry. bfloat16 keeps 8 bits of every number on the way, which says little by itself: there it is that of the
+parameter's norm, in units of the same error of Hugging Face's model in bfloat16 (or of the median of these errors where
+that is larger: a small parameter may have a small one by chance)."""
 FINEST = 2.0**-8
-"""An error in bfloat16 that is as good as none: the spacing of its numbers."""
+"""The spacing of bfloat16's numbers: a smaller error is as good as none."""
 TIMEOUT = 300.0
-"""Seconds for one layout."""
+"""Seconds that one layout may take."""
 DEFAULT_PROCESSES = 4
 
 
@@ -42,11 +42,11 @@ def check_reduction(
 
     Args:
         layouts: names of `layouts.STANDARD`, or "yours", the config's own; None for all of them.
-        processes: ranks at the most; None for the number of GPUs, or 4 where there is none.
-        dtype: of the miniature; None for bfloat16 on GPUs, where Transformer Engine's packed attention has no float32
-            kernel, and float32 elsewhere.
+        processes: the largest number of ranks; None for the number of GPUs, or 4 where there is none.
+        dtype: that of the miniature; None for bfloat16 on GPUs, where Transformer Engine's packed attention has no
+            float32 kernel, and float32 elsewhere.
         verbose: print every split instead of the worst of each layout.
-        pool: what runs the ranks; None for one that ends with the check.
+        pool: runs the ranks; None for one that ends with the check.
 
     Raises:
         ConfigError: for a layout that is unknown or too large, or more processes than GPUs.
@@ -95,14 +95,14 @@ def check_reduction(
 
 
 def _check(job: Any) -> Any:
-    """Runs on a rank: what it needs is imported there, not in the process that prints the table."""
+    """Run on a rank: what it needs is imported there, not in the process that prints the table."""
     from dapo_megatron.check_reduction.rank import check
 
     return check(job)
 
 
 def _source(config: Config, report: Report) -> Any:
-    """Reads the settings of the user's model, its config.json, which the miniature takes."""
+    """Return the settings of the user's model, its config.json, which the miniature takes."""
     from transformers import AutoConfig
     from transformers.utils import logging
 
@@ -124,7 +124,7 @@ def _source(config: Config, report: Report) -> Any:
 def _jobs(
     config: Config, source: Any, layouts: Sequence[Layout], folder: Path, dtype: str, *, tied: bool
 ) -> Callable[[Layout], Any]:
-    """Writes the model and the answers, and returns what makes the job of a layout."""
+    """Write the model and the answers, and return what makes the job of a layout."""
     import torch
 
     from dapo_megatron.check_reduction import miniature
@@ -138,33 +138,33 @@ def _jobs(
     reference = Reference(model, own)
     with torch.no_grad():
         cases = tuple(make_cases(own, reference.logprobs))
-    steps, order = (1, 2), math.inf if dtype == "float32" else 2.0
-    wanted = _answers(reference, cases, steps)
+    updates, order = (1, 2), math.inf if dtype == "float32" else 2.0
+    wanted = _answers(reference, cases, updates)
     units = {case: dict.fromkeys(values, 1.0) for case, values in wanted.items()}
     if dtype == "bfloat16":
-        rounded = _answers(Reference(model, own, torch.bfloat16), cases, steps)
+        rounded = _answers(Reference(model, own, torch.bfloat16), cases, updates)
         units = {case: _floored(errors(rounded[case], values, order)) for case, values in wanted.items()}
     kept = {
         case: {name: (value, torch.tensor(units[case][name], dtype=torch.float64)) for name, value in values.items()}
         for case, values in wanted.items()
     }
     torch.save(kept, answers)
-    return lambda layout: Job(miniature.run_config(config, layout, model, dtype), cases, answers, order, steps)
+    return lambda layout: Job(miniature.run_config(config, layout, model, dtype), cases, answers, order, updates)
 
 
 def _floored(noise: dict[str, float]) -> dict[str, float]:
-    """Raises small errors to the units in which LIMITS counts."""
+    """Raise small errors to the units in which LIMITS counts."""
     floor = max(FINEST, median(noise.values()))
     return {name: max(error, floor) for name, error in noise.items()}
 
 
-def _answers(reference: Any, cases: Sequence[Any], steps: tuple[int, int]) -> dict[str, dict[str, Any]]:
-    """Computes case -> name -> loss or gradient, and under TWO_STEPS parameters; the reference is trained by it."""
-    from dapo_megatron.check_reduction.rank import LOSS, TWO_STEPS, beside_one
+def _answers(reference: Any, cases: Sequence[Any], updates: tuple[int, int]) -> dict[str, dict[str, Any]]:
+    """Return case -> name -> loss or gradient, and under TWO_UPDATES parameters, which the reference keeps."""
+    from dapo_megatron.check_reduction.rank import LOSS, TWO_UPDATES, beside_one
 
     wanted = {}
     for case in cases:
         answer = reference.answer(case)
         wanted[case.name] = {**answer.gradients, LOSS: beside_one(answer.loss)}
-    wanted[TWO_STEPS] = reference.two_steps(*(cases[index] for index in steps))
+    wanted[TWO_UPDATES] = reference.two_updates(*(cases[index] for index in updates))
     return wanted

@@ -1,4 +1,4 @@
-"""Layouts of ranks that are checked: the standard ones, and that of the user's configuration."""
+"""Names the layouts of ranks that are checked: the standard ones, and that of the user's configuration."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Layout:
 
     @classmethod
     def own(cls, parallel: ParallelConfig, ranks: int) -> Layout:
-        """Gives that of a configuration which `dapo-megatron train` starts on `ranks` ranks.
+        """Return that of a configuration which `dapo-megatron train` starts on `ranks` ranks.
 
         With a single one, torchrun decides on their number, and there are two copies of the model.
 
@@ -70,7 +70,7 @@ class Layout:
         return cls(OWN, copies, parallel)
 
     def fitted(self, limit: int) -> Layout:
-        """Halves the axes of this one, the largest first, until `limit` ranks are enough."""
+        """Halve the axes of this one, the largest first, until `limit` ranks are enough."""
         sizes = {"dp": self.dp, **{axis: getattr(self.parallel, axis) for axis in ("pp", "cp", "tp")}}
         while math.prod(sizes.values()) > limit:
             largest = max(sizes, key=lambda axis: sizes[axis])
@@ -86,7 +86,7 @@ class Layout:
 
     @property
     def sizes(self) -> str:
-        """What the ranks share, spelled as in the names of the standard layouts."""
+        """How many ranks share what, spelled as in the names of the standard layouts."""
         sizes = {"dp": self.dp, **{axis: getattr(self.parallel, axis) for axis in ("tp", "pp", "cp")}}
         axes = "x".join(f"{axis}{size}" for axis, size in sizes.items() if size > 1) or "1"
         flags = [flag for flag, name in _FLAGS.items() if getattr(self.parallel, name)]
@@ -104,13 +104,13 @@ STANDARD = {name: Layout(name, *_standard(**sizes)) for name, sizes in _SIZES.it
 
 
 def choose(names: Sequence[str] | None, own: Layout, limit: int) -> list[Layout]:
-    """Looks up the layouts of these names, each once, or the standard ones after the configuration's own.
+    """Return the layouts of these names, each once, or the standard ones after the configuration's own.
 
     Args:
-        own: the configuration's, `fitted`.
+        own: the configuration's own, `fitted`.
 
     Raises:
-        ConfigError: for a name that is none, or one of a layout that wants more than `limit` ranks.
+        ConfigError: for an unknown name, or that of a layout that wants more than `limit` ranks.
     """
     if names is None:
         return [own, *(layout for name, layout in STANDARD.items() if name != own.sizes)]

@@ -1,4 +1,4 @@
-"""A small model with the settings of the user's."""
+"""Makes a small model with the settings of the user's."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dapo_megatron.check_reduction.layouts import Layout
 from dapo_megatron.config import Config
 
 VOCAB = 211
-"""No multiple of 16: Megatron pads it."""
+"""Tokens of the vocabulary: no multiple of 16, so that Megatron pads it."""
 HEAD = 16
 OPTIMIZER = {"lr": 1e-2, "eps": 1e-3}
 """Adam divides by the root of its second moment plus eps. With a small eps it blows rounding up to a whole step where
@@ -24,7 +24,7 @@ MAX_DECAY = 1.0
 
 
 def hf_config(source: Any, layouts: Sequence[Layout], *, tied: bool) -> Any:
-    """Makes `source` small: as many layers, heads and columns as the layouts need, all else as it is."""
+    """Make `source` small: as many layers, heads and columns as the layouts need, all else as it is."""
     from transformers import AutoConfig
 
     tp = math.lcm(*(layout.parallel.tp for layout in layouts))
@@ -52,7 +52,7 @@ def hf_config(source: Any, layouts: Sequence[Layout], *, tied: bool) -> Any:
 
 
 def save_model(config: Any, folder: Path, dtype: torch.dtype) -> None:
-    """Saves random weights that `dtype` holds exactly; biases and norms too, so that a forgotten one shows."""
+    """Save random weights that `dtype` holds exactly; biases and norms too, so that a forgotten one shows."""
     from transformers import AutoModelForCausalLM
 
     generator = torch.Generator().manual_seed(7)
@@ -65,7 +65,7 @@ def save_model(config: Any, folder: Path, dtype: torch.dtype) -> None:
 
 
 def run_config(config: Config, layout: Layout, model: Path, dtype: str) -> Config:
-    """The user's config with this model and layout."""
+    """Return the user's config with this model and layout."""
     return config.model_copy(
         update={
             "model": config.model.model_copy(update={"path": model, "dtype": dtype, "trust_remote_code": False}),

@@ -1,4 +1,4 @@
-"""Processes that are ranks: started once, used for one layout after the other."""
+"""Runs ranks as processes that are started once and used for one layout after the other."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dapo_megatron.errors import DapoError
 from dapo_megatron.processes import end_with_parent
 
 GRACE = 3.0
-"""Seconds: what the other ranks have left after one failed, and how long before the end a rank says where it hangs."""
+"""Seconds that the other ranks have left after one failed, and before the end at which a rank says where it hangs."""
 
 
 class RankError(DapoError, RuntimeError):
@@ -28,16 +28,16 @@ class RankError(DapoError, RuntimeError):
 
 
 class RankPool:
-    """Ranks, each a pool of one process, for one that dies takes its pool along. They start when first needed."""
+    """Ranks, each a pool of one process, for one that dies takes its pool along; they start when first needed."""
 
     def __init__(self) -> None:
         self._ranks: list[ProcessPoolExecutor] = []
 
     def run(self, ranks: int, function: Callable[..., Any], *arguments: Any, timeout: float) -> list[Any]:
-        """Call `function(*arguments)` on `ranks` processes under torchrun's environment; what it gave, by rank.
+        """Call `function(*arguments)` on `ranks` processes under torchrun's environment; return what it gave, by rank.
 
         Args:
-            function: of a module's top level, so that another process can import it. It joins the process group itself.
+            function: one of a module's top level, so that another process can import it. It joins the process group.
             timeout: seconds. Shortly before they are over, every rank prints where it is.
 
         Raises:
@@ -74,7 +74,7 @@ class RankPool:
 
 
 def _collect(futures: Sequence[Future[bytes]], timeout: float) -> list[Any]:
-    """Wait for all ranks; after the first failure only a little longer, for the others then hang in a collective."""
+    """Wait for all ranks; after the first failure only a little longer, for the others may hang in a collective."""
     first: Future[bytes] | None = None
     with suppress(TimeoutError):
         first = next((future for future in as_completed(futures, timeout) if future.exception()), None)
@@ -96,7 +96,7 @@ def _collect(futures: Sequence[Future[bytes]], timeout: float) -> list[Any]:
 
 
 def _start() -> None:
-    """Prepares a new process, before it imports torch."""
+    """Prepare a new process, before it imports torch."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends us
     end_with_parent()
     warnings.simplefilter("ignore")
@@ -107,7 +107,7 @@ def _start() -> None:
 
 
 def _call(environment: dict[str, str], timeout: float, work: bytes) -> bytes:
-    """Runs in the process of a rank. What is raised there is told in words: not every exception can be pickled."""
+    """Run in the process of a rank. What is raised there is told in words: not every exception can be pickled."""
     os.environ.update(environment)
     faulthandler.dump_traceback_later(max(timeout - GRACE, 1), file=2)
     try:

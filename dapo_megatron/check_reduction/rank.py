@@ -1,4 +1,4 @@
-"""What one rank does: all mini-batches in one layout."""
+"""Measures all mini-batches in one layout, on one rank of it."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from dapo_megatron.actor.topology import Topology
 from dapo_megatron.algo.objective import Objective
 from dapo_megatron.algo.weighing import weigh
 from dapo_megatron.check_reduction.reference import Case, errors
+from dapo_megatron.check_reduction.report import Finding
 from dapo_megatron.config import Config
 from dapo_megatron.pack import pack
 from dapo_megatron.types import MiniBatch
 from dapo_megatron.weights.hf import HfCheckpoint
 
 FIRST_RATIO = "first ratio"
-TWO_STEPS = "two steps"
+TWO_UPDATES = "two updates"
 LOSS = "the loss itself"
 
 
@@ -31,37 +32,24 @@ class Job:
     """One layout, one model."""
 
     config: Config
-    """With the miniature's path and the layout's sizes."""
+    """The user's, with the miniature's path and the layout's sizes."""
     cases: tuple[Case, ...]
     answers: Path
-    """File of torch.save: {case or TWO_STEPS: {name: (wanted float64, unit of its error float64 0-d)}}. Of the names,
-    LOSS is the loss."""
+    """File of torch.save: {case or TWO_UPDATES: {name: (wanted float64, unit of its error float64 0-d)}}. The name LOSS
+    is the loss."""
     order: float
-    """Of the norm that errors are measured by."""
-    steps: tuple[int, int]
-    """Which cases the two optimizer steps are made with."""
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """How one mini-batch came out."""
-
-    split: str
-    micro_batches: int
-    """Of each rank."""
-    error: float
-    """Largest of a parameter, in the units of Job.answers; inf where there is no number."""
-    where: str
-    """The parameter, or what went wrong."""
+    """Order of the norm that errors are measured by."""
+    updates: tuple[int, int]
+    """Which cases the two updates are made with."""
 
 
 def beside_one(loss: float) -> Tensor:
-    """float64 [2]. The error of a loss near 0 is not relative to the loss."""
+    """Return float64 [2]: next to a 1, the error of a loss near 0 is not relative to the loss."""
     return torch.tensor([loss, 1.0], dtype=torch.float64)
 
 
 def check(job: Job) -> list[Finding]:
-    """Collective over the ranks of the layout; only the leader's answer has numbers."""
+    """Run the job. Collective over the ranks of the layout; only the leader's findings have numbers."""
     topo = topology.initialize(job.config.parallel)
     try:
         return _Check(job, topo).findings()
@@ -78,15 +66,15 @@ class _Check:
         self._answers: dict[str, dict[str, tuple[Tensor, Tensor]]] = torch.load(job.answers, weights_only=True)
 
     def findings(self) -> list[Finding]:
-        packed = [self._update(case) for case in self._job.cases]
+        packed = [self._mini_batch(case) for case in self._job.cases]
         # All at once, as the mini-batches of one rollout: what counts is a mini-batch's own.
         weighed, _ = weigh(packed, self._job.config.algo, self._topo)
         found = [
             self._measured(case.name, [mini_batch], lambda mini_batches, case=case: self._gradient(case, *mini_batches))
             for case, mini_batch in zip(self._job.cases, weighed, strict=True)
         ]
-        found.append(self._measured(FIRST_RATIO, [packed[index] for index in self._job.steps], self._first_ratio))
-        found.append(self._measured(TWO_STEPS, [weighed[index] for index in self._job.steps], self._steps))
+        found.append(self._measured(FIRST_RATIO, [packed[index] for index in self._job.updates], self._first_ratio))
+        found.append(self._measured(TWO_UPDATES, [weighed[index] for index in self._job.updates], self._updates))
         return found
 
     def _measured(
@@ -112,12 +100,12 @@ class _Check:
         # Exactly 1, or wrong: the two passes see the same micro-batches and kernels.
         return (0.0, "exactly 1") if ratios == {1} else (math.inf, f"ratios to itself, mean and largest: {ratios}")
 
-    def _steps(self, mini_batches: list[MiniBatch]) -> tuple[float, str]:
+    def _updates(self, mini_batches: list[MiniBatch]) -> tuple[float, str]:
         for mini_batch in mini_batches:
             result = self._actor.update(mini_batch, self._objective, lr=self._job.config.optimizer.lr)
             if result.skipped:
                 return math.inf, result.skipped
-        return self._compare(TWO_STEPS, {})
+        return self._compare(TWO_UPDATES, {})
 
     def _compare(self, name: str, more: dict[str, Tensor]) -> tuple[float, str]:
         got = {key: tensor.to("cpu", copy=True) for key, tensor in self._checkpoint.export(self._actor.chunks)}
@@ -129,12 +117,12 @@ class _Check:
         where = max(in_units, key=lambda key: in_units[key])
         return in_units[where], where
 
-    def _update(self, case: Case) -> MiniBatch:
-        """This rank's share, packed by the leader as in a run."""
-        ranks = None
+    def _mini_batch(self, case: Case) -> MiniBatch:
+        """Return this rank's share of a case, packed by the leader as in a run."""
+        replicas = None
         if self._topo.is_leader:
-            ranks, old, ref = (self._packed(case, logprobs) for logprobs in (None, case.old, case.ref))
-            ranks = [
+            replicas, old, ref = (self._packed(case, logprobs) for logprobs in (None, case.old, case.ref))
+            replicas = [
                 replace(
                     mini_batch,
                     micro_batches=tuple(
@@ -142,12 +130,12 @@ class _Check:
                         for batch, a, b in zip(mini_batch.micro_batches, x.micro_batches, y.micro_batches, strict=True)
                     ),
                 )
-                for (mini_batch,), (x,), (y,) in zip(ranks, old, ref, strict=True)
+                for (mini_batch,), (x,), (y,) in zip(replicas, old, ref, strict=True)
             ]
-        return self._topo.scatter(ranks)
+        return self._topo.scatter(replicas)
 
     def _packed(self, case: Case, logprobs: Sequence[Tensor] | None) -> list[list[MiniBatch]]:
-        """With these in the place of the engine's log-probs: packing looks at lengths alone."""
+        """Pack a case with these in the place of the engine's log-probs: packing looks at lengths alone."""
         samples = case.samples
         if logprobs is not None:
             samples = [replace(s, rollout_logprobs=x) for s, x in zip(samples, logprobs, strict=True)]
@@ -158,7 +146,7 @@ class _Check:
             samples,
             mini_batch=len(samples),
             micro_batch_tokens=-(-longest // unit) * unit,
-            data_parallel=self._topo.dp,
+            replicas=self._topo.dp,
             seed=case.name,
             sequence_multiple=parallel.sequence_multiple,
             total_multiple=parallel.total_multiple,

@@ -1,4 +1,4 @@
-"""What the gradient should be: Hugging Face's model in float64, one sequence at a time, by the formulas as printed.
+"""Computes what the gradient should be: Hugging Face's model in float64, one sequence at a time, formulas as printed.
 
 Nothing here knows of Megatron, packing, masks that were moved or ranks: it shares no code with what it checks.
 """
@@ -21,7 +21,7 @@ from dapo_megatron.types import TrainSample
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """Samples of one update, and how they are split."""
+    """The samples of one mini-batch, and how they are split."""
 
     name: str
     samples: tuple[TrainSample, ...]
@@ -35,7 +35,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Of one mini-batch."""
+    """What one mini-batch should give."""
 
     loss: float
     gradients: dict[str, Tensor]
@@ -52,13 +52,13 @@ class Reference:
         self._model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
     def logprobs(self, sample: TrainSample) -> Tensor:
-        """float64 [L]: log p(token t | tokens before t) in nats, 0 for the first."""
+        """Return log p(token t | tokens before t) in nats, 0 for the first: float64 [L]."""
         logits = self._model(sample.token_ids[None, :-1]).logits[0].double() / self._config.rollout.temperature
         rest = torch.log_softmax(logits, -1).gather(-1, sample.token_ids[1:, None])[:, 0]
         return torch.cat([rest.new_zeros(1), rest])
 
     def answer(self, batch: Case) -> Answer:
-        """Loss and gradients of one mini-batch at the present weights."""
+        """Return loss and gradients of one mini-batch at the present weights."""
         self._model.zero_grad(set_to_none=True)
         loss = self._loss(batch)
         if loss is not None:
@@ -69,8 +69,8 @@ class Reference:
         }
         return Answer(0.0 if loss is None else loss.item(), gradients)
 
-    def two_steps(self, first: Case, second: Case) -> dict[str, Tensor]:
-        """Parameters after an AdamW step on each, made in float64. The model is trained from here on."""
+    def two_updates(self, first: Case, second: Case) -> dict[str, Tensor]:
+        """Return the parameters after an AdamW step on each, made in float64. The model keeps them."""
         settings = self._config.optimizer
         params = list(self._model.parameters())
         masters = [param.detach().double().requires_grad_() for param in params]
@@ -95,7 +95,7 @@ class Reference:
         return {name: param.detach().double() for name, param in self._model.named_parameters()}
 
     def _loss(self, batch: Case) -> Tensor | None:
-        """None where no token is left in it."""
+        """Return the loss, None where no token is left in it."""
         algo = self._config.algo
         terms: list[tuple[int, Tensor]] = []
         for sample, old, ref in zip(batch.samples, batch.old, batch.ref, strict=True):
@@ -110,14 +110,14 @@ class Reference:
 
 
 def objective_of(policy: Tensor, old: Tensor, advantage: float, algo: AlgoConfig) -> Tensor:
-    """[n]: what the configured loss maximises at each loss token of one response; log-probs float64 [n], nats."""
+    """Return what the configured loss maximises at each loss token of a response, [n]; log-probs float64 [n], nats."""
     reference = algo.found_loss.reference
     assert reference, f"algo.loss={algo.loss} has no reference"
     return reference(policy, old, advantage, algo.settings)
 
 
 def importance(old: Tensor, sample: TrainSample, correction: CorrectionConfig) -> tuple[Tensor, Tensor]:
-    """Weight of each token, float64 [L], and which tokens stay in the loss, bool [L]."""
+    """Return the weight of each token, float64 [L], and which tokens stay in the loss, bool [L]."""
     mask = sample.loss_mask
     log_ratio = (old - sample.rollout_logprobs.double()) * mask
     if correction.level == "sequence":
@@ -138,7 +138,7 @@ def _kl(log_ratio: Tensor, estimator: str) -> Tensor:
 
 
 def _mean(terms: Sequence[tuple[int, Tensor]], algo: AlgoConfig) -> Tensor:
-    """Mean over all tokens; over prompts, of the mean of their tokens; over responses, of theirs; or a constant's."""
+    """Average over all tokens; over prompts, each the mean of its tokens; over responses; or divide by a constant."""
     if algo.loss_scope == "constant":
         assert algo.scope_length
         return torch.cat([values for _, values in terms]).sum() / (len(terms) * algo.scope_length)
@@ -149,9 +149,9 @@ def _mean(terms: Sequence[tuple[int, Tensor]], algo: AlgoConfig) -> Tensor:
 
 
 def errors(got: dict[str, Tensor], want: dict[str, Tensor], order: float) -> dict[str, float]:
-    """How far each parameter is from what is wanted: the norm of the difference over the norm of the parameter.
+    """Return how far each parameter is from what is wanted: the norm of the difference over that of the parameter.
 
-    Of order inf, that is the largest difference, relative to the largest entry. What should be 0 everywhere counts as
+    With order inf, that is the largest difference, relative to the largest entry. What should be 0 everywhere counts as
     wrong, inf, where it is not, and so does what is not finite or not in both.
     """
     result = dict.fromkeys(got.keys() ^ want.keys(), math.inf)

@@ -1,28 +1,27 @@
-"""The table of `check-reduction`, printed while it grows."""
+"""Prints the table of `check-reduction` while it grows."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Protocol
+from dataclasses import dataclass
 
 from dapo_megatron.check_reduction.layouts import Layout
 
-
-class Finding(Protocol):
-    """`rank.Finding`."""
-
-    @property
-    def split(self) -> str: ...
-    @property
-    def micro_batches(self) -> int: ...
-    @property
-    def error(self) -> float: ...
-    @property
-    def where(self) -> str: ...
-
-
 _ROW = "{:<{width}} {:<6} {:<22} {:>7}  {:<42} {}"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """How one mini-batch came out in one layout."""
+
+    split: str
+    micro_batches: int
+    """Micro-batches of each replica."""
+    error: float
+    """Largest error of a parameter, in the units of `rank.Job.answers`; inf where there is no number."""
+    where: str
+    """The parameter, or what went wrong."""
 
 
 class Report:
@@ -30,7 +29,7 @@ class Report:
 
     Args:
         limit: largest relative error that passes.
-        verbose: a row for every split; else one for the worst of each layout, and for every failure.
+        verbose: print a row for every split; else one for the worst of each layout, and for every failure.
     """
 
     def __init__(self, *, limit: float, verbose: bool) -> None:
@@ -49,15 +48,15 @@ class Report:
         print(text, flush=True)
 
     def remark(self, text: str) -> None:
-        """Says `text` now, and again with the verdict."""
+        """Say `text` now, and again with the verdict."""
         self._remarks.append(text)
         self.say(text)
 
     def start(self, dtype: str, gpu: bool, layouts: Sequence[Layout], limit: int) -> None:
-        """Says what will be shown, of which layouts; those of more than `limit` ranks are left out."""
+        """Say what will be shown, of which layouts; those of more than `limit` ranks are left out."""
         self._width = max(len(str(layout)) for layout in layouts)
         self.say(
-            f"Each gradient, and the parameters after two optimizer steps, against Hugging Face in float64; "
+            f"Each gradient, and the parameters after two updates, against Hugging Face in float64; "
             f"{dtype} on {'GPU' if gpu else 'CPU'}, {self._error} at most {self._limit:g}."
         )
         if dtype == "bfloat16":
@@ -72,7 +71,7 @@ class Report:
         self._row("layout", "embed.", "split" if self._verbose else "worst split", "error", "worst parameter", "")
 
     def layout(self, layout: Layout, embeddings: str, found: Sequence[Finding]) -> None:
-        """Prints the findings of one layout."""
+        """Print the findings of one layout."""
         self._largest = max(self._largest, layout.ranks)
         failed = [finding for finding in found if not finding.error <= self._limit]
         self._checks += len(found)
@@ -85,7 +84,7 @@ class Report:
             self._finding(layout, embeddings, split, finding.error, finding.where, verdict)
 
     def failure(self, layout: Layout, embeddings: str, reason: str) -> None:
-        """Prints a layout that could not be measured."""
+        """Print a layout that could not be measured."""
         self._largest = max(self._largest, layout.ranks)
         self._checks += 1
         self._failures += 1
@@ -94,7 +93,7 @@ class Report:
         self.say(reason)
 
     def end(self, seconds: float) -> None:
-        """Prints the verdict."""
+        """Print the verdict."""
         outcome = f"PASS: all {self._checks}" if self.passed else f"FAIL: {self._failures} of {self._checks}"
         worst = f"worst {self._error} {self._shown(self._worst)} (at most {self._limit:g})"
         self.say("\n".join([*self._remarks, f"{outcome} checks, {worst}, {seconds:.0f} s"]))

@@ -54,7 +54,7 @@ class Config(Section):
 
     @property
     def max_sequence_tokens(self) -> int:
-        """Longest sequence that the engine or the actor can meet."""
+        """Tokens of the longest sequence that the engine or the actor can meet."""
         return self.data.max_prompt_tokens + self.rollout.max_response_tokens
 
     @model_validator(mode="after")

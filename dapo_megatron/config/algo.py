@@ -1,8 +1,9 @@
-"""The loss, and the steps it takes."""
+"""The sections of the loss and of the updates."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, create_model, field_validator, model_validator
@@ -32,9 +33,9 @@ class CorrectionConfig(Section):
     level: Literal["token", "sequence"] = "token"
     """Importance of each token by itself, or of the whole response (product over its tokens)."""
     cap: PositiveFloat = 2.0
-    """Of kind "truncated": importance above this counts as this."""
+    """With kind "truncated", importance above this counts as this."""
     band: tuple[PositiveFloat, PositiveFloat] = (0.5, 5.0)
-    """Of kind "masked": importance below the first or above the second leaves numerator and denominator."""
+    """With kind "masked", tokens of importance below the first or above the second leave numerator and denominator."""
 
     @model_validator(mode="after")
     def _band_has_two_ends(self) -> CorrectionConfig:
@@ -47,7 +48,7 @@ LOSSES = "dapo_megatron.algo.losses"
 
 
 def loss_sections() -> dict[str, type[Section]]:
-    """Section of `algo` -> its settings, for every loss that is known by name; the default one first."""
+    """Return section of `algo` -> its settings, for every loss that is known by name; the default one first."""
     return {name: _loss(name).settings for name in sorted(named.known(LOSSES), key=lambda name: (name != "dapo", name))}
 
 
@@ -119,6 +120,7 @@ class AlgoConfig(Section):
         return self
 
 
+@cache
 def _loss(name: str) -> Loss:
     from dapo_megatron.algo.loss import Loss  # which itself needs this package
 
@@ -137,18 +139,18 @@ def _add_loss_sections(schema: dict[str, Any]) -> None:
 
 class TrainConfig(Section):
     steps: NonNegativeInt = 330
-    """Rollout steps."""
+    """Number of rollout steps."""
     mini_batch: PositiveInt = 512
-    """Responses per optimizer step."""
+    """Responses per update (optimizer step)."""
     micro_batch_tokens: PositiveInt = 32_768
-    """Packed tokens of one forward pass at the most, per context-parallel group."""
+    """Limit on the packed tokens of one forward pass, per context-parallel group."""
     logprob_tokens: PositiveInt | None = None
-    """The same for the passes without a backward pass, which need less memory; null runs them over the micro-batches of
+    """The same for passes that only compute log-probs, which need less memory; null runs them over the micro-batches of
     the update. Then the ratio of the first update is exactly 1, otherwise up to rounding (ratio/first_max)."""
     max_skipped_updates: PositiveInt = 3
     """Updates with a loss, ratio or gradient that is not finite are skipped; this many in a row end the run."""
     seed: int = 0
-    """Of the order of prompts, of mini-batches and of the engines."""
+    """Seed of the order of prompts, of the mini-batches and of the engines."""
 
 
 class OptimizerConfig(Section):
@@ -161,7 +163,7 @@ class OptimizerConfig(Section):
     eps: PositiveFloat = 1e-8
     """Added to the root of Adam's second moment."""
     weight_decay: NonNegativeFloat = 0.1
-    """Decoupled, on matrices only."""
+    """Decoupled weight decay of matrices; biases and norms have none."""
     clip_grad: NonNegativeFloat = 1.0
     """Clip the global gradient norm to this; 0 is off."""
 

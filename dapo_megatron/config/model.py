@@ -1,4 +1,4 @@
-"""The model, and how ranks share it."""
+"""The sections of the model and of how ranks share it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class ModelConfig(Section):
     path: Path
     """Folder of a Hugging Face checkpoint: config.json, *.safetensors and the tokenizer."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Parameters and activations of the actor, and of the engine."""
+    """Type of the parameters and activations of the actor and of the engine."""
     trust_remote_code: bool = False
     """Run Python code that a checkpoint brings along. Off unless you wrote that code."""
     recompute: Literal["none", "full"] = "none"
@@ -67,7 +67,7 @@ class ParallelConfig(Section):
         return self
 
     def data_parallel(self, world_size: int) -> int:
-        """Copies of the model in `world_size` ranks.
+        """Return how many copies of the model `world_size` ranks hold.
 
         Raises:
             ConfigError: where tp x pp x cp does not divide the world.

@@ -1,4 +1,4 @@
-"""Parts that a configuration names: a module of ours by its name, or anybody's as `some.module:NAME`."""
+"""Finds parts that a configuration names: a module of ours by its name, or anybody's as `some.module:NAME`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def known(home: str) -> list[str]:
-    """Names of the modules in the package `home`."""
+    """Return the names of the modules in the package `home`."""
     package: ModuleType = import_module(home)
     return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
 

@@ -1,4 +1,4 @@
-"""What a response is worth."""
+"""The section of what a response is worth."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class RewardConfig(Section):
     right: float = 1.0
     """Reward of a right answer."""
     wrong: float = -1.0
-    """Reward of a wrong one, and of none."""
+    """Reward of a wrong answer, and of a response without one."""
     format: Literal["none", "r1"] = "none"
     """Extra reward for <think>...</think><answer>...</answer>, as in R1."""
     format_weight: NonNegativeFloat = 0.5
-    """Added when the format is kept, subtracted when it is not."""
+    """Reward that is added when the format is kept and subtracted when it is not."""
     truncated_is_wrong: bool = False
     """Grade a truncated response as wrong even where its answer is right. The published run did not."""
     overlong: OverlongConfig = OverlongConfig()

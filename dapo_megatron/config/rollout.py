@@ -1,4 +1,4 @@
-"""Where prompts come from, and how responses are sampled."""
+"""The sections of where prompts come from and how responses are sampled."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ class RolloutConfig(Section):
     generation_batch: PositiveInt | None = None
     """Prompts drawn at a time; null means as many as `prompts`."""
     max_generation_batches: PositiveInt = 10
-    """How often to draw before giving up."""
+    """How often to draw prompts before giving up."""
     too_few_groups: Literal["raise", "train"] = "raise"
-    """When that is not enough: end the run with the counts, or train on the groups there are."""
+    """What to do when that is not enough: end the run with the counts, or train on the groups there are."""
     surplus_groups: Literal["discard", "carry"] = "discard"
-    """Mixed groups beyond `prompts`: thrown away as published, or trained on in the next step, off-policy."""
+    """What to do with mixed groups beyond `prompts`: discard them as published, or train on them a step later."""
 
     @model_validator(mode="after")
     def _filling_needs_dynamic_sampling(self) -> RolloutConfig:

@@ -1,4 +1,4 @@
-"""What is measured and kept."""
+"""The sections of what is measured and kept."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class EvalConfig(Section):
     """Nucleus sampling; 1 is off. The paper's evaluation used 0.7."""
 
     def due(self, step: int) -> bool:
-        """Whether to evaluate after `step` steps are done."""
+        """Return whether to evaluate after `step` steps are done."""
         return self.data is not None and self.every > 0 and step % self.every == 0
 
 
@@ -33,7 +33,7 @@ class RunConfig(Section):
     dir: Path = Path("runs")
     """Folder that runs are kept in."""
     existing: Literal["refuse", "rename"] = "refuse"
-    """When dir/name is there already: stop, or move it aside to dir/name.1, .2, ..."""
+    """What to do when dir/name is there already: stop, or move it aside to dir/name.1, .2, ..."""
     save_hf: bool = True
     """Write the trained policy as a Hugging Face checkpoint to dir/name/hf."""
     sampled_groups: NonNegativeInt = 4

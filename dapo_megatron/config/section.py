@@ -1,4 +1,4 @@
-"""What the sections share."""
+"""What the sections of a configuration share."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class Section(BaseModel):
 
     @classmethod
     def key_types(cls) -> dict[str, Any]:
-        """Key -> type of every key that the section has, its sections included."""
+        """Return key -> type for every key that the section has, its sections included."""
         return {name: info.annotation for name, info in cls.model_fields.items()}
 
     @field_validator("*", mode="before")
     @classmethod
     def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """pydantic would take true for 1."""
+        """Refuse true and false for numbers and text: pydantic would take true for 1."""
         kind = cls.model_fields[info.field_name or ""].annotation
         plain = not (isinstance(kind, type) and issubclass(kind, BaseModel))
         if isinstance(value, bool) and plain and bool not in (kind, *get_args(kind)):

@@ -1,1 +1,1 @@
-"""How good the policy is on held-out prompts."""
+"""Measures how good the policy is on held-out prompts."""

@@ -26,7 +26,7 @@ class Example:
     response: str
     """Untrusted: model output."""
     extracted: str | None
-    """What the grader read as the answer. Untrusted: model output."""
+    """What the grader read as the answer; None where it found none. Untrusted: model output."""
     correct: bool
 
 
@@ -75,7 +75,7 @@ async def evaluate(
 
 
 def summarise(groups: Sequence[Group]) -> EvalResult:
-    """The result from graded groups of equal size."""
+    """Return the result from graded groups of equal size."""
     correct_PK = [group.correct for group in groups]
     samples = len(correct_PK[0])
     completions = [completion for group in groups for completion in group.completions]

@@ -1,4 +1,4 @@
-"""Accuracy and its uncertainty from graded samples: [P, K], P problems with K samples each."""
+"""Computes accuracy and its uncertainty from graded samples: [P, K], P problems with K samples each."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ RESAMPLES = 2000
 
 
 def accuracy(correct_PK: Sequence[Sequence[bool]]) -> float:
-    """avg@K: the mean over problems of the mean over samples."""
+    """Return avg@K: the mean over problems of the mean over samples."""
     return float(np.mean([np.mean(row) for row in correct_PK]))
 
 
 def pass_at_k(correct_PK: Sequence[Sequence[bool]], k: int) -> float:
-    """Chance that at least one of k samples is right, mean over problems.
+    """Return the chance that at least one of k samples is right, as a mean over problems.
 
     With c of n samples right, 1 - C(n-c, k) / C(n, k) is unbiased (Chen et al., 2021, arXiv 2107.03374, eq. 1).
     """
@@ -30,7 +30,7 @@ def pass_at_k(correct_PK: Sequence[Sequence[bool]], k: int) -> float:
 
 
 def majority(extracted_PK: Sequence[Sequence[str | None]], correct_PK: Sequence[Sequence[bool]]) -> float:
-    """maj@K: share of problems whose most frequent answer is right.
+    """Return maj@K: the share of problems whose most frequent answer is right.
 
     Samples without an answer have no vote. Between answers that are equally frequent a coin is tossed: the problem
     counts as the share of them that is right. Without any answer it is wrong.
@@ -49,13 +49,13 @@ def _vote(answers: Sequence[str | None], grades: Sequence[bool]) -> float:
 
 
 def standard_error(correct_PK: Sequence[Sequence[bool]]) -> float:
-    """Of `accuracy`, over problems: unbiased standard deviation of their means / sqrt(P). nan for a single problem."""
+    """Return that of `accuracy`: unbiased standard deviation of the problems' means / sqrt(P); nan for one problem."""
     means_P = np.array([np.mean(row) for row in correct_PK])
     return float(means_P.std(ddof=1) / np.sqrt(len(means_P))) if len(means_P) > 1 else float("nan")
 
 
 def bootstrap_interval(correct_PK: Sequence[Sequence[bool]], seed: int = 0) -> tuple[float, float]:
-    """95% interval of `accuracy`: percentiles over resamples of the problems, samples staying with theirs."""
+    """Return the 95% interval of `accuracy`: percentiles over resamples of the problems, each with all its samples."""
     means_P = np.array([np.mean(row) for row in correct_PK])
     rng = np.random.default_rng(seed)
     drawn = [means_P[rng.integers(len(means_P), size=len(means_P))].mean() for _ in range(RESAMPLES)]

@@ -1,4 +1,4 @@
-"""Samples to micro-batches: shuffled, split into mini-batches, balanced over ranks, packed without padding between."""
+"""Packs samples into micro-batches: shuffled, split into mini-batches, balanced over replicas, end to end."""
 
 from dapo_megatron.pack.mini_batches import pack
 from dapo_megatron.pack.stats import packing

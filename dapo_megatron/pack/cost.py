@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def cost(slots: int, attention_tokens: float) -> float:
-    """Time of a sequence of `slots`, in tokens' worth of all the work that is linear in tokens.
+    """Return the time that a sequence of `slots` takes, in tokens' worth of the work that is linear in tokens.
 
     Causal attention adds slots^2 / attention_tokens: at `attention_tokens` it costs as much as all the rest; math.inf
     leaves it out. By operations, a forward pass over n tokens takes 2 n P with the P parameters of the layers, and

@@ -16,17 +16,17 @@ _NOTHING = TrainSample(
     rollout_logprobs=torch.zeros(1),
     advantage=0.0,
     group=-1,
-    policy_version=0,
 )
-"""Predicts no token: what a micro-batch without sequences pads."""
+"""A sample that predicts no token: a micro-batch without sequences is its padding."""
 
 
 def round_up(size: int, multiple: int) -> int:
+    """Return the smallest multiple that holds `size`."""
     return -(-size // multiple) * multiple
 
 
 def slots(sample: TrainSample, sequence_multiple: int) -> int:
-    """Slots a sample fills: one per predicted token, padded to the multiple."""
+    """Return how many slots a sample fills: one per predicted token, padded to the multiple."""
     return round_up(max(sample.length - 1, 0), sequence_multiple)
 
 

@@ -1,4 +1,4 @@
-"""Turns the samples of a rollout into the mini-batches of every data-parallel rank."""
+"""Turns the samples of a rollout into the mini-batches of every replica."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ def pack(
     *,
     mini_batch: int,
     micro_batch_tokens: int,
-    data_parallel: int,
+    replicas: int,
     seed: int | str,
     sequence_multiple: int = 1,
     total_multiple: int = 1,
     micro_batch_multiple: int = 1,
     attention_tokens: float = math.inf,
 ) -> list[list[MiniBatch]]:
-    """Shuffle `samples` with `seed`, split them into mini-batches, and balance each over ranks by what it costs.
+    """Shuffle `samples` with `seed`, split them into mini-batches, and balance each over replicas by what it costs.
 
-    Ranks wait for each other once per mini-batch, so what is balanced is each rank's total `cost`; within a rank,
+    Ranks wait for each other once per mini-batch, so what is balanced is each replica's total `cost`; within a replica,
     micro-batches are balanced by tokens. Mini-batches differ by one response at the most: where `mini_batch` does not
     divide their number, all are a little smaller. A micro-batch that gets no sequence becomes one segment of padding
-    without loss, because ranks step together.
+    without loss, because replicas step together.
 
     Args:
-        mini_batch: responses per optimizer step.
+        mini_batch: responses per update.
         micro_batch_tokens: slots of a micro-batch at the most, padding included.
-        seed: give each step its own, for example f"{seed}:{step}".
+        seed: seed of the shuffle; give each step its own, for example f"{seed}:{step}".
         sequence_multiple: slots of every segment are a multiple of this (context parallel: twice its size).
         total_multiple: T is a multiple of sequence_multiple times this (sequence parallel: the tensor-parallel size),
             so each context-parallel share of T divides by it, too.
@@ -44,7 +44,7 @@ def pack(
             balances tokens alone.
 
     Returns:
-        result[rank][mini_batch]; for one mini_batch, as many micro-batches on every rank. Weights are 1 on loss tokens.
+        result[replica][mini-batch], with as many micro-batches for every replica. Weights are 1 on loss tokens.
 
     Raises:
         DapoError: for a sample that does not fit into a micro-batch by itself.
@@ -53,14 +53,14 @@ def pack(
     random.Random(seed).shuffle(shuffled)
     unit = sequence_multiple * total_multiple
     capacity = micro_batch_tokens // unit * unit
-    ranks: list[list[MiniBatch]] = [[] for _ in range(data_parallel)]
+    packed: list[list[MiniBatch]] = [[] for _ in range(replicas)]
     for batch in _split(shuffled, mini_batch):
         loss_tokens = sum(sample.loss_tokens for sample in batch)
         sizes = [slots(sample, sequence_multiple) for sample in batch]
         _assert_fits(batch, sizes, capacity, micro_batch_tokens, unit)
         costs = [cost(size, attention_tokens) for size in sizes]
-        dealt = partition(sizes, costs, capacity=capacity, ranks=data_parallel, multiple=micro_batch_multiple)
-        for mini_batches, bins in zip(ranks, dealt, strict=True):
+        dealt = partition(sizes, costs, capacity=capacity, replicas=replicas, multiple=micro_batch_multiple)
+        for mini_batches, bins in zip(packed, dealt, strict=True):
             micro_batches = tuple(
                 build(
                     [batch[index] for index in bin_], sequence_multiple=sequence_multiple, total_multiple=total_multiple
@@ -68,11 +68,11 @@ def pack(
                 for bin_ in bins
             )
             mini_batches.append(MiniBatch(micro_batches, loss_tokens))
-    return ranks
+    return packed
 
 
 def _split(samples: Sequence[TrainSample], size: int) -> list[Sequence[TrainSample]]:
-    """Parts of at most `size`, as few as possible, as equal as possible."""
+    """Return parts of at most `size` samples, as few as possible, as equal as possible."""
     count = -(-len(samples) // size)
     return [samples[len(samples) * part // count : len(samples) * (part + 1) // count] for part in range(count)]
 

@@ -1,4 +1,4 @@
-"""How well a packing uses the ranks."""
+"""Measures how well a packing uses the replicas."""
 
 from __future__ import annotations
 
@@ -15,16 +15,18 @@ from dapo_megatron.types import MicroBatch, MiniBatch, TrainSample
 def packing(
     samples: Sequence[TrainSample], replicas: Sequence[Sequence[MiniBatch]], attention_tokens: float = math.inf
 ) -> dict[str, Measure]:
-    """Measure what `pack` made of `samples`, all mini-batches of a step; attention_tokens as given there.
+    """Measure what `pack` made of the samples of a step; `attention_tokens` is what it was given.
 
     Returns:
-        pack/waste: padding among all slots; micro-batches of nothing but padding count, too.
-        pack/imbalance_tokens: slots of the fullest rank over the mean of the ranks, less 1, in the worst update.
-        pack/imbalance_cost: the same of `cost`, attention included: the part of its time by which the mean rank waits.
-        pack/micro_batches: micro-batches of each rank and update. There is nothing to improve where the others are 0.
+        pack/waste: share of padding among all slots, micro-batches of nothing but padding included.
+        pack/imbalance_tokens: slots of the fullest replica over their mean, less 1, in the worst update.
+        pack/imbalance_cost: the same of `cost`, attention included: the part of its time that the mean replica waits.
+        pack/micro_batches: micro-batches of each replica and update.
     """
-    tokens = [[sum(batch.slots for batch in whole.micro_batches) for whole in rank] for rank in replicas]
-    costs = [[sum(_cost(b, attention_tokens) for b in whole.micro_batches) for whole in rank] for rank in replicas]
+    tokens = [[sum(batch.slots for batch in whole.micro_batches) for whole in replica] for replica in replicas]
+    costs = [
+        [sum(_cost(b, attention_tokens) for b in whole.micro_batches) for whole in replica] for replica in replicas
+    ]
     total = sum(map(sum, tokens))
     return {
         "pack/waste": Mean(total - sum(slots(sample, 1) for sample in samples), total),
@@ -39,6 +41,6 @@ def _cost(batch: MicroBatch, attention_tokens: float) -> float:
 
 
 def _imbalance(loads: Iterable[float]) -> float:
-    """Compare the loads of the ranks in one update."""
+    """Return how far the largest of the replicas' loads in one update is above their mean, as a share of it."""
     loads = list(loads)
     return max(loads) * len(loads) / sum(loads) - 1

@@ -21,10 +21,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from dapo_megatron.actor import topology
 from dapo_megatron.actor.actor import Actor
-from dapo_megatron.algo.likelihood import likelihood
 from dapo_megatron.config_file import parse
 from dapo_megatron.pack import pack
-from dapo_megatron.types import TrainSample
+from dapo_megatron.types import MicroBatch, TokenLoss, TrainSample
 from dapo_megatron.weights.hf import HfCheckpoint
 from examples.quickstart import sums
 from examples.quickstart.recipe import BATCH, HELD_OUT_PROBLEMS, RATE, RECIPE, STEPS, TRAIN_PROBLEMS, WARMUP
@@ -49,6 +48,12 @@ def untrained(seed: int) -> Qwen2ForCausalLM:
     )
 
 
+def likelihood(logprobs_T: torch.Tensor, batch: MicroBatch, *_: object) -> TokenLoss:
+    """The loss of supervised training: minus the log-probs of the loss tokens, summed."""
+    mask_T = batch.loss_mask_T
+    return TokenLoss(-torch.where(mask_T, logprobs_T, 0).sum(), mask_T.sum())
+
+
 def batches(problems: list[sums.Numbers], tokenizer: PreTrainedTokenizerBase, seed: int) -> Iterator[list[TrainSample]]:
     """Endless batches of demonstrations, the same on every rank."""
     rng = random.Random(seed)
@@ -67,7 +72,6 @@ def batches(problems: list[sums.Numbers], tokenizer: PreTrainedTokenizerBase, se
                     rollout_logprobs=torch.zeros(len(tokens)),
                     advantage=0.0,
                     group=index,
-                    policy_version=0,
                 )
             )
         yield batch
@@ -111,7 +115,7 @@ def main(folder: Path, seed: int) -> None:
             next(demonstrations),
             mini_batch=BATCH,
             micro_batch_tokens=config.train.micro_batch_tokens,
-            data_parallel=topo.dp,
+            replicas=topo.dp,
             seed=f"{seed}:{step}",
         )
         result = actor.update(updates[topo.dp_rank][0], likelihood, lr=rate(step))

@@ -127,6 +127,18 @@ def test_what_is_not_finite_is_skipped_and_changes_nothing(alone: Any, broken: s
     assert all(tensor.isfinite().all() for tensor in exported(actor, checkpoint).values())
 
 
+def test_a_mean_over_nothing_skips_no_update(alone: Any, tmp_path: Path) -> None:
+    save_qwen2(tmp_path)
+    actor, _ = build(tmp_path, alone)
+    (mini_batch,), _ = actor.with_old_logprobs([make_mini_batch(BATCHES)])
+
+    def loss(*given: Any) -> TokenLoss:
+        nothing = torch.zeros((), dtype=torch.int64)
+        return replace(ratio_loss(*given), measures={"ratio/of_none": Mean(nothing.float(), nothing)})
+
+    assert actor.update(mini_batch, loss, lr=1e-2).skipped is None
+
+
 def test_larger_passes_for_logprobs_give_the_same_up_to_rounding(alone: Any, tmp_path: Path) -> None:
     save_qwen2(tmp_path)
     batches = [*BATCHES, make_micro_batch([30, 2], seed=4), make_micro_batch([17], seed=5)]

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dapo_megatron.algo.correction import correct, masked, sequence_importance, token_importance, truncated
+from dapo_megatron.algo.correction import correct, importance
 from dapo_megatron.config import CorrectionConfig
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden/algo.json").read_text())["correction"]
@@ -32,8 +32,8 @@ def flat(values):
 
 
 def test_importance_of_tokens_and_of_sequences():
-    tokens = token_importance(OLD, ROLLOUT, ALL)
-    sequences = sequence_importance(OLD, ROLLOUT, ALL, CU_SEQLENS)
+    tokens = importance(OLD, ROLLOUT, ALL)
+    sequences = importance(OLD, ROLLOUT, ALL, CU_SEQLENS)
     assert tokens.dtype == sequences.dtype == torch.float64
     assert tokens.tolist() == pytest.approx(flat(GOLDEN["importance_token"]), rel=1e-14)
     assert sequences.tolist() == pytest.approx(flat(GOLDEN["importance_sequence"]), rel=1e-14)
@@ -64,11 +64,15 @@ def test_measuring_only_changes_nothing():
 
 
 def test_ends_of_band_and_cap():
-    importance = f64([0.4999, 0.5, 1.0, 5.0, 5.0001])
-    weights, stays = masked(importance, 0.5, 5.0)
-    assert stays.tolist() == [False, True, True, True, False]
-    assert weights.tolist() == [0.0, 0.5, 1.0, 5.0, 0.0]
-    assert truncated(importance, 5.0).tolist() == [0.4999, 0.5, 1.0, 5.0, 5.0]
+    old = f64([0.4999, 0.5, 1.0, 5.0, 5.0001, 1.0]).log()
+    _, low, _, high, above, _ = values = old.exp().tolist()
+
+    def corrected(**config):
+        return [x.tolist() for x in correct(old, torch.zeros(6), ALL, CU_SEQLENS, CorrectionConfig(**config))]
+
+    stays = [False, True, True, True, False, True]
+    assert corrected(kind="masked", band=(low, high)) == [[0, low, 1, high, 0, 1], stays, [not x for x in stays]]
+    assert corrected(kind="truncated", cap=high) == [[*values[:4], high, 1], [True] * 6, [x == above for x in values]]
 
 
 @pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf])
@@ -131,6 +135,6 @@ def test_nan_stays_in_the_loss(kind, level):
 
 def test_shapes_are_checked():
     with pytest.raises(AssertionError, match="alike"):
-        token_importance(OLD, ROLLOUT[:2], ALL)
+        importance(OLD, ROLLOUT[:2], ALL)
     with pytest.raises(AssertionError, match="bool"):
-        token_importance(OLD, ROLLOUT, ALL.double())
+        importance(OLD, ROLLOUT, ALL.double())

@@ -3,7 +3,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dapo_megatron.algo.likelihood import likelihood
 from dapo_megatron.algo.loss import Loss
 from dapo_megatron.algo.objective import Objective
 from dapo_megatron.config import AlgoConfig
@@ -33,6 +32,12 @@ SCALED = Loss(
         {"of_my_own": Mean(given.mask_T.sum())},
     ),
     meanings={"of_my_own": "tokens"},
+)
+FORGETFUL = replace(SCALED, meanings={**SCALED.meanings, "other": "measured on some ranks only"})
+USURPER = replace(
+    SCALED,
+    per_token=lambda given, settings: (given.logprobs_T, {"ratio/max": Mean(0)}),
+    meanings={"ratio/max": "what the actor looks at"},
 )
 
 
@@ -81,5 +86,7 @@ def test_gradient_against_the_reference_of_the_loss(name):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
 
 
-def test_likelihood_uses_mask_and_weights():
-    assert likelihood(LOGPROBS, BATCH).loss_sum.item() == 3.25
+@pytest.mark.parametrize("name", ["FORGETFUL", "USURPER"])
+def test_measures_that_ranks_could_not_reduce_together_are_refused(name):
+    with pytest.raises(AssertionError, match=f"{name} must measure"):
+        lose(LOGPROBS, BATCH, loss=f"{__name__}:{name}")

@@ -33,7 +33,6 @@ def test_tokens_mask_and_logprobs():
     assert second.loss_tokens == 1
     assert third.token_ids.tolist() == [1, 4, 5, 6]
     assert [sample.group for sample in (first, second, third, fourth)] == [0, 0, 1, 1]
-    assert [sample.policy_version for sample in (first, third)] == [4, 3]
 
 
 @pytest.mark.parametrize(("std", "ddof"), [("unbiased", 1), ("population", 0), ("none", None)])

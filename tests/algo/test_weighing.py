@@ -49,7 +49,6 @@ class Response:
             rollout_logprobs=torch.cat([torch.zeros(PROMPT), self.rollout]),
             advantage=0.0,
             group=self.group,
-            policy_version=0,
         )
 
 

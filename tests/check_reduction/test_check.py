@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -144,17 +145,20 @@ def forget_the_tied_embedding_of_the_last_stage(patch: pytest.MonkeyPatch) -> No
     patch.setattr(module, "_allreduce_word_embedding_grads", lambda *args: None)
 
 
-def ignore_the_cap(patch: pytest.MonkeyPatch) -> None:
-    from dapo_megatron.algo import correction
+def change_correction(patch: pytest.MonkeyPatch, change: Callable[[Any], dict[str, Any]]) -> None:
+    """Let the weighing see another correction: the configured one, with what `change` makes of it."""
+    from dapo_megatron.algo import weighing
 
-    patch.setattr(correction, "truncated", lambda importance_T, cap: importance_T)
+    original = weighing.correct
+    patch.setattr(weighing, "correct", lambda *args: original(*args[:-1], args[-1].model_copy(update=change(args[-1]))))
+
+
+def ignore_the_cap(patch: pytest.MonkeyPatch) -> None:
+    change_correction(patch, lambda correction: {"cap": math.inf})
 
 
 def widen_the_band(patch: pytest.MonkeyPatch) -> None:
-    from dapo_megatron.algo import correction
-
-    original = correction.masked
-    patch.setattr(correction, "masked", lambda importance_T, low, high: original(importance_T, 0.9 * low, 1.1 * high))
+    change_correction(patch, lambda correction: {"band": (0.9 * correction.band[0], 1.1 * correction.band[1])})
 
 
 def forget_the_dual_clip(patch: pytest.MonkeyPatch) -> None:
@@ -182,10 +186,10 @@ def exchange_the_logprobs_of_updates(patch: pytest.MonkeyPatch) -> None:
 
     original = actor._filled
 
-    def filled(updates: Any, name: str, logprobs: Any) -> Any:
+    def filled(mini_batches: Any, name: str, logprobs: Any) -> Any:
         return [
-            replace(update, micro_batches=other.micro_batches)
-            for update, other in zip(updates, reversed(original(updates, name, logprobs)), strict=True)
+            replace(own, micro_batches=other.micro_batches)
+            for own, other in zip(mini_batches, reversed(original(mini_batches, name, logprobs)), strict=True)
         ]
 
     patch.setattr(actor, "_filled", filled)
@@ -204,7 +208,7 @@ def share_one_count_among_updates(patch: pytest.MonkeyPatch) -> None:
             return total.sum(0, keepdim=True).expand_as(total)
 
     original = weighing.scoped
-    patch.setattr(weighing, "scoped", lambda updates, of, replicas: original(updates, of, Summed(replicas)))  # type: ignore[arg-type]
+    patch.setattr(weighing, "scoped", lambda whole, of, replicas: original(whole, of, Summed(replicas)))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -11,40 +11,40 @@ CAPACITY = 100
 SIZES = st.lists(st.integers(0, CAPACITY), max_size=40)
 
 
-def deal(sizes, capacity=CAPACITY, ranks=1, multiple=1):
+def deal(sizes, capacity=CAPACITY, replicas=1, multiple=1):
     """With attention that costs as much as the rest at the capacity."""
     costs = [size + size * size / capacity for size in sizes]
-    return partition(sizes, costs, capacity=capacity, ranks=ranks, multiple=multiple)
+    return partition(sizes, costs, capacity=capacity, replicas=replicas, multiple=multiple)
 
 
 def totals(dealt, sizes):
-    return [sum(sizes[index] for bin_ in rank for index in bin_) for rank in dealt]
+    return [sum(sizes[index] for bin_ in replica for index in bin_) for replica in dealt]
 
 
 @given(SIZES, st.integers(1, 5), st.integers(1, 3))
 @settings(deadline=None)
-def test_every_index_once_within_capacity_and_equally_many_bins(sizes, ranks, multiple):
-    dealt = deal(sizes, ranks=ranks, multiple=multiple)
-    bins = [bin_ for rank in dealt for bin_ in rank]
+def test_every_index_once_within_capacity_and_equally_many_bins(sizes, replicas, multiple):
+    dealt = deal(sizes, replicas=replicas, multiple=multiple)
+    bins = [bin_ for replica in dealt for bin_ in replica]
     assert sorted(index for bin_ in bins for index in bin_) == list(range(len(sizes)))
     assert all(sum(sizes[index] for index in bin_) <= CAPACITY for bin_ in bins)
-    assert len(dealt) == ranks
-    assert len({len(rank) for rank in dealt}) == 1
+    assert len(dealt) == replicas
+    assert len({len(replica) for replica in dealt}) == 1
     assert len(dealt[0]) % multiple == 0
 
 
 @given(SIZES, st.integers(1, 5))
 @settings(deadline=None)
-def test_number_of_bins_is_near_the_least(sizes, ranks):
-    used = len(deal(sizes, ranks=ranks)[0])
-    least = max(1, -(-sum(sizes) // (CAPACITY * ranks)))
+def test_number_of_bins_is_near_the_least(sizes, replicas):
+    used = len(deal(sizes, replicas=replicas)[0])
+    least = max(1, -(-sum(sizes) // (CAPACITY * replicas)))
     # Two of best fit's bins never fit into one, so it needs less than twice the total volume, plus one bin.
-    assert least <= used <= max(1, -(-(2 * sum(sizes) // CAPACITY + 1) // ranks))
+    assert least <= used <= max(1, -(-(2 * sum(sizes) // CAPACITY + 1) // replicas))
 
 
 def test_one_bin_where_all_fits():
     assert deal([40, 30, 30]) == [[[0, 1, 2]]]
-    assert [len(rank) for rank in deal([50] * 8, ranks=4)] == [1] * 4
+    assert [len(replica) for replica in deal([50] * 8, replicas=4)] == [1] * 4
 
 
 def test_more_bins_than_needed_are_used_evenly():
@@ -59,26 +59,26 @@ def test_levelled_where_that_fits_and_tight_where_it_does_not():
 
 def test_tight_packing_still_shares_cost_between_ranks():
     sizes = [11, 10, 9, 9, 8, 7, 7, 5, 4]
-    dealt = deal(sizes, capacity=18, ranks=2)
+    dealt = deal(sizes, capacity=18, replicas=2)
     assert sorted(totals(dealt, sizes)) == [34, 36]
-    assert [sorted(map(sorted, rank)) for rank in dealt] == [[[0, 5], [3, 7, 8]], [[1, 4], [2, 6]]]
+    assert [sorted(map(sorted, replica)) for replica in dealt] == [[[0, 5], [3, 7, 8]], [[1, 4], [2, 6]]]
 
 
 def test_rank_passed_over_for_want_of_room_gets_the_next_that_fits():
     sizes, costs = [10, 6, 6, 3, 2], [30.0, 10.0, 10.0, 3.0, 2.0]
-    # 10 here, 6 and 6 there; 3 wants the cheaper rank, which has no room for it, but has for 2.
+    # 10 here, 6 and 6 there; 3 wants the cheaper replica, which has no room for it, but has for 2.
     assert module._fill(range(5), sizes, costs, 14, (2, 1)) == [[[0, 3]], [[1, 2, 4]]]
 
 
 def test_best_fit_is_dealt_out_where_ranks_taking_turns_need_more_bins():
     sizes = [10, 9, 5, 4, 2]  # in turn: 10 and 4 here, 9 and 5 there, and no room for 2
-    assert deal(sizes, capacity=15, ranks=2) == [[[0, 2]], [[1, 3, 4]]]
+    assert deal(sizes, capacity=15, replicas=2) == [[[0, 2]], [[1, 3, 4]]]
 
 
 def test_whole_bins_go_to_the_cheapest_rank_with_a_place():
     def dealt(costs):
-        ranks = module._deal([[number] for number in range(len(costs))], costs, shape=(2, 2))
-        return [sorted(rank) for rank in ranks]
+        replicas = module._deal([[number] for number in range(len(costs))], costs, shape=(2, 2))
+        return [sorted(replica) for replica in replicas]
 
     assert dealt([6.0, 5.0, 4.0, 1.0]) == [[[0], [3]], [[1], [2]]]
     assert dealt([9.0, 1.0, 1.0, 1.0]) == [[[0], [3]], [[1], [2]]]
@@ -88,29 +88,29 @@ def test_whole_bins_go_to_the_cheapest_rank_with_a_place():
 def test_ranks_get_like_costs_although_tokens_alone_would_share_differently():
     sizes = [100, 50, 50, 10, 10, 10]
     costs = [size + size * size / 50 for size in sizes]  # 300, 100, 100, 12, 12, 12
-    linear = partition(sizes, [float(size) for size in sizes], capacity=200, ranks=2)
+    linear = partition(sizes, [float(size) for size in sizes], capacity=200, replicas=2)
     assert sorted(totals(linear, sizes)) == [110, 120]
-    assert sorted(totals(partition(sizes, costs, capacity=200, ranks=2), costs)) == [236, 300]
+    assert sorted(totals(partition(sizes, costs, capacity=200, replicas=2), costs)) == [236, 300]
 
 
 def test_a_full_mini_batch_is_even_in_cost_and_nearly_in_size():
     rng = random.Random(0)
     sizes = [min(20_480, round(rng.lognormvariate(7.7, 0.8))) for _ in range(512)]
     costs = [size + size * size / 61_440 for size in sizes]
-    dealt = partition(sizes, costs, capacity=32_768, ranks=16)
+    dealt = partition(sizes, costs, capacity=32_768, replicas=16)
     for loads, tolerance in ((totals(dealt, costs), 0.005), (totals(dealt, sizes), 0.02)):
         assert max(loads) * len(loads) / sum(loads) - 1 < tolerance
 
 
 def test_fullest_first():
-    (rank,) = deal([60, 60, 60, 30, 20, 20])
-    sizes = [sum([60, 60, 60, 30, 20, 20][index] for index in bin_) for bin_ in rank]
+    (replica,) = deal([60, 60, 60, 30, 20, 20])
+    sizes = [sum([60, 60, 60, 30, 20, 20][index] for index in bin_) for bin_ in replica]
     assert sizes == sorted(sizes, reverse=True) == [90, 80, 80]
 
 
 def test_no_sizes_give_one_empty_bin_per_rank():
-    assert deal([], ranks=2) == [[[]], [[]]]
-    assert deal([], ranks=2, multiple=2) == [[[], []], [[], []]]
+    assert deal([], replicas=2) == [[[]], [[]]]
+    assert deal([], replicas=2, multiple=2) == [[[], []], [[], []]]
 
 
 def test_size_above_capacity_is_refused():

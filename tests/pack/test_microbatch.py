@@ -7,7 +7,7 @@ from dapo_megatron.types import TrainSample
 def sample(tokens, prompt, advantage, group=0):
     mask = torch.arange(len(tokens)) >= prompt
     logprobs = torch.where(mask, -torch.arange(len(tokens)) / 4, 0.0)
-    return TrainSample(torch.tensor(tokens), mask, logprobs, advantage, group, policy_version=0)
+    return TrainSample(torch.tensor(tokens), mask, logprobs, advantage, group)
 
 
 FIRST = sample([7, 10, 3, 11, 10, 2], 4, 0.5, group=3)

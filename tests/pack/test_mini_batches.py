@@ -26,7 +26,6 @@ def sample(number, prompt, response, trained=True):
         rollout_logprobs=torch.where(mask, -(number + torch.arange(length) / 1024), 0.0),
         advantage=float(number),
         group=number // 4,
-        policy_version=0,
     )
 
 
@@ -39,7 +38,7 @@ def rollouts(draw):
 LAYOUTS = st.fixed_dictionaries(
     {
         "mini_batch": st.integers(1, 16),
-        "data_parallel": st.integers(1, 4),
+        "replicas": st.integers(1, 4),
         "seed": st.one_of(st.integers(0, 3), st.text(max_size=3)),
         "sequence_multiple": st.sampled_from([1, 2, 4, 8]),
         "total_multiple": st.sampled_from([1, 2]),
@@ -50,16 +49,16 @@ LAYOUTS = st.fixed_dictionaries(
 
 
 def do(samples, **layout):
-    plain: dict[str, Any] = {"mini_batch": 512, "micro_batch_tokens": BUDGET, "data_parallel": 1, "seed": 0}
+    plain: dict[str, Any] = {"mini_batch": 512, "micro_batch_tokens": BUDGET, "replicas": 1, "seed": 0}
     return pack(samples, **{**plain, **layout})
 
 
-def micro_batches(ranks):
-    return [batch for mini_batches in ranks for mini_batch in mini_batches for batch in mini_batch.micro_batches]
+def micro_batches(replicas):
+    return [batch for mini_batches in replicas for mini_batch in mini_batches for batch in mini_batch.micro_batches]
 
 
-def tensors(ranks):
-    return [getattr(b, f.name) for b in micro_batches(ranks) for f in fields(b) if getattr(b, f.name) is not None]
+def tensors(replicas):
+    return [getattr(b, f.name) for b in micro_batches(replicas) for f in fields(b) if getattr(b, f.name) is not None]
 
 
 @given(rollouts(), LAYOUTS)
@@ -94,9 +93,9 @@ def test_no_token_is_lost_repeated_or_moved(samples, layout):
 @given(rollouts(), LAYOUTS)
 @settings(max_examples=150, deadline=None)
 def test_budget_multiples_and_equal_counts(samples, layout):
-    ranks = do(samples, **layout)
+    replicas = do(samples, **layout)
     unit = layout["sequence_multiple"] * layout["total_multiple"]
-    for batch in micro_batches(ranks):
+    for batch in micro_batches(replicas):
         assert 0 < batch.slots <= BUDGET
         assert batch.slots % unit == 0
         assert all(
@@ -105,9 +104,9 @@ def test_budget_multiples_and_equal_counts(samples, layout):
         assert batch.cu_seqlens[-1] == batch.slots
         columns = {f.name: getattr(batch, f.name) for f in fields(batch) if f.name.endswith("_T")}
         assert all(x_T is None or x_T.shape == (batch.slots,) for x_T in columns.values())
-    assert len(ranks) == layout["data_parallel"]
-    assert {len(mini_batches) for mini_batches in ranks} == {-(-len(samples) // layout["mini_batch"])}
-    for same_update in zip(*ranks, strict=True):
+    assert len(replicas) == layout["replicas"]
+    assert {len(mini_batches) for mini_batches in replicas} == {-(-len(samples) // layout["mini_batch"])}
+    for same_update in zip(*replicas, strict=True):
         (count,) = {len(mini_batch.micro_batches) for mini_batch in same_update}
         assert count % layout["micro_batch_multiple"] == 0
 
@@ -142,7 +141,7 @@ def test_mini_batches_are_as_equal_as_can_be(responses, sizes):
 
 
 def test_rank_without_sequences_gets_padding_without_loss():
-    first, second = do([sample(0, 3, 4)], data_parallel=2, sequence_multiple=4, total_multiple=2)
+    first, second = do([sample(0, 3, 4)], replicas=2, sequence_multiple=4, total_multiple=2)
     assert (first[0].micro_batches[0].slots, first[0].loss_tokens) == (8, 4)
     (dummy,) = second[0].micro_batches
     assert (dummy.slots, dummy.loss_tokens, second[0].loss_tokens) == (8, 0, 4)
@@ -157,8 +156,8 @@ def test_attention_decides_who_gets_what():
     samples = [sample(0, 1, 40), sample(1, 1, 20), sample(2, 1, 20), sample(3, 1, 4)]
 
     def shares(**layout):
-        ranks = do(samples, data_parallel=2, **layout)
-        return [{int(x) for b in micro_batches([rank]) for x in b.advantages_T.unique()} for rank in ranks]
+        replicas = do(samples, replicas=2, **layout)
+        return [{int(x) for b in micro_batches([replica]) for x in b.advantages_T.unique()} for replica in replicas]
 
     assert shares() == [{0, 3}, {1, 2}]  # 40 beside 20 + 20, the last to either
     assert shares(attention_tokens=10.0) == [{0}, {1, 2, 3}]  # 200 beside 60 + 60

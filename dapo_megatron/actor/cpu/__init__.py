@@ -1,4 +1,4 @@
-"""Megatron-core on a machine without CUDA. Everything that differs from the GPU path is in this folder.
+"""Makes Megatron-core run without CUDA. Everything that differs from the GPU path is in this folder.
 
 `enable()` is called once per process, before any model is built; the rest is chosen by `model.py`:
 `block_spec` for the layers, `CONFIG` for the switches of kernels that exist on CUDA only.
@@ -20,7 +20,7 @@ CONFIG: dict[str, Any] = {
     "apply_rope_fusion": False,
     "persist_layer_norm": False,
 }
-"""Fields of TransformerConfig: no kernel that needs CUDA, Apex or Transformer Engine."""
+"""Fields of TransformerConfig that turn off the kernels which need CUDA, Apex or Transformer Engine."""
 
 _enabled = False
 
@@ -39,7 +39,7 @@ def enable() -> None:
 
 
 def block_spec(config: TransformerConfig, vp_stage: int | None, pp_rank: int) -> TransformerBlockSubmodules:
-    """Layers of one model chunk: Megatron's own linear layers, with attention and norms that CPU has kernels for."""
+    """Return the layers of one model chunk: Megatron's own, with attention and norms that CPU has kernels for."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 

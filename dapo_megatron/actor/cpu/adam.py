@@ -16,7 +16,7 @@ _foreach: Any = torch
 
 
 class FusedLayoutAdam(torch.optim.Optimizer):
-    """Adam (Kingma and Ba, 2015); decay is decoupled (Loshchilov and Hutter, 2019), or L2 where adam_w_mode is off."""
+    """Adam (Kingma and Ba, 2015) with decoupled weight decay (Loshchilov and Hutter, 2019)."""
 
     def __init__(
         self,
@@ -25,12 +25,10 @@ class FusedLayoutAdam(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
-        bias_correction: bool = True,
         adam_w_mode: bool = True,
     ) -> None:
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, {**defaults, "bias_correction": bias_correction})
-        self.adam_w_mode = adam_w_mode
+        assert adam_w_mode, "only decoupled weight decay"
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -51,22 +49,19 @@ class FusedLayoutAdam(torch.optim.Optimizer):
         second = [self.state[param]["exp_avg_sq"] for param in params]
         beta1, beta2 = group["betas"]
         lr, decay, step = group["lr"], group["weight_decay"], group["step"]
-        if decay and self.adam_w_mode:
+        if decay:
             _foreach._foreach_mul_(params, 1 - lr * decay)
-        elif decay:
-            grads = _foreach._foreach_add(grads, params, alpha=decay)
         _foreach._foreach_lerp_(first, grads, 1 - beta1)
         _foreach._foreach_mul_(second, beta2)
         _foreach._foreach_addcmul_(second, grads, grads, 1 - beta2)
-        correction1, correction2 = (1 - beta1**step, 1 - beta2**step) if group["bias_correction"] else (1.0, 1.0)
         denominator = _foreach._foreach_sqrt(second)
-        _foreach._foreach_div_(denominator, math.sqrt(correction2))
+        _foreach._foreach_div_(denominator, math.sqrt(1 - beta2**step))
         _foreach._foreach_add_(denominator, group["eps"])
-        _foreach._foreach_addcdiv_(params, first, denominator, -lr / correction1)
+        _foreach._foreach_addcdiv_(params, first, denominator, -lr / (1 - beta1**step))
 
 
 def install() -> None:
-    """Make it the Adam that Megatron builds."""
+    """Make FusedLayoutAdam the Adam that Megatron builds."""
     optimizer: Any = sys.modules["megatron.core.optimizer"]
     distributed: Any = sys.modules["megatron.core.optimizer.distrib_optimizer"]
     optimizer.Adam = distributed.Adam = FusedLayoutAdam

@@ -1,4 +1,4 @@
-"""Causal attention over packed sequences with torch's SDPA, context parallel included.
+"""Computes causal attention over packed sequences with torch's SDPA, context parallel included.
 
 Sequences of about the same length go through one padded SDPA call. With 128 sequences of up to 39 slots this takes two
 thirds of the time of one call per sequence, and with eight of 128 to 512 slots about as long; one call with a
@@ -23,7 +23,7 @@ _SHORT = 512
 
 
 class PackedAttention(MegatronModule):
-    """`core_attention` of the layer spec. Only packed (THD) input."""
+    """The `core_attention` of the layer spec, for packed (THD) input only."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class PackedAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: Any = None,
     ) -> Tensor:
-        """query [t, heads, d], key and value [t, groups, d] -> [t, heads x d]."""
+        """Attend: query [t, heads, d], key and value [t, groups, d] -> [t, heads x d]."""
         plan = plan_of(packed_seq_params.cu_seqlens_q, self.cp_group.size(), self.cp_group.rank())
         if self.cp_group.size() > 1:
             key, value = _GatherRanks.apply(torch.stack((key, value), dim=1), self.cp_group).unbind(dim=1)

@@ -1,7 +1,6 @@
-"""How packed sequences lie in memory, and in the padded batches that CPU attention wants.
+"""Plans how packed sequences go into the padded batches that CPU attention wants.
 
-Under context parallel a sequence of L slots is cut into 2n chunks, and rank r of n holds chunks r and 2n-1-r (so that
-every rank has the same share of the causal triangle). Sizes below: t slots on this rank, T = n x t in the group.
+Under context parallel a rank holds the slots that `shard.slots_of` says: t of the T = n x t in the group.
 """
 
 from __future__ import annotations
@@ -12,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
+
+from dapo_megatron.actor.shard import slots_of
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,11 @@ class Plan:
     """Where every slot goes."""
 
     positions_t: Tensor
-    """int64 [t]: position in its sequence of each slot of this rank."""
+    """int64 [t]: positions of this rank's slots in their sequences."""
     query_places_t: Tensor
-    """int64 [t]: place of each slot of this rank in the padded queries, all buckets end to end."""
+    """int64 [t]: places of this rank's slots in the padded queries, all buckets end to end."""
     key_places_T: Tensor
-    """int64 [T]: place of each slot of the group, rank after rank, in the padded keys."""
+    """int64 [T]: places of the group's slots, rank after rank, in the padded keys."""
     buckets: tuple[Bucket, ...]
 
 
@@ -44,62 +45,54 @@ _plans: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def plan_of(cu_seqlens: Tensor, cp_size: int, cp_rank: int) -> Plan:
-    """The plan for a micro-batch, made once for all its layers.
+    """Return the plan for a micro-batch, made once for all its layers.
 
     Args:
         cu_seqlens: int32 [S+1] of the whole context-parallel group. The plan lives as long as this very tensor.
     """
     plan = _plans.get(cu_seqlens)
     if plan is None:
-        plan = _plans[cu_seqlens] = _make_plan((cu_seqlens[1:] - cu_seqlens[:-1]).tolist(), cp_size, cp_rank)
+        plan = _plans[cu_seqlens] = _make_plan(cu_seqlens, cp_size, cp_rank)
     return plan
 
 
-def _make_plan(lengths: list[int], cp_size: int, cp_rank: int) -> Plan:
-    positions_rt = [
-        torch.cat([_positions(length, cp_size, rank) for length in lengths]) if lengths else torch.empty(0).long()
-        for rank in range(cp_size)
-    ]
-    query_starts, key_starts = [0] * len(lengths), [0] * len(lengths)
+def _make_plan(cu_seqlens: Tensor, cp_size: int, cp_rank: int) -> Plan:
+    lengths = cu_seqlens.diff().long()
+    local = lengths // cp_size
+    slots_rt = [slots_of(cu_seqlens, cp_size, rank) for rank in range(cp_size)]
+    positions_T = _counted(lengths)
+    positions_t = positions_T[slots_rt[cp_rank]]
+    query_starts, key_starts = torch.zeros_like(lengths), torch.zeros_like(lengths)
     buckets: list[Bucket] = []
     query_end = key_end = 0
-    for members in _buckets(lengths):
-        keys = lengths[members[0]]
-        queries = keys // cp_size
+    for members in _buckets(lengths.tolist()):
+        count, keys, queries = len(members), int(lengths[members[0]]), int(local[members[0]])
         mask = None
         if cp_size > 1:
-            visible = torch.zeros(len(members), queries, dtype=torch.int64)
-            for row, member in enumerate(members):
-                positions = _positions(lengths[member], cp_size, cp_rank)
-                visible[row, : len(positions)] = positions
+            visible = torch.zeros(count, queries, dtype=torch.int64)
+            for row, member in zip(visible, members, strict=True):
+                row[: local[member]] = positions_t.split(local.tolist())[member]
             mask = (torch.arange(keys) <= visible[..., None])[:, None]
-        for row, member in enumerate(members):
-            query_starts[member] = query_end + row * queries
-            key_starts[member] = key_end + row * keys
-        query_end += len(members) * queries
-        key_end += len(members) * keys
-        buckets.append(Bucket(len(members), queries, keys, mask))
-    local = torch.tensor([length // cp_size for length in lengths])
-    within = torch.cat([torch.arange(n) for n in local.tolist()]) if lengths else torch.empty(0).long()
-    first_key = torch.tensor(key_starts).repeat_interleave(local)
+        query_starts[members] = query_end + torch.arange(count) * queries
+        key_starts[members] = key_end + torch.arange(count) * keys
+        query_end += count * queries
+        key_end += count * keys
+        buckets.append(Bucket(count, queries, keys, mask))
     return Plan(
-        positions_t=positions_rt[cp_rank],
-        query_places_t=torch.tensor(query_starts).repeat_interleave(local) + within,
-        key_places_T=torch.cat([first_key + positions_t for positions_t in positions_rt]),
+        positions_t=positions_t,
+        query_places_t=query_starts.repeat_interleave(local) + _counted(local),
+        key_places_T=(key_starts.repeat_interleave(lengths) + positions_T)[torch.cat(slots_rt)],
         buckets=tuple(buckets),
     )
 
 
-def _positions(length: int, cp_size: int, rank: int) -> Tensor:
-    if cp_size == 1:
-        return torch.arange(length)
-    chunk = length // (2 * cp_size)
-    last = 2 * cp_size - 1 - rank
-    return torch.cat([torch.arange(rank * chunk, (rank + 1) * chunk), torch.arange(last * chunk, (last + 1) * chunk)])
+def _counted(lengths: Tensor) -> Tensor:
+    """Return 0, 1, 2, ... for each of these lengths, end to end."""
+    return torch.cat([torch.arange(length) for length in lengths.tolist()])
 
 
 def _buckets(lengths: Sequence[int]) -> list[list[int]]:
-    """Indices grouped so that no sequence is padded by more than a sixteenth, or 4 slots where that is more.
+    """Group indices so that no sequence is padded by more than a sixteenth, or 4 slots where that is more.
 
     Wider groups lose more to padding than they save in attention calls.
     """

@@ -1,4 +1,4 @@
-"""Rotary embedding of packed sequences, angles looked up once per micro-batch.
+"""Applies the rotary embedding to packed sequences, with angles looked up once per micro-batch.
 
 Megatron's version without the fused CUDA kernel slices the angles sequence by sequence and takes sine and cosine again
 in every layer, for queries and for keys, which takes about twice as long.
@@ -34,11 +34,11 @@ def apply_packed(
     mscale: float = 1.0,
     cp_group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """t [t, h, d] of this rank turned by its positions.
+    """Turn t [t, h, d] of this rank by its positions.
 
     Args:
         cu_seqlens: int32 [S+1] of the whole context-parallel group.
-        freqs: float32 [longest, 1, 1, d], angle of each position, the two halves of d alike.
+        freqs: float32 [longest, 1, 1, d], the angles of each position, the two halves of d alike.
     """
     if rotary_interleaved or multi_latent_attention or cp_group is None or freqs.shape[-1] != t.shape[-1]:
         raise NotImplementedError("packed rotary embedding on CPU: only the non-interleaved form over whole heads")

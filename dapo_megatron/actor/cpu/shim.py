@@ -1,4 +1,4 @@
-"""Where megatron-core and mbridge say "cuda", let them mean the CPU.
+"""Lets megatron-core and mbridge mean the CPU where they say "cuda".
 
 Their modules get another object under the name `torch`: it answers `torch.cuda.*` and `device="cuda"` for the CPU and
 passes everything else on. torch itself stays as it is for everyone else. Two habits of Megatron are methods of the
@@ -48,13 +48,6 @@ _MODULES = (
     "optimizer.distrib_optimizer",
     "optimizer.clip_grads",
     "optimizer.grad_scaler",
-    "dist_checkpointing",
-    "dist_checkpointing.exchange_utils",
-    "dist_checkpointing.strategies.torch",
-    "dist_checkpointing.strategies.filesystem_async",
-    "dist_checkpointing.strategies.state_dict_saver",
-    "dist_checkpointing.strategies.async_utils",
-    "dist_checkpointing.strategies.fully_parallel",
 )
 
 
@@ -140,7 +133,7 @@ def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def _cuda_tensor_methods() -> Iterator[None]:
-    """`tensor.type()` names the CUDA type and `tensor.cuda()` returns the tensor."""
+    """Let `tensor.type()` name the CUDA type and `tensor.cuda()` return the tensor."""
     original_type, original_cuda = torch.Tensor.type, torch.Tensor.cuda
 
     def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -174,14 +167,6 @@ def _wrap_tensor_methods() -> None:
     mixed.__init__ = _wrapped(mixed.__init__)
     # A tied embedding on two pipeline stages.
     language.setup_embeddings_and_output_layer = _wrapped(language.setup_embeddings_and_output_layer)
-    # Functions that other modules have taken in by name: replaced wherever the name is bound.
-    for home, name in (
-        ("optimizer.clip_grads", "clip_grad_by_total_norm_fp32"),
-        ("dist_checkpointing.exchange_utils", "exchange_loaded_tensors_gather_rounds"),
-        ("dist_checkpointing.exchange_utils", "exchange_loaded_tensors_broadcast"),
-    ):
-        original = getattr(sys.modules[core + home], name)
-        wrapped = _wrapped(original)
-        for module_name, module in list(sys.modules.items()):
-            if module_name.startswith(core) and getattr(module, name, None) is original:
-                setattr(module, name, wrapped)
+    for module in ("optimizer.clip_grads", "optimizer.optimizer"):  # the second has taken it in by name
+        bound: Any = sys.modules[core + module]
+        bound.clip_grad_by_total_norm_fp32 = _wrapped(bound.clip_grad_by_total_norm_fp32)

@@ -1,7 +1,8 @@
 """CISPO (MiniMax-M1, arXiv 2506.13585, eq. 4 and 5): policy gradient with a clipped, detached importance weight.
 
-sg(clip(r, 1 - clip_low, 1 + clip_high)) A log p: no token ever loses its gradient, which a clipped objective takes from
-just those rare tokens that turn a chain of thought. The value of this loss says nothing; its gradient is the point.
+The objective is sg(clip(r, 1 - clip_low, 1 + clip_high)) A log p, with r the probability ratio of a token, policy to
+old policy, and sg without gradient. No token ever loses its gradient, which a clipped objective takes from just those
+rare tokens that turn a chain of thought. The value of this loss says nothing; its gradient is the point.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ if TYPE_CHECKING:
 
 class Settings(Section):
     clip_low: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Ratios below 1 - clip_low weigh this much. The paper has no lower bound: null."""
+    """A token weighs at least 1 - clip_low. The paper has no lower bound: null."""
     clip_high: PositiveFloat = 4.0
-    """Ratios above 1 + clip_high weigh this much. The paper gives no value; this caps the weight at 5."""
+    """A token weighs at most 1 + clip_high. The paper gives no value; this caps the weight at 5."""
 
 
 def per_token(given: LossInput, settings: Settings) -> tuple[Tensor, Measures]:

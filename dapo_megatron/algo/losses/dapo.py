@@ -1,7 +1,8 @@
 """The clipped objective of DAPO (arXiv 2503.14476, eq. 8); with clip_low = clip_high, that of PPO and GRPO.
 
-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), r the probability ratio of a token, policy to old policy. On a kink
-(r = 1 + clip_high, say) a token counts as not clipped. Without dual_clip, r is unbounded where A < 0, as in the paper.
+The objective is min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), with r the probability ratio of a token, policy to
+old policy. On a kink (r = 1 + clip_high, say) a token counts as not clipped. Without dual_clip, r is unbounded where
+A < 0, as in the paper.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ class Settings(Section):
     clip_high: PositiveFloat = 0.28
     """Ratios above 1 + clip_high give no gradient where the advantage is positive (clip-higher)."""
     dual_clip: Annotated[float, Field(gt=1)] | None = None
-    """Floor the objective at dual_clip x advantage where the advantage is negative (arXiv 1912.09729). Paper: null; its
-    code: 10."""
+    """Floor the objective at dual_clip x advantage where the advantage is negative (arXiv 1912.09729). The
+    paper has none, null; its code used 10."""
 
 
 def per_token(given: LossInput, settings: Settings) -> tuple[Tensor, Measures]:

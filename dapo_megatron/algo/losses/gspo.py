@@ -1,8 +1,8 @@
 """Group Sequence Policy Optimization (arXiv 2507.18071, eq. 5 to 7).
 
-min(s A, clip(s, 1 - clip_low, 1 + clip_high) A) for every token of a response, where s is the geometric mean of the
-probability ratios of all its tokens: whole responses are clipped or not. The paper averages over responses
-(`algo.loss_scope=sample`); with scope token, long responses weigh more.
+The objective is min(s A, clip(s, 1 - clip_low, 1 + clip_high) A) for every token of a response, where s is the
+geometric mean of the probability ratios of all its loss tokens: whole responses are clipped or not. The paper averages
+over responses (`algo.loss_scope=sample`); with scope token, long responses weigh more.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class Settings(Section):
     """Responses whose mean ratio is below 1 - clip_low give no gradient where the advantage is negative. The default
     is the paper's (section 5.1)."""
     clip_high: PositiveFloat = 4e-4
-    """Responses whose mean ratio is above 1 + clip_high give none where the advantage is positive. The default is the
-    paper's."""
+    """Responses whose mean ratio is above 1 + clip_high give no gradient where the advantage is positive. The default
+    is the paper's."""
 
 
 def per_token(given: LossInput, settings: Settings) -> tuple[Tensor, Measures]:
