@@ -10,11 +10,16 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 from dapo_megatron.config import Config, RunConfig
 from dapo_megatron.errors import ConfigError
 
 log = logging.getLogger(__name__)
+
+_ANSWER_SECONDS = 10
+"""A server that has not answered by then counts as gone."""
 
 
 class Sink(Protocol):
@@ -30,7 +35,7 @@ def check_sinks(run: RunConfig) -> None:
 
     Raises:
         ConfigError: for an MLflow address that is none or does not answer, and for Weights & Biases without a login or
-            a server that takes it.
+            where its server does not answer.
     """
     if run.wandb_project is not None:
         _check_wandb()
@@ -176,7 +181,7 @@ def _mlflow() -> Any:
 
     # By its own defaults MLflow tries for minutes, and a step of the run would wait for it.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(_ANSWER_SECONDS))
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     return mlflow
 
@@ -192,18 +197,33 @@ def _check_mlflow(uri: str) -> None:
 
 
 def _check_wandb() -> None:
+    """Look for a login and for the server. Whether it takes the login, `wandb.init` finds out: wandb's own check hangs
+    for minutes at times where no server answers.
+    """
     remedy = "run `wandb login`, set WANDB_MODE=offline, or set run.wandb_project=null"
     try:
         import wandb
 
-        if wandb.setup().settings.mode in ("offline", "dryrun", "disabled"):
+        settings = wandb.setup().settings
+        if settings.mode in ("offline", "dryrun", "disabled"):
             return
-        logged_in = wandb.login(prompt=False, verify=True)
-        wandb.teardown()
-    except Exception as error:  # no server, a key that it refuses, settings that cannot be read
+        logged_in = wandb.login(prompt=False, verify=False)
+        if logged_in:
+            _check_answers(settings.base_url)
+    except Exception as error:  # no server, a login that can be none, settings that cannot be read
         raise ConfigError(f"run.wandb_project: Weights & Biases cannot be used ({error}); {remedy}") from error
     if not logged_in:
         raise ConfigError(f"run.wandb_project is set, but nobody is logged in to Weights & Biases: {remedy}")
+
+
+def _check_answers(address: str) -> None:
+    """Raise OSError where no web server answers. An answer that is an error shows that it is there."""
+    try:
+        urlopen(address, timeout=_ANSWER_SECONDS).close()
+    except HTTPError:
+        return
+    except OSError as error:
+        raise OSError(f"{address} does not answer: {error}") from error
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -108,6 +108,7 @@ def nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "WANDB_CONFIG_DIR": str(tmp_path / "home"),
         "WANDB_BASE_URL": "http://127.0.0.1:9",
         "WANDB_SILENT": "true",
+        "NO_PROXY": "127.0.0.1",
     }.items():
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
@@ -173,7 +174,11 @@ def read_wandb(file: Path) -> tuple[list[dict[str, Any]], Any]:
 @pytest.mark.usefixtures("nobody")
 @pytest.mark.parametrize(
     ("key", "reason"),
-    [(None, "nobody is logged in"), ("short", "Weights & Biases cannot be used"), ("a" * 40, "127.0.0.1:9")],
+    [
+        (None, "nobody is logged in"),
+        ("short", "Weights & Biases cannot be used"),
+        ("a" * 40, "http://127.0.0.1:9 does not answer"),
+    ],
 )
 def test_wandb_that_takes_no_run(monkeypatch: pytest.MonkeyPatch, key: str | None, reason: str) -> None:
     if key:
