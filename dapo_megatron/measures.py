@@ -85,7 +85,7 @@ def reduce(
     """
     import torch
 
-    first = parts[0]
+    first = dict(sorted(parts[0].items()))  # the same order on all ranks, whatever made them
 
     def table(names: list[str]) -> Tensor:
         rows = [[number for name in names for number in _numbers(part[name])] for part in parts]
@@ -103,7 +103,7 @@ def reduce(
         highest = table(maxima).amax(0)
         highest = (largest(highest) if largest else highest).tolist()
         reduced |= {name: Max(value) for name, value in zip(maxima, highest, strict=True)}
-    return {name: reduced[name] for name in first}
+    return {name: reduced[name] for name in parts[0]}
 
 
 def values(measures: Measures) -> dict[str, float]:

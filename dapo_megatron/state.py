@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Generic, Protocol, TypeVar
 
 from pydantic import TypeAdapter
@@ -48,26 +49,37 @@ class Kept(Generic[T]):
 
 
 class RunState:
-    """All parts of a run that survive a restart, besides the actor.
+    """All parts of a run that survive a restart, besides the actor and its optimizer.
+
+    What the leader saves, every rank can load: it takes the parts that all ranks keep, and the leader its own as well.
 
     Args:
-        parts: the parts that this rank has, by name.
+        leader: on the leader, the parts that only it keeps; None on other ranks.
+        shared: the parts that are alike on all ranks.
 
     Raises:
         DapoError: from `load_state_dict`, where a state of other parts is given.
     """
 
-    def __init__(self, **parts: Stateful) -> None:
+    def __init__(self, leader: Mapping[str, Stateful] | None, **shared: Stateful) -> None:
         self.steps_done = Kept(int, 0)
-        self._parts: dict[str, Stateful] = {"steps_done": self.steps_done, **parts}
+        """Also the version of the weights that the engines have."""
+        self._parts = {"shared": {"steps_done": self.steps_done, **shared}}
+        if leader is not None:
+            self._parts["leader"] = dict(leader)
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: part.state_dict() for name, part in self._parts.items()}
+        return {
+            owner: {name: part.state_dict() for name, part in parts.items()} for owner, parts in self._parts.items()
+        }
 
     def load_state_dict(self, state: dict[str, Any], /) -> None:
-        if state.keys() != self._parts.keys():
-            raise DapoError(
-                f"the saved state is one of {', '.join(sorted(state))}; this run keeps {', '.join(sorted(self._parts))}"
-            )
-        for name, part in self._parts.items():
-            part.load_state_dict(state[name])
+        for owner, parts in self._parts.items():
+            saved = state.get(owner, {})
+            if saved.keys() != parts.keys():
+                raise DapoError(
+                    f"the saved state has {', '.join(sorted(saved)) or 'nothing'} for {owner}; this run keeps "
+                    f"{', '.join(sorted(parts))}"
+                )
+            for name, part in parts.items():
+                part.load_state_dict(saved[name])

@@ -46,9 +46,10 @@ def train(config: Config, obs: Observer, checked: Checked | None) -> None:
                 leader.engines.wait_ready()
             publisher = open_publisher(config.weights, leader.engines if leader else None)
             stack.enter_context(closing(publisher))
-        state = RunState(published=publisher, skipped=skipped.in_a_row, **(leader.state if leader else {}))
+        stack.enter_context(failing_undisturbed())
+        state = RunState(leader.state if leader else None, skipped_in_a_row=skipped.in_a_row)
 
-        if leader:
+        if leader and not state.steps_done.value:
             leader.evaluate("before")
         for step in range(state.steps_done.value, config.train.steps):
             with obs.phase("rollout"):
@@ -66,7 +67,7 @@ def train(config: Config, obs: Observer, checked: Checked | None) -> None:
                     for index, mini_batch in enumerate(mini_batches)
                 ]
             with obs.phase("publish"):
-                publisher.push(checkpoint.export(actor.chunks))
+                publisher.push(checkpoint.export(actor.chunks), version=step + 1)
             state.steps_done.value = step + 1
             if leader and batch:
                 leader.log(step, batch, {**policy, **weighing}, results)

@@ -31,6 +31,9 @@ def test_ranks_are_added_and_compared() -> None:
     reduced = reduce([{"a": Mean(1, 2), "b": Max(5), "c": Sum(4)}], add, largest)
     assert calls == [("add", torch.float64, [1, 2, 4]), ("largest", torch.float64, [5])]
     assert reduced == {"a": Mean(2, 4), "b": Max(6), "c": Sum(8)}
+    calls.clear()
+    reduce([{"c": Sum(4), "b": Max(5), "a": Mean(1, 2)}], add, largest)  # the same order on a rank that has another
+    assert calls[0][2][:2] == [1, 2]
 
 
 def test_nothing_counted_is_no_number() -> None:

@@ -22,7 +22,6 @@ def parts() -> dict[str, Kept]:
     return {
         "carried": Kept(tuple[Group, ...], ()),
         "evaluations": Kept(dict[str, EvalResult], {}),
-        "skipped_in_a_row": Kept(int, 0),
     }
 
 
@@ -31,25 +30,32 @@ def stream() -> PromptStream:
 
 
 def test_all_parts_stand_where_they_stood_after_a_trip_through_json() -> None:
-    before, prompts = parts(), stream()
-    state = RunState(prompts=prompts, **before)
+    before, prompts, skipped = parts(), stream(), Kept(int, 2)
+    state = RunState({"prompts": prompts, **before}, skipped=skipped)
     state.steps_done.value = 7
     prompts.take(4)
     before["carried"].value = (GROUP,)
     before["evaluations"].value["before"] = summarise([GROUP])
-    before["skipped_in_a_row"].value = 2
+    saved = json.loads(json.dumps(state.state_dict()))
 
-    after, others = parts(), stream()
-    restored = RunState(prompts=others, **after)
-    restored.load_state_dict(json.loads(json.dumps(state.state_dict())))
+    after, others, counted = parts(), stream(), Kept(int, 0)
+    restored = RunState({"prompts": others, **after}, skipped=counted)
+    restored.load_state_dict(saved)
     assert restored.steps_done.value == 7
     assert others.take(5) == prompts.take(5)
     assert after["carried"].value == (GROUP,)
     assert repr(after["evaluations"].value) == repr(before["evaluations"].value)  # nan is not equal to itself
-    assert after["skipped_in_a_row"].value == 2
+    assert counted.value == 2
+
+    counted_elsewhere = Kept(int, 0)
+    another_rank = RunState(None, skipped=counted_elsewhere)
+    another_rank.load_state_dict(saved)
+    assert (another_rank.steps_done.value, counted_elsewhere.value) == (7, 2)
 
 
 def test_a_state_of_other_parts_is_refused() -> None:
-    state = RunState(**parts()).state_dict()
-    with pytest.raises(DapoError, match=r"of carried, evaluations, skipped_in_a_row, steps_done; .* keeps steps_done"):
-        RunState().load_state_dict(state)
+    state = RunState(parts(), skipped=Kept(int, 0)).state_dict()
+    with pytest.raises(DapoError, match=r"has skipped, steps_done for shared; this run keeps steps_done"):
+        RunState(None).load_state_dict(state)
+    with pytest.raises(DapoError, match=r"has nothing for leader; this run keeps carried, evaluations"):
+        RunState(parts()).load_state_dict(RunState(None).state_dict())

@@ -64,7 +64,7 @@ class ParameterNorms:
             kinds[param if main is None else main] = next(i for i, part in enumerate(KINDS.values()) if part in name)
         self._device = named[0][1].device
         self._chunks = [chunk for part in optimizer.chained_optimizers for chunk in _chunks(part, kinds)]
-        present = self._zeros()
+        present = self._zeros(1)[0]
         for chunk in self._chunks:
             present[chunk.kinds] = 1.0
         dist.all_reduce(present)
@@ -76,10 +76,10 @@ class ParameterNorms:
 
         Where the gradient of one kind is not finite, the others keep their norm.
         """
-        sums = self._zeros()
+        sums = self._zeros(1)
         for chunk in self._chunks:
-            sums.index_add_(0, chunk.kinds, _squares([param.grad for param in chunk.params]))
-        return {f"grad_norm/{kind}": norm for kind, norm in self._norms(sums).items()}
+            sums[0].index_add_(0, chunk.kinds, _squares([param.grad for param in chunk.params]))
+        return {f"grad_norm/{kind}": norm for kind, norm in self._norms(sums)[0].items()}
 
     @torch.no_grad()
     def updates(self) -> dict[str, float]:
@@ -89,25 +89,25 @@ class ParameterNorms:
         lr (u + decay w) / (1 - lr decay), with u from both moments and w the weights after the step. So lr x decay must
         be below 1, as `config.OptimizerConfig` demands.
         """
-        weights, updates = self._zeros(), self._zeros()
+        sums = self._zeros(2)
         for chunk in self._chunks:
-            weights.index_add_(0, chunk.kinds, _squares(chunk.params))
-            updates.index_add_(0, chunk.kinds, _update_squares(chunk))
-        weight_norms, update_norms = self._norms(weights), self._norms(updates)
+            sums[0].index_add_(0, chunk.kinds, _squares(chunk.params))
+            sums[1].index_add_(0, chunk.kinds, _update_squares(chunk))
+        weight_norms, update_norms = self._norms(sums)
         ratios = {kind: update_norms[kind] / norm if norm else math.nan for kind, norm in weight_norms.items()}
         return {f"weight_norm/{kind}": norm for kind, norm in weight_norms.items()} | {
             f"update_ratio/{kind}": ratio for kind, ratio in ratios.items()
         }
 
-    def _zeros(self) -> Tensor:
-        """Return zeros, float64 [kinds]."""
-        return torch.zeros(len(KINDS), dtype=torch.float64, device=self._device)
+    def _zeros(self, rows: int) -> Tensor:
+        """Return zeros, float64 [rows, kinds]."""
+        return torch.zeros(rows, len(KINDS), dtype=torch.float64, device=self._device)
 
-    def _norms(self, sums: Tensor) -> dict[str, float]:
-        """Add up the ranks' squares [kinds] and return the norms of the kinds that the model has."""
+    def _norms(self, sums: Tensor) -> list[dict[str, float]]:
+        """Add up the ranks' squares [rows, kinds] and return the norms of the kinds that the model has, row by row."""
         dist.all_reduce(sums)
-        norms = dict(zip(KINDS, sums.sqrt().tolist(), strict=True))
-        return {kind: norms[kind] for kind in self._kinds}
+        rows = [dict(zip(KINDS, row, strict=True)) for row in sums.sqrt().tolist()]
+        return [{kind: row[kind] for kind in self._kinds} for row in rows]
 
 
 def _chunks(part: Any, kinds: Mapping[Any, int]) -> Iterator[_Chunk]:

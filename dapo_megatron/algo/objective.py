@@ -66,9 +66,14 @@ class Objective:
             common["kl/ref"] = Mean(kl_T.detach().sum(), tokens)
             if kl.coef:
                 loss_T = loss_T + kl.coef * kl_T
+        assert loss_T.shape == mask_T.shape, f"algo.loss={self.config.loss} must give [T], got {tuple(loss_T.shape)}"
         # Ranks reduce measures together: one that is missing somewhere would hang them all.
         assert measures.keys() == loss.meanings.keys() and not measures.keys() & common.keys(), (
             f"algo.loss={self.config.loss} must measure what its meanings name, {sorted(loss.meanings)}, every time, "
             f"and none of {sorted(common)}; got {sorted(measures)}"
         )
-        return TokenLoss((masked(loss_T) * masked(batch.weights_T)).sum(), tokens, {**common, **measures})
+        return TokenLoss(
+            (masked(loss_T) * masked(batch.weights_T)).sum(),
+            tokens,
+            common | {name: measures[name] for name in loss.meanings},
+        )

@@ -25,8 +25,8 @@ def find(value: str, home: str, attribute: str, kind: type) -> Any:
         raise ValueError(f"{value!r} is not known; known are {', '.join(known(home))}, or some.module:NAME for another")
     try:
         found = getattr(import_module(module if colon else f"{home}.{value}"), name if colon else attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"{value!r} cannot be loaded: {error}; give it as some.module:NAME") from error
+    except Exception as error:  # somebody's module runs, and may raise anything
+        raise ValueError(f"{value!r} cannot be loaded: {type(error).__name__}: {error}") from error
     if not isinstance(found, kind):
         expected = "class" if kind is type else f"{kind.__module__}.{kind.__qualname__}"
         raise ValueError(f"{value!r} is {found!r}; expected a {expected}")

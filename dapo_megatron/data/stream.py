@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -21,6 +22,7 @@ class PromptStream:
         if not prompts:
             raise ConfigError("there are no prompts to draw from")
         self._prompts, self._seed = prompts, seed
+        self._uids = hashlib.sha256("\n".join(prompt.uid for prompt in prompts).encode()).hexdigest()[:16]
         self._start_epoch(0)
 
     def take(self, count: int) -> list[Prompt]:
@@ -38,6 +40,7 @@ class PromptStream:
         return {
             "seed": self._seed,
             "size": len(self._prompts),
+            "uids": self._uids,
             "epoch": self._epoch,
             "position": self._position,
         }
@@ -48,7 +51,7 @@ class PromptStream:
         Raises:
             ConfigError: where that stream had another seed or number of prompts.
         """
-        for key, here in (("seed", self._seed), ("size", len(self._prompts))):
+        for key, here in (("seed", self._seed), ("size", len(self._prompts)), ("uids", self._uids)):
             if state[key] != here:
                 raise ConfigError(
                     f"cannot continue the prompts of a run with {key} {state[key]}: this one has {here}; "

@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -42,21 +42,13 @@ class GlooPublisher:
     """
 
     def __init__(self, receivers: Receivers | None, bucket_bytes: int, *, timeout_seconds: float = 300.0) -> None:
-        self.version = 0
         self._sender = None if receivers is None else _Sender(receivers, bucket_bytes, timeout_seconds)
 
-    def push(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+    def push(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         if self._sender:
-            self._sender.send(weights, self.version + 1)
+            self._sender.send(weights, version)
         else:
             deque(weights, maxlen=0)
-        self.version += 1
-
-    def state_dict(self) -> dict[str, int]:
-        return {"version": self.version}
-
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        self.version = state["version"]
 
     def close(self) -> None:
         if self._sender:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Coroutine, Iterable, Iterator, Mapping
+from collections.abc import Coroutine, Iterable, Iterator
 from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
@@ -47,13 +47,8 @@ class Publisher(Protocol):
     Collective: every rank has one and makes the same calls. Which ranks hand tensors over is the transport's business.
     """
 
-    @property
-    def version(self) -> int:
-        """How often weights were published; engines call those they use by this number."""
-        ...
-
-    def push(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Put `weights` to use in every engine, as the next version. No engine may be generating.
+    def push(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Put `weights` to use in every engine, as `version`. No engine may be generating.
 
         Args:
             weights: Hugging Face names and whole tensors, the same on every rank. Every rank iterates to the end.
@@ -61,14 +56,6 @@ class Publisher(Protocol):
         Raises:
             EngineError: on the leader, when an engine fails or does not keep up.
         """
-        ...
-
-    def state_dict(self) -> dict[str, int]:
-        """What a run that goes on later has to know, as plain JSON values."""
-        ...
-
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Go on counting where `state_dict` was taken. Engines keep the weights that they have until the next push."""
         ...
 
     def close(self) -> None:

@@ -57,6 +57,19 @@ def test_a_loss_of_ones_own_by_the_name_of_its_module():
     assert lose(LOGPROBS, BATCH, loss=name, SCALED={"scale": 1.0}).loss_sum.item() == pytest.approx(4.0)
 
 
+ADDED_UP = replace(SCALED, per_token=lambda given, settings: (given.logprobs_T.mean(), {"of_my_own": Mean(1)}))
+UNNAMED = replace(SCALED, per_token=lambda given, settings: (given.logprobs_T, {"ratio/max": Mean(1)}))
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [("ADDED_UP", r"must give \[T\], got \(\)"), ("UNNAMED", r"must measure .*'of_my_own'.* got \['ratio/max'\]")],
+)
+def test_a_loss_that_adds_up_or_measures_something_else_is_refused(name, problem):
+    with pytest.raises(AssertionError, match=problem):
+        lose(LOGPROBS, BATCH, loss=f"{__name__}:{name}")
+
+
 def test_old_logprobs_are_demanded():
     with pytest.raises(AssertionError, match="old log-probs"):
         lose(LOGPROBS, replace(BATCH, old_logprobs_T=None))

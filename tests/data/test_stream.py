@@ -52,6 +52,8 @@ def test_cursor_of_another_stream_is_refused():
         PromptStream(PROMPTS, 4).load_state_dict(state)
     with pytest.raises(ConfigError, match="size 10: this one has 9"):
         PromptStream(PROMPTS[:9], 3).load_state_dict(state)
+    with pytest.raises(ConfigError, match=r"uids [0-9a-f]+: this one has"):
+        PromptStream(PROMPTS[::-1], 3).load_state_dict(state)
 
 
 def test_no_prompts():

@@ -112,7 +112,10 @@ def test_the_kind_is_the_name_of_a_module() -> None:
     ("kind", "message"),
     [
         ("vlm", "engine.kind: 'vlm' is not known; known are vllm, or some.module:NAME for another"),
-        ("no.such.module:Adapter", "'no.such.module:Adapter' cannot be loaded: No module named 'no'"),
+        (
+            "no.such.module:Adapter",
+            "'no.such.module:Adapter' cannot be loaded: ModuleNotFoundError: No module named 'no'",
+        ),
         ("json:Adapter", "module 'json' has no attribute 'Adapter'"),
         (":Adapter", "Empty module name"),
     ],

@@ -116,7 +116,7 @@ def test_log_probs_follow_the_weights(engines: Engines, publisher: GlooPublisher
     assert worst_error(first, before) <= 2e-5
     assert before[0][0].versions == (VersionSpan(0, 0, 32),)
 
-    publisher.push(weights_of(second).items())
+    publisher.push(weights_of(second).items(), version=1)
     # The prompt is the same, so its keys and values were cached under the old weights.
     after = generate(engines)
     assert worst_error(second, after) <= 2e-5
@@ -129,7 +129,7 @@ def test_strided_tensors_arrive_whole(engines: Engines, publisher: GlooPublisher
         name: tensor.T.contiguous().T if tensor.dim() == 2 else tensor for name, tensor in weights_of(first).items()
     }
     assert not all(tensor.is_contiguous() for tensor in weights.values())
-    publisher.push(weights.items())
+    publisher.push(weights.items(), version=2)
     after = generate(engines)
     assert worst_error(first, after) <= 2e-5
     assert after[1][0].versions[0].version == 2
@@ -149,5 +149,5 @@ def test_a_killed_engine_ends_the_push(engines: Engines, publisher: GlooPublishe
 
     started = time.monotonic()
     with pytest.raises(EngineError, match="engine 1"):
-        publisher.push(weights())
+        publisher.push(weights(), version=1)
     assert time.monotonic() - started < 10.0
