@@ -21,7 +21,7 @@ from dapo_megatron.obs.terminal import Diverted, printable
 from dapo_megatron.types import Group
 
 SHOWN_CHARACTERS = 400
-"""Of an example response, on the terminal."""
+"""How much of an example response is shown on the terminal."""
 
 
 class Example(Protocol):

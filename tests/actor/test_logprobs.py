@@ -166,7 +166,7 @@ def _on_rank(temperature: float) -> tuple[Tensor, ...]:
 @pytest.mark.multiproc
 @pytest.mark.parametrize("ranks", [3, 4])
 def test_split_vocabulary_matches_float64(ranks: int) -> None:
-    """Of four ranks of 12 columns the third holds one column of padding, the last nothing else."""
+    """With four ranks of 12 columns, the third holds one column of padding, the last nothing else."""
     want = reference(*problem(), 0.6)
     results = run_distributed(_on_rank, ranks, 0.6)
     grad_TV = torch.cat([grad_TV for *_, grad_TV in results], dim=1)

@@ -14,7 +14,7 @@ SCOPES = ["token", "prompt", "sample"]
 
 
 def weights(of, tokens, groups, *, cuts=()):
-    """Of each segment, where the segments are split into replicas at `cuts`."""
+    """The weight of each segment, where the segments are split into replicas at `cuts`."""
     shares = [slice(start, end) for start, end in pairwise([0, *sorted(cuts), len(tokens)])]
     tokens_S, groups_S = torch.tensor(tokens, dtype=torch.int64), torch.tensor(groups, dtype=torch.int64)
     count = max(groups, default=0) + 1

@@ -53,7 +53,7 @@ class Response:
 
 
 def updates_of(responses, bins, multiple=1):
-    """Of one replica: bins[u] are the micro-batches of mini-batch u, each a list of indices of responses."""
+    """Pack one replica's share: bins[u] are the micro-batches of mini-batch u, each a list of indices of responses."""
     old = {label: value for r in responses for label, value in zip(r.labels, r.old.tolist(), strict=True)}
     result = []
     for mini_batch, rows in enumerate(bins):

@@ -10,6 +10,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from tests.helpers.checkpoint import TINY
+
 END = 2
 """Token that ends a response of the tiny model."""
 
@@ -25,20 +27,9 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<pad>").save_pretrained(folder)
     torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=264,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=END,
-        pad_token_id=0,
-        initializer_range=0.1,
-    )
+    sizes = {"vocab_size": 264, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3}
+    special = {"bos_token_id": None, "eos_token_id": END, "pad_token_id": 0}
+    config = Qwen2Config(**{**TINY, **sizes, **special, "tie_word_embeddings": False, "initializer_range": 0.1})
     Qwen2ForCausalLM(config).float().save_pretrained(folder)
     return folder
 

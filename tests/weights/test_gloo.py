@@ -19,6 +19,7 @@ from dapo_megatron.rollout.engine import Sampling
 from dapo_megatron.rollout.engines import Engines
 from dapo_megatron.types import Completion, Prompt, VersionSpan
 from dapo_megatron.weights.gloo import GlooPublisher
+from tests.helpers.checkpoint import TINY
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -31,17 +32,8 @@ BUCKET_BYTES = 40_000
 
 def make_model(seed: int, tied: bool) -> Any:
     torch.manual_seed(seed)
-    config = Qwen2Config(
-        vocab_size=80,
-        hidden_size=128,
-        intermediate_size=160,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        tie_word_embeddings=tied,
-        initializer_range=0.1,
-    )
+    sizes = {"vocab_size": 80, "hidden_size": 128, "intermediate_size": 160}
+    config = Qwen2Config(**{**TINY, **sizes, "tie_word_embeddings": tied, "initializer_range": 0.1})
     return Qwen2ForCausalLM(config).float().eval()
 
 
