@@ -71,7 +71,8 @@ OPTIONAL = {"kl/ref", "correction/weight", "correction/truncated", "correction/m
 
 def assert_metrics_have_meanings(folder: Path, overrides: Sequence[str]) -> None:
     """Everything written is in the table, and everything in the table is written."""
-    meanings = {*METRICS, *AlgoConfig().found_loss.meanings}
+    loss = "gspo" if "algo.loss=gspo" in overrides else "dapo"
+    meanings = {*METRICS, *AlgoConfig(loss=loss).found_loss.meanings}
     written = {name for line in (folder / "run/metrics.jsonl").read_text().splitlines() for name in json.loads(line)}
     assert written - {"step", "time"} <= meanings
     assert meanings - written <= OPTIONAL
@@ -89,8 +90,16 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     "overrides",
     [
         pytest.param([], id="dp2"),
-        pytest.param(["parallel.tp=2", "parallel.sequence_parallel=true"], id="tp2"),
-        pytest.param(["parallel.pp=2"], id="pp2"),
+        pytest.param(
+            [
+                "parallel.tp=2",
+                "parallel.sequence_parallel=true",
+                "algo.kl.coef=0.05",
+                "algo.loss_scope=sample",
+                "algo.dapo.clip_high=0.2",
+            ],
+            id="tp2-grpo",
+        ),
         pytest.param(
             [
                 "parallel.pp=2",
@@ -101,8 +110,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
             ],
             id="pp2-vpp2-masked",
         ),
-        pytest.param(["parallel.cp=2"], id="cp2"),
-        pytest.param(["algo.kl.coef=0.05", "algo.loss_scope=sample", "algo.dapo.clip_high=0.2"], id="grpo"),
+        pytest.param(["parallel.cp=2", "algo.loss=gspo", "algo.loss_scope=sample"], id="cp2-gspo"),
     ],
 )
 def test_a_run_trains_and_the_engine_follows(material: Path, tmp_path: Path, overrides: Sequence[str]) -> None:
