@@ -26,9 +26,11 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: for a file that is not there or not YAML, an unknown key, a wrong type, sizes that do not fit.
     """
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"cannot read the config {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"cannot read the config {path}: {error}; write it in UTF-8") from error
     values = _yaml(text, str(path))
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected sections such as model: and data:, got {type(values).__name__}")

@@ -13,6 +13,10 @@ class ConfigError(DapoError):
     exit_code = 2
 
 
+class LossError(DapoError, TypeError):
+    """A loss gave something else than a value for each slot and what it says that it measures."""
+
+
 class EngineError(DapoError):
     """A rollout engine did not start, died, or answered with an error."""
 

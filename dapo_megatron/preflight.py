@@ -5,6 +5,7 @@ Imports neither megatron nor vllm nor torch.distributed.
 
 from __future__ import annotations
 
+import shutil
 import socket
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
@@ -67,6 +68,7 @@ def preflight(config: Config, world_size: int, local_ranks: int | None = None) -
     check_run_folder(config.run)
     hf_config = _check_sampling(config)
     check_layout(hf_config, config.parallel)
+    _check_disk(config)
     check_gpus(config.engine, world_size if local_ranks is None else local_ranks)
     check_sinks(config.run)
     return _read(config, hf_config, config.data.train)
@@ -102,7 +104,7 @@ def _read(config: Config, hf_config: Any, train: str | None) -> Checked:
     tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
     ends = end_token_ids(tokenizer, config.rollout.stop_token_ids)
     _check_vocabulary("the end tokens hold", ends, hf_config)
-    warnings = list(_exposure(config.engine))
+    warnings = [*_exposure(config.engine), *_idle(config)]
 
     def prompts(source: str | None) -> list[Prompt]:
         return load_prompts(config.data, tokenizer, source, warnings.append) if source else []
@@ -111,6 +113,12 @@ def _read(config: Config, hf_config: Any, train: str | None) -> Checked:
     for prompt in (*checked.train, *checked.held_out):
         _check_vocabulary(f"{prompt.uid} holds", prompt.token_ids, hf_config)
     return checked
+
+
+def _idle(config: Config) -> Iterable[str]:
+    """A warning for what is set and does nothing."""
+    for section in config.algo.idle:
+        yield f"algo.{section} is set, but algo.loss is {config.algo.loss}: its settings do nothing"
 
 
 def _grading_packages(reward: RewardConfig) -> dict[str, str]:
@@ -175,6 +183,18 @@ def _exposure(engine: EngineConfig) -> Iterable[str]:
             f"engine.host={engine.host}: engines ask nobody for a password. Whoever reaches this address can read the "
             f"prompts, sample from the model and replace its weights; set engine.host=127.0.0.1, or have a firewall "
             f"keep others out"
+        )
+
+
+def _check_disk(config: Config) -> None:
+    """Refuse a run whose policy would not fit on the disk when it is over."""
+    parent = next(parent for parent in config.run.folder.absolute().parents if parent.exists())
+    needed = sum(file.stat().st_size for file in config.model.path.glob("*.safetensors"))
+    free = shutil.disk_usage(parent).free
+    if config.run.save_hf and free < needed:
+        raise ConfigError(
+            f"run.dir: {parent} has {free / 2**30:.2f} GiB free, and the trained policy takes about "
+            f"{needed / 2**30:.2f} GiB, as model.path does; free some, choose another run.dir, or set run.save_hf=false"
         )
 
 

@@ -80,3 +80,9 @@ class Loss:
     """
     bounds: Callable[[Any], tuple[float, ...]] = lambda settings: ()
     """settings -> ratios that few tokens reach and where the loss changes: `check-reduction` sends some beyond."""
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.settings, type) and issubclass(self.settings, Section)):
+            raise TypeError(f"Loss.settings is {self.settings!r}; expected a class derived from config.section.Section")
+        if missing := [name for name, field in self.settings.model_fields.items() if field.is_required()]:
+            raise TypeError(f"every setting of a loss needs a default; {', '.join(missing)} has none")

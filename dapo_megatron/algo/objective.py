@@ -7,16 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dapo_megatron.algo.kl import ESTIMATORS, k3
-from dapo_megatron.algo.loss import LossInput
+from dapo_megatron.algo.loss import Loss, LossInput
 from dapo_megatron.algo.segments import check_slots
 from dapo_megatron.config import AlgoConfig
-from dapo_megatron.measures import Max, Mean, Measure
+from dapo_megatron.errors import LossError
+from dapo_megatron.measures import Max, Mean, Measure, Measures
 from dapo_megatron.types import MicroBatch, TokenLoss
+
+COMMON = {"loss", "ratio/mean", "ratio/max", "kl/old", "kl/ref"}
+"""What is measured of every loss."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ class Objective:
         new_T, old_T = masked(logprobs_T), masked(batch.old_logprobs_T)
         given = LossInput(new_T, old_T, masked(batch.advantages_T), mask_T, batch.cu_seqlens, context_sum)
         loss = self.config.found_loss
-        loss_T, measures = loss.per_token(given, self.config.settings)
+        loss_T, measures = self._checked(loss.per_token(given, self.config.settings), loss, mask_T)
         ratio_T, tokens = masked(given.log_ratio_T.detach().exp()), mask_T.sum()
         common: dict[str, Measure] = {
             "ratio/mean": Mean(ratio_T.sum(), tokens),
@@ -66,14 +71,27 @@ class Objective:
             common["kl/ref"] = Mean(kl_T.detach().sum(), tokens)
             if kl.coef:
                 loss_T = loss_T + kl.coef * kl_T
-        assert loss_T.shape == mask_T.shape, f"algo.loss={self.config.loss} must give [T], got {tuple(loss_T.shape)}"
-        # Ranks reduce measures together: one that is missing somewhere would hang them all.
-        assert measures.keys() == loss.meanings.keys() and not measures.keys() & common.keys(), (
-            f"algo.loss={self.config.loss} must measure what its meanings name, {sorted(loss.meanings)}, every time, "
-            f"and none of {sorted(common)}; got {sorted(measures)}"
-        )
         return TokenLoss(
             (masked(loss_T) * masked(batch.weights_T)).sum(),
             tokens,
             common | {name: measures[name] for name in loss.meanings},
         )
+
+    def _checked(self, given: Any, loss: Loss, mask_T: Tensor) -> tuple[Tensor, Measures]:
+        """Refuse what would be wrong without a word: a sum or a mean would be spread over all slots."""
+        wanted = (
+            f"algo.loss={self.config.loss} must return a value for each of the {len(mask_T)} slots, and its measures"
+        )
+        if not (isinstance(given, tuple) and len(given) == 2 and isinstance(given[0], Tensor)):
+            raise LossError(f"{wanted}; got {type(given).__name__}")
+        loss_T, measures = given
+        if loss_T.shape != mask_T.shape:
+            raise LossError(f"{wanted}; got a tensor of shape {tuple(loss_T.shape)}. Neither add up nor average")
+        # Ranks reduce measures together: one that is missing somewhere would hang them all.
+        named = measures.keys() == loss.meanings.keys() and not measures.keys() & COMMON
+        if not (named and all(isinstance(measure, Measure) for measure in measures.values())):
+            raise LossError(
+                f"{name} must measure what its meanings name, {sorted(loss.meanings)}, every "
+                f"time, each as a Sum, Mean or Max, and none of {sorted(COMMON)}; got {dict(measures)}"
+            )
+        return loss_T, measures

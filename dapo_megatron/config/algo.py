@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import ConfigDict, Field, create_model, field_validator, model_validator
 
 from dapo_megatron.config import named
+from dapo_megatron.config.named import known
 from dapo_megatron.config.section import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ LOSSES = "dapo_megatron.algo.losses"
 
 def loss_sections() -> dict[str, type[Section]]:
     """Return section of `algo` -> its settings, for every loss that is known by name; the default one first."""
-    return {name: _loss(name).settings for name in sorted(named.known(LOSSES), key=lambda name: (name != "dapo", name))}
+    return {name: _loss(name).settings for name in sorted(known(LOSSES), key=lambda name: (name != "dapo", name))}
 
 
 class AlgoConfig(Section):
@@ -82,6 +83,11 @@ class AlgoConfig(Section):
         return _loss(self.loss)
 
     @property
+    def idle(self) -> list[str]:
+        """Sections of losses that are given, but not chosen."""
+        return [name for name in self.__pydantic_extra__ or {} if name != _section(self.loss)]
+
+    @property
     def settings(self) -> Any:
         """The settings of that loss, an instance of its `Loss.settings`."""
         return (self.__pydantic_extra__ or {})[_section(self.loss)]
@@ -90,8 +96,11 @@ class AlgoConfig(Section):
     @classmethod
     def _loss_is_there(cls, loss: str) -> str:
         _loss(loss)
-        if _section(loss) in cls.model_fields:
-            raise ValueError(f"{loss!r} would have its settings in algo.{_section(loss)}, which is taken; rename it")
+        section = _section(loss)
+        if section in cls.model_fields or section.startswith("_") or (loss != section and section in known(LOSSES)):
+            raise ValueError(
+                f"{loss!r} would have its settings in algo.{section}, which cannot be or is taken; rename it"
+            )
         return loss
 
     @model_validator(mode="before")
@@ -101,7 +110,7 @@ class AlgoConfig(Section):
             return values
         chosen = values.get("loss", cls.model_fields["loss"].default)
         try:
-            own = {_section(chosen): _loss(chosen).settings}
+            own = {} if _section(chosen) in cls.model_fields else {_section(chosen).lstrip("_"): _loss(chosen).settings}
         except (ValueError, AttributeError):  # said of the field itself
             own = {}
         more = {name: value for name, value in values.items() if name not in cls.model_fields}

@@ -18,13 +18,13 @@ class RolloutWriter:
     """
 
     def __init__(self, path: Path, groups: int) -> None:
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8", errors="backslashreplace")
         self._groups = groups
 
     def write(self, step: int, groups: Sequence[Group]) -> None:
         for group in groups[: self._groups]:
-            # ASCII only: model output may hold halves of surrogate pairs, which have no bytes in UTF-8.
-            self._file.write(json.dumps({"step": step, **_plain(group)}) + "\n")
+            # Model output may hold halves of surrogate pairs, which have no bytes in UTF-8: JSON spells them \\ud83d.
+            self._file.write(json.dumps({"step": step, **_plain(group)}, ensure_ascii=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:

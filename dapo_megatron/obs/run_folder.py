@@ -8,6 +8,7 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from dapo_megatron import __version__, config_file
 from dapo_megatron.config import Config, RunConfig
@@ -39,6 +40,11 @@ def check_run_folder(run: RunConfig) -> None:
     parent = next(parent for parent in (run.folder, *run.folder.absolute().parents) if parent.exists())
     if not parent.is_dir():
         raise ConfigError(f"run: cannot make the folder {run.folder}: {parent} is not a folder")
+    try:
+        with TemporaryFile(dir=parent if parent != run.folder else parent.parent):
+            pass
+    except OSError as error:
+        raise ConfigError(f"run: cannot write to {parent} for the folder {run.folder}: {error.strerror}") from error
 
 
 def open_run_folder(config: Config) -> Path:
@@ -55,7 +61,7 @@ def open_run_folder(config: Config) -> Path:
         folder.mkdir(parents=True)
     except OSError as error:
         raise ConfigError(f"run: cannot make the folder {folder}: {error.strerror}") from error
-    (folder / "config.yaml").write_text(config_file.dump(config))
+    (folder / "config.yaml").write_text(config_file.dump(config), encoding="utf-8")
     (folder / "versions.json").write_text(json.dumps(versions(), indent=1) + "\n")
     return folder
 

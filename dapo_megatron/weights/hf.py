@@ -10,10 +10,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dapo_megatron.errors import ConfigError
+from dapo_megatron.errors import ConfigError, DapoError
 from dapo_megatron.hf_folder import read_hf_config, tensor_names
 from dapo_megatron.weights.side_files import copy_side_files, declare_tokenizer
 
@@ -74,18 +75,24 @@ class HfCheckpoint:
         """Write a checkpoint that `AutoModelForCausalLM` reloads bit for bit, and `AutoTokenizer` id for id.
 
         Rank 0 writes.
+
+        Raises:
+            DapoError: where it cannot, for example because the disk is full.
         """
         weights = self.export(chunks)
         if dist.get_rank() != 0:
             for _ in weights:
                 pass
             return
-        folder.mkdir(parents=True, exist_ok=True)
         dtype = next(chunks[0].parameters()).dtype
-        _write_tensors(weights, folder)
-        copy_side_files(self.path, folder)
-        _write_config(self.path / "config.json", folder / "config.json", dtype)
-        declare_tokenizer(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _write_tensors(weights, folder)
+            copy_side_files(self.path, folder)
+            _write_config(self.path / "config.json", folder / "config.json", dtype)
+            declare_tokenizer(folder)
+        except (OSError, SafetensorError) as error:
+            raise DapoError(f"cannot save the model in {folder}: {error}") from error
 
     def _check_names(self, chunks: Sequence[torch.nn.Module]) -> None:
         there = tensor_names(self.path)

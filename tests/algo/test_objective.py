@@ -8,6 +8,7 @@ from dapo_megatron.algo.objective import Objective
 from dapo_megatron.config import AlgoConfig
 from dapo_megatron.config.algo import loss_sections
 from dapo_megatron.config.section import Section
+from dapo_megatron.errors import LossError
 from dapo_megatron.measures import Mean
 from tests.helpers.losses import batch_of, lose
 
@@ -58,15 +59,22 @@ def test_a_loss_of_ones_own_by_the_name_of_its_module():
 
 
 ADDED_UP = replace(SCALED, per_token=lambda given, settings: (given.logprobs_T.mean(), {"of_my_own": Mean(1)}))
+BARE = replace(SCALED, per_token=lambda given, settings: given.logprobs_T)
+PLAIN = replace(SCALED, per_token=lambda given, settings: (given.logprobs_T, {"of_my_own": 0.5}))
 UNNAMED = replace(SCALED, per_token=lambda given, settings: (given.logprobs_T, {"ratio/max": Mean(1)}))
 
 
 @pytest.mark.parametrize(
     ("name", "problem"),
-    [("ADDED_UP", r"must give \[T\], got \(\)"), ("UNNAMED", r"must measure .*'of_my_own'.* got \['ratio/max'\]")],
+    [
+        ("ADDED_UP", r"got a tensor of shape \(\)\. Neither add up nor average"),
+        ("UNNAMED", r"must measure .*'of_my_own'.* got {'ratio/max'"),
+        ("BARE", r"a value for each of the 3 slots, and its measures; got Tensor"),
+        ("PLAIN", r"each as a Sum, Mean or Max.* got {'of_my_own': 0\.5}"),
+    ],
 )
 def test_a_loss_that_adds_up_or_measures_something_else_is_refused(name, problem):
-    with pytest.raises(AssertionError, match=problem):
+    with pytest.raises(LossError, match=problem):
         lose(LOGPROBS, BATCH, loss=f"{__name__}:{name}")
 
 
