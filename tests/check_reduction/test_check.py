@@ -149,7 +149,7 @@ def change_correction(patch: pytest.MonkeyPatch, change: Callable[[Any], dict[st
     """Let the weighing see another correction: the configured one, with what `change` makes of it."""
     from dapo_megatron.algo import weighing
 
-    original = weighing.correct
+    original: Any = weighing.correct
     patch.setattr(weighing, "correct", lambda *args: original(*args[:-1], args[-1].model_copy(update=change(args[-1]))))
 
 
