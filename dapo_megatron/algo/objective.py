@@ -79,9 +79,8 @@ class Objective:
 
     def _checked(self, given: Any, loss: Loss, mask_T: Tensor) -> tuple[Tensor, Measures]:
         """Refuse what would be wrong without a word: a sum or a mean would be spread over all slots."""
-        wanted = (
-            f"algo.loss={self.config.loss} must return a value for each of the {len(mask_T)} slots, and its measures"
-        )
+        name = f"algo.loss={self.config.loss}"
+        wanted = f"{name} must return a value for each of the {len(mask_T)} slots, and its measures"
         if not (isinstance(given, tuple) and len(given) == 2 and isinstance(given[0], Tensor)):
             raise LossError(f"{wanted}; got {type(given).__name__}")
         loss_T, measures = given
