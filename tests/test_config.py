@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from pydantic import BaseModel
 
 from dapo_megatron import config_file
 from dapo_megatron.config import Config
+from dapo_megatron.config.algo import loss_sections
 from dapo_megatron.errors import ConfigError
 
 MINIMAL = "model: {path: some/model}\ndata: {train: train.jsonl}\n"
@@ -137,6 +139,34 @@ def test_overrides_are_yaml(tmp_path: Path, override: str, expected: object) -> 
     assert getattr(getattr(load(tmp_path, MINIMAL, override), section), name) == expected
 
 
+def test_a_file_in_another_encoding_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "gbk.yaml").write_bytes("# 中文\n".encode("gbk"))
+    with pytest.raises(ConfigError, match="write it in UTF-8"):
+        config_file.load(tmp_path / "gbk.yaml")
+
+
+@pytest.mark.parametrize(
+    ("algo", "message"),
+    [
+        ({"loss": "dpo"}, "'dpo' is not known; known are cispo, dapo, gspo, or some.module:NAME"),
+        ({"loss": "json:dumps"}, "expected a dapo_megatron.algo.loss.Loss"),
+        ({"loss": "./mine.py:x"}, "cannot be loaded: TypeError"),
+        ({"loss": "dapo", "gspo": {"clip_low": 3}}, "algo.gspo.clip_low = 3: input should be less than 1"),
+        (
+            {"loss": "gspo", "gspo": {"clip_hihg": 3}},
+            "unknown key algo.gspo.clip_hihg; did you mean algo.gspo.clip_high",
+        ),
+        ({"clip_low": 0.2}, "unknown key algo.clip_low; did you mean algo.dapo.clip_low"),
+        ({"loss_scope": "constant"}, "a constant scope needs a length"),
+        ({"scope_length": 8}, "no other scope has one"),
+    ],
+)
+def test_losses_that_cannot_be(algo: dict[str, Any], message: str) -> None:
+    values = {"model": {"path": "m"}, "data": {"train": "t"}, "algo": algo}
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        config_file.parse(values)
+
+
 def test_later_overrides_win(tmp_path: Path) -> None:
     assert load(tmp_path, MINIMAL + "train: {steps: 3}", "train.steps=4", "train.steps=5").train.steps == 5
 
@@ -180,7 +210,7 @@ def test_evaluation_is_due(tmp_path: Path, every: int, steps: list[int]) -> None
 
 
 def test_every_key_says_what_it_means() -> None:
-    sections = [info.annotation for info in Config.model_fields.values()]
+    sections = [*(info.annotation for info in Config.model_fields.values()), *loss_sections().values()]
     silent = [
         f"{section.__name__}.{name}"
         for section in sections

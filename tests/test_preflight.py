@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -98,6 +99,31 @@ def test_engines_that_others_can_reach_are_warned_of(tmp_path: Path, host: str, 
     for warnings in (preflight(config, 1).warnings, preflight_eval(config).warnings):
         assert len(warnings) == exposed
         assert all(f"engine.host={host}: engines ask nobody for a password" in warning for warning in warnings)
+
+
+def test_settings_of_a_loss_that_is_not_chosen_are_warned_of(tmp_path: Path) -> None:
+    config = changed(tmp_path, algo={"loss": "gspo", "dapo": {"clip_high": 0.3}})
+    assert preflight(config, 1).warnings == ("algo.dapo is set, but algo.loss is gspo: its settings do nothing",)
+
+
+def test_a_place_where_nothing_can_be_written_is_refused(tmp_path: Path) -> None:
+    assert_matches("cannot write to /proc for the folder /proc/x", refused(changed(tmp_path, run={"dir": "/proc/x"})))
+
+
+def test_a_disk_without_room_for_the_policy_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = changed(tmp_path)
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr("dapo_megatron.preflight.shutil.disk_usage", lambda path: usage)
+    assert_matches("0.00 GiB free, and the trained policy takes about", refused(config))
+    preflight(
+        config_file.parse(
+            {
+                **config.model_dump(mode="json"),
+                "run": {"dir": str(tmp_path / "r"), "name": "x", "save_hf": False, "tensorboard": False},
+            }
+        ),
+        1,
+    )
 
 
 def test_it_imports_no_heavy_library(tmp_path: Path) -> None:

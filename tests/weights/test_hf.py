@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dapo_megatron.config import ParallelConfig
-from dapo_megatron.errors import ConfigError
+from dapo_megatron.errors import ConfigError, DapoError
 from tests.helpers.distributed import run_distributed
 from tests.helpers.models import load_reference, make_config, save_qwen2
 
@@ -134,3 +134,12 @@ def test_a_folder_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(ConfigError, match=r"has no config\.json"):
         HfCheckpoint(tmp_path)
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_model_that_cannot_be_written_is_an_error_with_its_place(tmp_path: Path) -> None:
+    save_qwen2(tmp_path / "model")
+    checkpoint, chunks = build(tmp_path / "model")
+    (tmp_path / "taken").touch()
+    with pytest.raises(DapoError, match=r"cannot save the model in .*taken/hf: .*Not a directory"):
+        checkpoint.save(chunks, tmp_path / "taken/hf")
