@@ -36,7 +36,7 @@ SHORT_WORDS = (
 WORD = re.compile(
     r"\\(?:begin|end|operatorname)\s*\{[^{}\s]*\}|\\[A-Za-z]+"
     rf"|(?:{AND})(?=\s*(?:[-+.]?\s*[\d\\(\[{{]|[A-Za-z](?![A-Za-z])))"
-    rf"|(?P<word>(?:(?<![A-Za-z])(?:(?i:{SHORT_WORDS})|i\.e\.|I(?=[\s'])|a(?=\s+[A-Za-z]{{2}}))(?![A-Za-z])"
+    rf"|(?P<word>(?:(?<![A-Za-z])(?:(?i:{SHORT_WORDS})|[kM]?(?:Hz|Pa)|k[JNWV]|Nm|cu|sq|i\.e\.|I(?=[\s'])|a(?=\s+[A-Za-z]{{2}}))(?![A-Za-z])"
     r"|[A-Za-z]{3,}|[A-Za-z]*[^\W\d_A-Za-z]+[^\W\d_]*)(?:'[a-z]+)?|\u2014)"
 )
 """Prose, as group `word`. Two letters are a product, but for those listed; an "and" between values is mathematics."""
@@ -50,7 +50,7 @@ REMARK = re.compile(
 UNIT_POWER = re.compile(r"(?<=[A-Za-z])\s*\^\s*(?:[23]|\{[23]\})")
 CHANGED = re.compile(
     rf"[\d=]|^\s*(?:{AND})|\b(?:at least|at most|to|by|not|plus|minus|times|over|mod|squared|cubed|half|dozen|hundred"
-    r"|thousand|million|billion)\b|[万亿千百]"
+    r"|thousand|million|billion)\b|[万亿千百]|[-+/^]\s*$"
 )
 TAKEN_BACK = re.compile(
     rf"^\W*(?:{AND}|but)\W*\d|^\W*\?|\b(?:is|are|was) not\b|n't\b|不对|更正"
@@ -71,7 +71,7 @@ BRACKET = re.compile(r"\\[{}]|[(\[{}\])]")
 SEPARATOR = re.compile(rf"{BRACKET.pattern}|,(?!\d{{3}}(?!\d))|;|{AND}")
 RESTATED = re.compile(r"([^(]+) \(=?(.+)\)")  # 34 (17*2)
 EQUALS = re.compile(r"(?<![!<>\\])=")
-NAMED = re.compile(r"\s*([A-Za-z](?:_\w|\([A-Za-z]\))?)\s*(?:=|\\in(?![A-Za-z]))\s*([^=]+)")
+NAMED = re.compile(r"\s*([A-Za-z](?:_[A-Za-z]|\([A-Za-z]\))?)(?:_?\d|_\{\d\})?\s*(?:=|\\in(?![A-Za-z]))\s*([^=]+)")
 ONE_LETTER_UNIT = re.compile(r"(?<=\d) [mgshLNJWVKCF](?:\^[23])?(?: ?/ ?[a-z](?:\^[23])?)?$")
 NUMBER = re.compile(
     r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,3}(?: [0-9]{3})+|[0-9]*)(?:\.[0-9]*)?(?:[eE][-+]?[0-9]{1,3}|/[0-9]+)?"

@@ -3,7 +3,8 @@ r"""This module finds where a response states its final answer.
 A statement is a \boxed{}, an `<answer>` tag, GSM8K's last line `#### 34`, or the word "answer" (in one of several
 languages) with a colon, as a heading, or with a verb and a value (`the answer is 34`, `34 is the answer`). The last
 statement counts, so that a correction does; what stands before `</think>` is no statement. A box states what it
-holds, anything else what follows up to the end of the line, or of the display block, in which its value begins.
+holds, anything else what follows up to the end of the line, the cell of a table, or the display block, in which its
+value begins. Without a statement, the last sentence counts if it concludes (`_conclusion`).
 """
 
 from __future__ import annotations
@@ -26,15 +27,28 @@ SPELLINGS = str.maketrans(
 """Signs that LaTeX or plain text spells otherwise. Full-width forms are left to Unicode's NFKC."""
 
 WORDS = (
-    r"answers?|(?<![^\W\d_])(?:ans\b\.?|r[ée]ponse|respuesta|resposta|risposta|antwort|antwoord|svar(?:et)?|odpowied[źz]"
-    r"|cevap|jawaban|đáp\s(?:án|số)|ответ|відповідь|उत्तर|الإجابة|الجواب|תשובה)|答案|(?<![解回])答え?|정답|답"
+    r"answers?|final\s(?:result|solution)|(?<![^\W\d_])(?:ans\b\.?|r[ée]ponse|respuesta|resposta|risposta|antwort|antwoord|svar(?:et)?|odpowied[źz]"
+    r"|cevap|jawaban|đáp\s(?:án|số)|ответ|відповідь|उत्तर|الإجابة|الجواب|תשובה)|答案|最[终終][结結]果|(?<![解回])答え?|정답|답"
 )
-IS = (
-    r"(?<![^\W\d_])(?:is|are|be|equals?|comes\s(?:out\s)?to|est|es|é|è|ist|lautet|jest|är|là|adalah|равен)(?![^\W\d_])"
-    r"|是|为|為|は|는|은|=|\\approx"
+RESULT = (
+    r"(?:end\s?)?results?|solutions?(?:\sset)?|(?:grand\s)?total|conclusion|r[ée]sultat|ensemble\sdes\ssolutions|(?:end)?ergebnis"
+    r"|l[öo]sung(?:en|smenge)?|insgesamt|resultado|soluci(?:ón|ones)|conclusi[óo]n|solução|soluções|conclusão|risultato"
+    r"|soluzion[ei]|totale|resultaat|uitkomst|oplossing(?:en)?|resultat|wynik|rozwiązani[ea]|sonuç|hasil|kết\squả|итого?"
+    r"|результат|решени[ея]|परिणाम|النتيجة|תוצאה|(?:最[终終])?[结結][果论論]|总计|解|합계|결과|해"
 )
+BE = (
+    r"(?<![^\W\d_])(?:is|are|be|equals?|comes\s(?:out\s)?to|est|sont|es|son|é|são|è|sono|ist|sind|lautet|lauten|jest|są|är|là"
+    r"|adalah|равен|равно)(?![^\W\d_])|是|为|為|は|는|은"
+)
+IS = rf"{BE}|=|\\approx"
 AND = r"(?<![A-Za-z])(?:and|or|und|oder|et|ou)(?![A-Za-z])|和|或者?"
-JUST = r"(?:\s+(?:therefore|thus|hence|then|simply|just|exactly|precisely|approximately|about|equal\sto|given\sby))*"
+JUST = (
+    r"(?:[\s,]*(?:(?<![^\W\d_])(?:therefore|thus|hence|then|so|of\scourse|clearly|indeed|in\sfact|again|finally|simply|just|only"
+    r"|exactly|precisely|approximately|about|equal\sto|given\sby|donc|alors|ainsi|bien(?:\ssûr)?|également|exactement|simplement"
+    r"|also|somit|daher|folglich|demnach|natürlich|genau|einfach|por\s(?:lo\s)?tanto|entonces|pues|así|simplemente"
+    r"|exactamente|portanto|então|logo|exatamente|quindi|dunque|perciò|esattamente|dus|daarom|alltså|derfor|altså|więc|zatem"
+    r"|jadi|maka|vậy|значит|поэтому|следовательно|отже)(?![^\W\d_])|所以|因此|就|即|따라서|したがって|よって))*,?"
+)
 # Like mathematics, not like prose.
 VALUE = r"(?=[\s*_\"`:]*(?:[-+]?\s?(?:\.?\d|[\\$({\[|€£¥])|sqrt|(?!a\s)[A-Za-z](?![A-Za-z'])))"
 
@@ -42,23 +56,54 @@ LABEL = re.compile(
     rf"""<answer> | ^\#\#\#\#(?!.*\n\s*\S)
     | (?P<inverted>\b(?:is|are)\s(?:the|our|my)\s(?:final\s|correct\s)?answer\b)
     | (?:{WORDS})(?:
-        (?P<gap>[^\n:.?!]{{0,60}}?)
-        (?:(?P<colon>[\s*_"`)\]]{{0,8}}:) | (?P<verb>\s?(?:{IS}){JUST}{VALUE}) | (?P<prose>\sis\s))
+        (?P<gap>[^\n:.?!;|]{{0,60}}?)
+        (?:(?P<colon>[\s*_"`)\]]{{0,8}}(?::|(?P<cell>\|)))
+          | (?P<verb>\s?(?:{IS}){JUST}{VALUE}) | (?P<prose>\sis(?!\s+(?:not|never)\b)[\s,]))
       | (?P<heading>[*_"\ \t]{{0,8}}(?:\n|(?:->|→|-|\u2014)?{VALUE}))
     )""",
     re.IGNORECASE | re.VERBOSE | re.MULTILINE,
 )
 STARTS_A_LINE = re.compile(
-    r"(?:[\s#*_>\"(\[-]|the|my|our|final|correct|exact|short|so|thus|hence|therefore|and|,|la|le|die|最终|最後|所以|因此)*",
+    r"(?:[\s#*_>|\"(\[-]|the|my|our|final|correct|exact|short|so|thus|hence|therefore|and|,|la|le|die|最终|最後|所以|因此)*",
     re.IGNORECASE,
 )
 NOT_STATED = re.compile(
     r"\b(?:if|suppose|assum\w*|whether|unless|not|never|cannot|doubt|previous|first|initial|earlier|old|other|another|wrong)\b"
-    r"|n't\b|不",
+    r"|n't\b|\b(?:no\s(?:es|son)|non\s(?:è|sono)|não|не|nie)\b|不",
     re.IGNORECASE,
 )
 DECORATION = re.compile(r"[\s*_#\"`:]*")
 DELIMITERS = {r"\[": r"\]", "$$": "$$", r"\(": r"\)"}
+
+BLOCK = re.compile(r"\s*(?:\$\$.*?\$\$|\\\[.*?\\\]|```.*?```)", re.DOTALL)
+RESULT_HEADING = re.compile(rf"^(\W{{0,9}}(?:{RESULT}))[*_: \t]{{0,9}}\n\s*", re.IGNORECASE | re.MULTILINE)
+RESULT_LABEL = re.compile(rf"[\s#*_>|-]*(?:{RESULT})[^\w:|]{{0,9}}[:|]", re.IGNORECASE)
+SENTENCE = re.compile(r"(?:(?<=[.!?])|(?<=[.!?]\*\*))\s+|\n+")
+CHATTER = re.compile(
+    r"\b(?:let me know|feel free|any (?:more |other |further )?questions|anything else|good luck|happy to)\b"
+    r"|^\W*(?:i hope|thank you|thanks|would you like|do you (?:want|need|have)|if you (?:have|need|want|would|'d)"
+    r"|check\b|verif|(?:we|you|i) can (?:check|verify))",
+    re.IGNORECASE,
+)
+FINISHED = re.compile(r"(?:(?<!\.)[.!][*_\"')$]*|(?<!:)\*\*|\$\$|\\\]|```)$")
+CLAUSE = re.compile(r";\s|,\s(?=(?:so|thus|hence|therefore|that|this|which|leaving|it)\s)", re.IGNORECASE)
+CONCLUDES = re.compile(
+    rf"(?:{BE}|(?<![^\W\d_])(?:leav(?:es?|ing)(?:\s(?:us|only|just|with|option|choice))*|gives?|yields?|makes?|totals|gets?"
+    rf"|obtain|ha(?:ve|s)|costs?|takes?|needs?)(?![^\W\d_])):?{JUST}",
+    re.IGNORECASE,
+)
+HENCE = re.compile(r"\s*(?:so|thus|hence|therefore|consequently|finally|altogether|in total)\b|\u2234", re.IGNORECASE)
+SUPPOSED = re.compile(r"\b(?:if|suppose|assum\w*|let|case|example|e\.g)\b", re.IGNORECASE)
+STEP = re.compile(
+    r"\b(?:would|could|should|might|may|try|check|verify|find|solve|calculate|determine|consider|divid\w+|multipl\w+|subtract\w*"
+    r"|add(?:ing)?|sides|next|now|step|because|why|how|what|half|twice|double|triple|third|quarter)\b",
+    re.IGNORECASE,
+)
+BOLD = re.compile(r"\*\*(?!\s)([^*\n]{1,60}?)(?<![\s:])\*\*(?!\s*:)")
+BARE = re.compile(rf"{VALUE}(?!\W*\d+[.)]\s)|\W*[^\W\d_]{{3,}}(?:[\s-][^\W\d_]{{3,}}){{0,3}}\W*$", re.IGNORECASE)
+COMMAND = re.compile(r"\\(?:text|mathrm)\s*\{[^{}]*\}|\\[A-Za-z]+")
+TERM = re.compile(r"[A-Za-z]\s*[-+*/^}]|[\d)+*/^-]\s*[A-Za-z]")
+CALCULATION = re.compile(r"\d[\s)}]*(?:[-+*]|\\(?:div|times|cdot))[\s({]*\d")
 
 BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{|(?<!\\)[{}]")
 TOGETHER = re.compile(rf"[\s$)(\\]*(?:,|;|{AND})[\s$)(\\]*(?:[A-Za-z]\s*=\s*)?")
@@ -78,12 +123,14 @@ def final_answer(response: str) -> str | None:
     in_prose = None
     for label in reversed(list(LABEL.finditer(text, max(box_start, 0)))):
         stated = _before(text, label.start()) if label["inverted"] else _after(text, label.end())
+        if stated and label["cell"]:
+            stated = stated.partition("|")[0]
         if stated == "" or not _is_statement(text, label):
             continue
         if not _is_prose(text, label):
             return stated
         in_prose = in_prose or stated
-    return in_prose if box_start < 0 else boxed
+    return (in_prose or _conclusion(text)) if box_start < 0 else boxed
 
 
 def spelled_out(text: str) -> str:
@@ -99,7 +146,7 @@ def _is_statement(text: str, label: re.Match[str]) -> bool:
         return True
     before = re.split(r"[.;:?!\n]\s?", text[max(0, label.start() - 100) : label.start()])[-1]
     end = re.search(r"[?\n]|\.\s", text[label.end() : label.end() + 100])
-    return not NOT_STATED.search(before + label["gap"]) and not (end and end[0] == "?")
+    return not NOT_STATED.search(before + label[0]) and not (end and end[0] == "?")
 
 
 def _is_prose(text: str, label: re.Match[str]) -> bool:
@@ -124,6 +171,37 @@ def _after(text: str, start: int) -> str | None:
         if end < 0:
             return None
     return text[start : text.find("\n", end) % (len(text) + 1)]
+
+
+def _conclusion(text: str) -> str | None:
+    """Return the only value of the last sentence; None where that may be a step, or cut off, or gives several."""
+    tail = BLOCK.sub(lambda block: " " + " ".join(block[0].split()), text[-1000:])
+    sentences = SENTENCE.split(RESULT_HEADING.sub(r"\1: ", tail))
+    while sentences and (CHATTER.search(sentences[-1]) or not re.search(r"\w", sentences[-1])):
+        sentences.pop()
+    sentence = sentences[-1].strip() if sentences else ""
+    if label := RESULT_LABEL.match(sentence):
+        sentence = sentence[label.end() :].strip(" |*")
+        if BARE.match(sentence) and not _is_unsolved(sentence):
+            return sentence
+    clause = CLAUSE.split(sentence)[-1]
+    if not FINISHED.search(sentence) or SUPPOSED.search(sentence) or NOT_STATED.search(clause) or STEP.search(clause):
+        return None
+    bold, verbs, hence = list(BOLD.finditer(clause)), list(CONCLUDES.finditer(clause)), HENCE.match(clause)
+    if bold:
+        stated = clause[bold[0].start() :] if len(bold) == 1 and BARE.match(bold[0][1]) else ""
+    elif verbs and BARE.match(clause, verbs[-1].end()):
+        stated = clause[verbs[-1].end() :]
+    else:
+        stated = clause[hence.end() :] if hence else ""
+    return stated if stated and not _is_unsolved(stated) else None
+
+
+def _is_unsolved(text: str) -> bool:
+    """Tell whether a name is left among other terms (`2x + 1 = 7`), or a calculation to be done (`x = 3 + 4`)."""
+    sides = text.split("=")
+    unsolved = len(sides) > 1 and TERM.search(COMMAND.sub("", sides[0]))
+    return bool(unsolved or CALCULATION.search(sides[-1]))
 
 
 def _before(text: str, end: int) -> str:

@@ -49,6 +49,13 @@ FORGIVEN = {
             for unit in (" cm^2", "cm", " m", r"\text{ m}", r"\,\mathrm{km/h}", " m/s", "%", r"^\circ", "\u00b0C")
         ),
         *((f"34 {unit}", "34") for unit in ("apples", "square units", "dollars per day", "percent", r"\text{ apples}")),
+        *(
+            (f"34 {unit}", r"34\text{ units}")
+            for unit in ("sq ft", "sq. in.", "cu ft", "in.", "mph", "Hz", "kW", "yrs")
+        ),
+        *((text, r"34\text{ in}^2") for text in ("34", "34 in^2", "34 square inches", "34 in\u00b2")),
+        *((text, r"34\%") for text in ("34 percent", "34%", "034", "34.00")),
+        *((text, "1250") for text in ("$1,250.00", "1250.00 USD", r"\$1{,}250")),
         *((text, "34") for text in ("$34", r"\$34", "\u20ac34", "USD 34", "34\u5143", "34 \u4e2a\u82f9\u679c")),
     ],
     "remarks": [
@@ -91,6 +98,8 @@ FORGIVEN = {
         ("{2, 1}", r"\{1,2\}"),
         (r"\{2, 1\}", "1, 2"),
         (r"\pm 3", "3,-3"),
+        ("x = 4, x = 1 and x = -2", r"\{-2, 1, 4\}"),
+        ("x_1 = 4, x_{2} = 1", "1, 4"),
         ("1/2 or 0.5", "0.5"),
         (r"\boxed{1} and \boxed{2}", "2,1"),
     ],
@@ -205,6 +214,8 @@ REFUSED = {
         ("1, 2", "1"),
         ("1, 2, 2", "1, 2"),
         ("x = 1, y = 2", "1, 2"),
+        ("x_1 = 1, y_1 = 2", "1, 2"),
+        ("x = 1, x = 2", "(1, 2)"),
         ("(1, 2", "(1,2)"),
     ],
     "not the same text": [
@@ -235,6 +246,120 @@ def test_forgives_notation(answer, gold):
 )
 def test_does_not_forgive(answer, gold):
     assert not grade(f"Answer: {answer}", gold, "lenient").correct
+
+
+# Responses that announce no answer: their last sentence may, where it concludes.
+CONCLUDED = {
+    "what is left": [
+        *(
+            (text, "C")
+            for text in (
+                "The answer is not (B), because 4 is even; that leaves (C).",
+                "The answer is not (B). So it must be (C).",
+                "It cannot be (A) or (B), so it must be (C).",
+                "(A) and (B) are even. This leaves us with only (C).",
+            )
+        ),
+        ("The answer isn't 35, which leaves 34.", "34"),
+    ],
+    "labels": [
+        *((f"17 * 2\n{label}: 34", "34") for label in ("Result", "Solution", "**Total**", "Conclusion", "### Result")),
+        *((f"17 * 2\n{label}: 34", "34") for label in ("Ergebnis", "Résultat ", "Resultado", "Итого", "结果", "결과")),
+        *((f"17 * 2\n{label}\n\n$34$", "34") for label in ("## Result", "**Solution**", "**Conclusion:**")),
+        ("Solutions: x = 1, x = 2", "2, 1"),
+        ("Solution set: {1, 2}", r"\{2, 1\}"),
+        ("Lösungsmenge: {1; 2}", "1, 2"),
+        ("Conclusion: The total is 34.", "34"),
+        ("| Item | Price |\n|---|---|\n| Total | $34.00 |", "34"),
+        ("Final result: 34\n\nWe add 17 and 17.", "34"),
+    ],
+    "roots": [
+        ("The solutions are $x = 4$, $x = 1$, and $x = -2$.", r"\{-2,1,4\}"),
+        ("So the roots are x_1 = 4 and x_2 = 1.", "1,4"),
+        ("The solutions are 4 and 1.\n\nWe can verify each by substitution.", "1 and 4"),
+    ],
+    "bold": [
+        ("17 * 2\n\n**$1,250.00**", "1250"),
+        ("It falls on a **Tuesday**.", r"\text{Tuesday}"),
+        ("Therefore she pays **$34** for the tickets.", "34"),
+    ],
+    "sentences": [
+        *((f"17 * 2. {text}", "34") for text in ("Hence x = 34.", "So the length is 34 in.", "It comes to 34.")),
+        *((f"17 * 2. {text}", "34") for text in ("So Tom has a total of 17 + 17 = 34 pens.", "Le total est donc 34.")),
+        *((f"We get\n{text}", "34") for text in ("$$\nx = 34\n$$", "\\[\n34\n\\]", "```\n34\n```")),
+        ("So it is 34.\n\nI hope this helps! Let me know if you have 3 questions.", "34"),
+        ("So the day is Tuesday.", r"\text{Tuesday}"),
+    ],
+}
+NOT_CONCLUDED = {
+    "what is left": [
+        ("The answer is not (B), because 4 is even.", "B"),
+        ("The answer is not (B); that leaves (C) or (D).", "C"),
+        ("If the answer is not 35, that leaves 34.", "34"),
+    ],
+    "labels": [
+        *((f"Result: {text}", "34") for text in ("2x + 1 = 34, so x = 3", "34 or 35", "not 34", "34 +", "2x = 34")),
+        ("Total: 34\n\nBut 2 are returned, so it is 32.", "34"),
+        ("| x | Result |\n|---|---|\n| 34 | 35 |", "34"),
+        ("Solution: We have 34", "34"),
+    ],
+    "roots": [
+        ("The solutions are x = 4 and x = 1.", "4"),
+        ("The solutions are x = 4 and x = 1.", "(4,1)"),
+        ("So x_1 = 4 and y_1 = 1.", "4,1"),
+    ],
+    "bold": [
+        *(
+            (f"{text}", "3")
+            for text in ("**Step 3**", "**3. Find the area**", "**Divide by 3:**", "So it is **3** or 4.")
+        ),
+        ("It takes **3 hours** and **20 minutes**.", "3"),
+        ("It is not **3**.", "3"),
+    ],
+    "cut off": [
+        *(
+            (text, "34")
+            for text in ("So it is 34", "So it is 34...", "Thus $$x = 34", "So it is 34. Next, we", "So x = 34,")
+        ),
+        *(
+            (text, "34")
+            for text in (r"So it is 34. Thus \boxed{", "We find 34. Is it 34?", "Thus\n\\[ x = 17 + 17 \\]")
+        ),
+    ],
+    "steps": [
+        *((text, "34") for text in ("We solve 2x + 1 = 34.", "Hence 2x + 1 = 34.", "Let x be 34.", "Step 34.")),
+        *((text, "34") for text in ("Next, we divide by 34.", "We check: 17 + 17 = 34.", "If x is 3, y is 34.")),
+        *((text, "34") for text in ("So half of it is 34.", "The first number is 34.", r"So \(\frac{x}{2} = 34\).")),
+    ],
+    "hedges": [
+        *(
+            (text, "34")
+            for text in ("So it is 34 or 35.", "So it is less than 34.", "Hence x > 34.", "So it is not 34.")
+        ),
+        *(
+            (text, "34")
+            for text in ("So 34 boys have 12 pens.", "So there are 34 boys and 12 girls.", "Es ist nicht 34.")
+        ),
+        *((text, "34") for text in ("Also ist x kleiner als 34.", "So x is 34. Wait, that is wrong.")),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("response", "gold"),
+    [pytest.param(*case, id=f"{name}: {case[0]}") for name, cases in CONCLUDED.items() for case in cases],
+)
+def test_a_conclusion_counts_as_a_last_resort(response, gold):
+    assert grade(response, gold, "lenient").correct
+    assert not grade(f"{response}\nAnswer: 99", gold, "lenient").correct
+
+
+@pytest.mark.parametrize(
+    ("response", "gold"),
+    [pytest.param(*case, id=f"{name}: {case[0]}") for name, cases in NOT_CONCLUDED.items() for case in cases],
+)
+def test_no_step_counts_as_a_conclusion(response, gold):
+    assert not grade(response, gold, "lenient").correct
 
 
 @pytest.mark.parametrize(

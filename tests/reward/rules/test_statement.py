@@ -19,6 +19,16 @@ IN_A_LINE = [
         "A resposta é {}",
     ),
 ]
+WITH_PARTICLES = [
+    *(
+        "The answer is, of course, {}",
+        "So the answer is clearly {}",
+        "La réponse est donc {}",
+        "La réponse est donc : {}",
+    ),
+    *("Die Antwort ist also {}", "Die Antwort lautet somit {}", "La respuesta es, por lo tanto, {}", "所以答案就是{}"),
+    *("A resposta é portanto {}", "La risposta è quindi {}", "Het antwoord is dus {}", "The final result is thus {}"),
+]
 AT_ITS_START = [
     *(
         "## Answer\n{}",
@@ -33,7 +43,13 @@ AT_ITS_START = [
 
 
 @pytest.mark.parametrize(
-    "announced", [*IN_A_LINE, *(f"First 35. {text}" for text in IN_A_LINE), *(f"35.\n{text}" for text in AT_ITS_START)]
+    "announced",
+    [
+        *IN_A_LINE,
+        *WITH_PARTICLES,
+        *(f"First 35. {text}" for text in IN_A_LINE),
+        *(f"35.\n{text}" for text in AT_ITS_START),
+    ],
 )
 def test_announcements(announced):
     assert final_answer(announced.format("$34$")) == "$34$"
@@ -59,6 +75,10 @@ def test_announcements(announced):
         (r"\boxed{3}$ and $\boxed{4}$", r"\boxed{3}$ and $\boxed{4}"),
         (r"\boxed{3}, wait, \boxed{4}", r"\boxed{4}"),
         (r"\boxed{34} or 35", r"\boxed{34} or 35"),
+        ("| Step | Value |\n|---|---|\n| **Final answer** | 34 % |", "34 % "),
+        ("| Answer (in km) | $34$ | 2 * 17 |", "$34$ "),
+        ("Answer | 34", "34"),
+        ("The answer is not 33; the answer is 34", "34"),
     ],
 )
 def test_the_last_statement_counts(response, stated):
@@ -72,11 +92,12 @@ def test_the_last_statement_counts(response, stated):
             "",
             "34",
             "We find 34 and then",
-            "The total is 34.",
+            "The total is 34",
             "Is the answer 34?",
             "If the answer is 34, we are done.",
         ),
         *("The answer isn't 34.", "The answer cannot be 34.", "答案不是34", "Answer:"),
+        *("The answer is not (B)", "La respuesta no es 34.", "La réponse n'est pas 34.", "A resposta não é 34."),
         *(
             r"\boxed{34",
             r"Answer: \boxed{34",
@@ -106,12 +127,13 @@ def test_no_statement_or_one_cut_off(response):
             "答案",
         ),
         *("####\n", "\n", " ", "*", "{", "}", r"\boxed{", r"\boxed{1} or ", "$$", r"\[", "not ", "\ufdfa", "<answer>"),
+        *("is, ", "is so ", "| ", "**a", "```", "$$ ", "Result\n", "so, ", "a. "),
     ],
 )
 def test_takes_linear_time(piece):
     """Four times what is ever read takes seconds at the most; the square of it would take minutes."""
     text = "answer " + piece * (4 * WINDOW // len(piece))
     started = time.process_time()
-    for whole in (text, text + ": 34", text + "\nno", "####" + text + "\nno"):
+    for whole in (text, text + ": 34", text + "\nno", "####" + text + "\nno", text[7:] + " so it is 34."):
         final_answer(whole)
     assert time.process_time() - started < 4.0
