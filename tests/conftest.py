@@ -19,7 +19,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def interruptible() -> Iterator[None]:
-    """Processes that a test starts heed SIGINT as at a terminal, also where the tests run behind a script's `&`."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Processes that a test starts heed signals as at a terminal, also where the tests run behind `&` or `nohup`.
+
+    A signal that is ignored stays so in a new program; one that has a handler, which outlives a logout, does not.
+    """
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: lambda number, frame: None}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
