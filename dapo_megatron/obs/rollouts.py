@@ -23,7 +23,7 @@ class RolloutWriter:
 
     def write(self, step: int, groups: Sequence[Group]) -> None:
         for group in groups[: self._groups]:
-            # Model output may hold halves of surrogate pairs, which have no bytes in UTF-8: JSON spells them \\ud83d.
+            # Model output may hold halves of surrogate pairs, which have no bytes in UTF-8: JSON spells them \ud83d.
             self._file.write(json.dumps({"step": step, **_plain(group)}, ensure_ascii=False) + "\n")
         self._file.flush()
 
