@@ -1,61 +1,167 @@
-"""The process of one rank: reads the configuration, trains, and says how it ended."""
+"""The process of one rank: reads the configuration, trains, and ends once, saying why.
+
+A rank that fails says the reason first, tells the others, closes what it has opened within a limit, and then ends the
+process without a farewell to any process group: NCCL's would wait for ranks that wait elsewhere.
+"""
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
+import threading
+import traceback
 import warnings
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 from dapo_megatron import config_file
+from dapo_megatron.actor import topology
 from dapo_megatron.errors import DapoError
+from dapo_megatron.heartbeat import Failure, Peers, join
 from dapo_megatron.obs.observer import NullObserver, RunObserver
 from dapo_megatron.obs.terminal import printable
 from dapo_megatron.preflight import preflight
-from dapo_megatron.processes import end_with_parent
+from dapo_megatron.processes import end_with_parent, leave
 from dapo_megatron.train import train
+
+log = logging.getLogger(__name__)
+
+_CLOSE_SECONDS = 20.0
+"""For closing everything after a failure; torchrun kills ranks 30 seconds after the first one has ended."""
+_UNWIND_SECONDS = 5.0
+"""For the main thread to hear that another rank failed. In a collective it hears nothing."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run under torchrun. Returns the exit code: 2 for input that cannot work, 1 for a run that failed."""
+    """Run under torchrun. Returns 0, or ends the process: with 2 for input that cannot work, 1 for a run that failed."""
     path, *overrides = sys.argv[1:] if argv is None else argv
-    signal.signal(signal.SIGTERM, _terminate)
-    end_with_parent()
-    rank = int(os.environ.get("RANK", "0"))
-    is_leader = rank == 0
-    if not is_leader:  # the leader's go to its log, and say the same
-        warnings.simplefilter("ignore")
-    says = "dapo-megatron: error:" if is_leader else f"dapo-megatron: rank {rank}: error:"
-    try:
-        config = config_file.load(Path(path), overrides)
-        checked = None
-        if is_leader:
-            world_size = int(os.environ.get("WORLD_SIZE", "1"))
-            checked = preflight(config, world_size, int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
-        with closing(RunObserver(config) if is_leader else NullObserver()) as obs:
-            for warning in checked.warnings if checked else ():
+    return _Rank().run(Path(path), overrides)
+
+
+class _Rank:
+    def __init__(self) -> None:
+        self._rank = int(os.environ.get("RANK", "0"))
+        self._world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        self._is_leader = self._rank == 0
+        self._peers = Peers()
+        self._obs: RunObserver | None = None
+        self._opened = ExitStack()
+        self._ended_by_peer = False
+        self._saying, self._said = threading.Lock(), threading.Event()
+
+    def run(self, path: Path, overrides: Sequence[str]) -> int:
+        # Only the leader has something to end. The others may be in a call that no Python handler interrupts.
+        signal.signal(signal.SIGTERM, _terminate if self._is_leader else signal.SIG_DFL)
+        if not self._is_leader:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            warnings.simplefilter("ignore")  # the leader's go to its log, and say the same
+        end_with_parent()
+        try:
+            self._train(path, overrides)
+            self._opened.close()
+        except BaseException as error:
+            self._end(error)
+        return 0
+
+    def _train(self, path: Path, overrides: Sequence[str]) -> None:
+        config = config_file.load(path, overrides)
+        limit = timedelta(seconds=config.launch.collective_seconds)
+        store = topology.rendezvous(limit)
+        peers = join(
+            store,
+            self._rank,
+            self._world_size,
+            self._heard_of if self._is_leader else self._follow,
+            address=None if topology.on_one_machine() else os.environ["MASTER_ADDR"],
+            lost_seconds=config.launch.lost_seconds,
+            join_seconds=config.launch.collective_seconds,
+        )
+        self._peers = self._opened.enter_context(closing(peers))
+        obs, checked = NullObserver(), None
+        if self._is_leader:
+            checked = preflight(config, self._world_size, int(os.environ.get("LOCAL_WORLD_SIZE", self._world_size)))
+            obs = self._obs = self._opened.enter_context(closing(RunObserver(config)))
+            for warning in checked.warnings:
                 obs.message(f"warning: {warning}")
-            train(config, obs, checked)
-    except DapoError as error:
-        print(says, printable(str(error)), file=sys.stderr, flush=True)
-        return error.exit_code
-    except RuntimeError as error:
-        # What gloo raises when another rank is gone; that rank, or who started it, says why.
-        if "Connection" not in str(error):
-            raise
-        print(f"dapo-megatron: rank {rank}: lost the connection to another rank", file=sys.stderr, flush=True)
-        return 1
-    except KeyboardInterrupt:
-        if is_leader:
-            print("dapo-megatron: interrupted", file=sys.stderr, flush=True)
-        return 130
-    return 0
+        peers.after_leader("checks")
+        topo = topology.initialize(config.parallel, timeout=limit, store=store)
+        train(config, topo, peers, obs, checked, self._opened)
+        peers.after_leader("end")
+        topology.shutdown()
+
+    def _end(self, error: BaseException) -> NoReturn:
+        """Say why this rank ends, close everything and leave."""
+        for number in (signal.SIGTERM, signal.SIGINT):  # nothing replaces the reason
+            signal.signal(number, signal.SIG_IGN)
+        failure = self._cause(error)
+        deadline = threading.Timer(_CLOSE_SECONDS, leave, [failure.exit_code])
+        deadline.daemon = True
+        deadline.start()
+        self._say(failure)
+        try:
+            self._opened.close()
+        except Exception:
+            log.exception("closing after a failure")
+        leave(failure.exit_code)
+
+    def _cause(self, error: BaseException) -> Failure:
+        match error:
+            case SystemExit() if self._ended_by_peer:
+                return self._peers.failure() or Failure("", 1)
+            case SystemExit(code=int(code)):  # a signal, whose sender knows why
+                return Failure("", code)
+            case KeyboardInterrupt():
+                return Failure("interrupted", 128 + signal.SIGINT)
+            case DapoError():
+                return Failure(f"error: {error}", error.exit_code)
+        reason = "error: " + "".join(traceback.format_exception(error)).rstrip()
+        if topology.is_lost_peer(error):
+            # A consequence, as a rule: whoever failed is about to say why, or to be missed.
+            if failure := self._peers.failure():
+                return failure
+            reason += "\n(every rank answers: the limit is launch.collective_seconds, or a connection broke)"
+        return Failure(reason, 1)
+
+    def _say(self, failure: Failure) -> None:
+        """Say why the run ends and tell the other ranks, once. What is printed from then on goes to the log."""
+        with self._saying:
+            if self._said.is_set():
+                return
+            if self._is_leader and failure.reason:
+                self._print(f"dapo-megatron: {failure.reason}")
+            told = self._peers.tell(failure)
+            if not self._is_leader and not told and failure.reason:
+                self._print(f"dapo-megatron: rank {self._rank}: {failure.reason}")
+            self._said.set()
+
+    def _print(self, text: str) -> None:
+        if self._obs:
+            self._obs.last_words(printable(text))
+        else:
+            print(printable(text), file=sys.stderr, flush=True)
+
+    def _heard_of(self, failure: Failure) -> None:
+        """On the leader, in a thread: another rank failed. Unwind the main thread, or end without it."""
+        self._ended_by_peer = True
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+        if not self._said.wait(_UNWIND_SECONDS):
+            self._say(failure)
+            leave(failure.exit_code)
+
+    def _follow(self, failure: Failure) -> None:
+        """On another rank, in a thread: the leader has ended, or is lost. There is nothing to close here."""
+        if failure.reason:
+            self._print(f"dapo-megatron: rank {self._rank}: {failure.reason}")
+        leave(failure.exit_code)
 
 
 def _terminate(signum: int, frame: FrameType | None) -> None:
     """Turn SIGTERM into an exception, so that engines are ended and files closed on the way out."""
+    signal.signal(signum, signal.SIG_IGN)
     sys.exit(128 + signum)

@@ -6,7 +6,7 @@ replica as `rank0.micro_batch2.tokens_T`; its metadata, strings all, are reason,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -30,9 +30,11 @@ class NotFiniteError(DapoError, RuntimeError):
 class SkippedUpdates:
     """Counts skipped updates, alike on every rank; the leader keeps their mini-batches and says so."""
 
-    def __init__(self, config: Config, topo: Topology, obs: Observer) -> None:
+    def __init__(
+        self, config: Config, topo: Topology, obs: Observer, after_leader: Callable[[str], object] = lambda what: None
+    ) -> None:
         self._limit, self._folder = config.train.max_skipped_updates, config.run.folder
-        self._topo, self._obs = topo, obs
+        self._topo, self._obs, self._after_leader = topo, obs, after_leader
         self.in_a_row = Kept(int, 0)
 
     def seen(self, step: int, index: int, mini_batch: MiniBatch, result: UpdateResult) -> UpdateResult:
@@ -57,6 +59,7 @@ class SkippedUpdates:
             except OSError as error:  # the other ranks wait, and the file is only there to be looked at
                 where = f"and could not be kept: {error}"
             self._obs.message(f"step {step}: {result.skipped}; the update was skipped, {where}")
+        self._after_leader("skipped update")
         if self.in_a_row.value >= self._limit:
             raise NotFiniteError(
                 f"step {step}, update {index}: {result.skipped}, and the update was skipped. That makes "

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import ExitStack, closing
 
-from dapo_megatron.actor import topology
 from dapo_megatron.actor.actor import Actor
+from dapo_megatron.actor.topology import Topology
 from dapo_megatron.algo.filter import is_mixed
 from dapo_megatron.algo.objective import Objective
 from dapo_megatron.algo.samples import to_samples
 from dapo_megatron.algo.weighing import weigh
 from dapo_megatron.config import Config, OptimizerConfig
+from dapo_megatron.heartbeat import Peers
 from dapo_megatron.leader import Batch, Leader
 from dapo_megatron.obs.observer import Observer
 from dapo_megatron.preflight import Checked
-from dapo_megatron.processes import failing_undisturbed
+from dapo_megatron.processes import leave
 from dapo_megatron.rollout.collect import collect
 from dapo_megatron.skipped import SkippedUpdates
 from dapo_megatron.state import RunState
@@ -23,63 +23,63 @@ from dapo_megatron.weights.hf import HfCheckpoint
 from dapo_megatron.weights.publish import open_publisher
 
 
-def train(config: Config, obs: Observer, checked: Checked | None) -> None:
+def train(
+    config: Config, topo: Topology, peers: Peers, obs: Observer, checked: Checked | None, opened: ExitStack
+) -> None:
     """Run `config` to its end. Called on every rank of the job; only the leader's `obs` shows anything.
 
     Args:
         checked: on the leader, what `preflight` read; None elsewhere.
+        opened: takes what has to be closed. Whoever called closes it, after a failure once the reason has been told.
     """
-    with ExitStack() as stack:
-        topo = topology.initialize(config.parallel)
-        stack.callback(topology.shutdown)
-        leader = stack.enter_context(closing(Leader(config, obs, checked))) if checked else None
-        stack.enter_context(failing_undisturbed())
+    leader = opened.enter_context(closing(Leader(config, obs, checked))) if checked else None
+    peers.after_leader("start of the engines")
 
-        with obs.phase("building the actor"):
-            checkpoint = HfCheckpoint(config.model.path, trust_remote_code=config.model.trust_remote_code)
-            actor = Actor(config, topo, checkpoint)
-            reference = Actor(config, topo, checkpoint, trainable=False) if config.algo.kl.coef > 0 else None
-        objective = Objective(config.algo)
-        skipped = SkippedUpdates(config, topo, obs)
-        with obs.phase("starting engines"):
-            if leader:
-                leader.engines.wait_ready()
-            publisher = open_publisher(config.weights, leader.engines if leader else None)
-            stack.enter_context(closing(publisher))
-        stack.enter_context(failing_undisturbed())
-        state = RunState(leader.state if leader else None, skipped_in_a_row=skipped.in_a_row)
-
-        if leader and not state.steps_done.value:
-            leader.evaluate("before")
-        for step in range(state.steps_done.value, config.train.steps):
-            with obs.phase("rollout"):
-                batch = make_batch(leader, topo.dp, step) if leader else None
-                mini_batches = topo.scatter(batch.replicas if batch else None)
-            with obs.phase("logprobs"):
-                mini_batches, policy = actor.with_old_logprobs(mini_batches)
-                mini_batches, weighing = weigh(mini_batches, config.algo, topo)
-                if reference:
-                    mini_batches = reference.with_ref_logprobs(mini_batches)
-            with obs.phase("update"):
-                lr = learning_rate(config.optimizer, step)
-                results = [
-                    skipped.seen(step, index, mini_batch, actor.update(mini_batch, objective, lr=lr))
-                    for index, mini_batch in enumerate(mini_batches)
-                ]
-            with obs.phase("publish"):
-                publisher.push(checkpoint.export(actor.chunks), version=step + 1)
-            state.steps_done.value = step + 1
-            if leader and batch:
-                leader.log(step, batch, {**policy, **weighing}, results)
-                if config.eval.due(step + 1) and step + 1 < config.train.steps:
-                    leader.evaluate(f"step {step + 1}")
-
-        if config.run.save_hf:
-            with obs.phase("saving"):
-                checkpoint.save(actor.chunks, config.run.folder / "hf")
+    with obs.phase("building the actor"):
+        checkpoint = HfCheckpoint(config.model.path, trust_remote_code=config.model.trust_remote_code)
+        actor = Actor(config, topo, checkpoint)
+        reference = Actor(config, topo, checkpoint, trainable=False) if config.algo.kl.coef > 0 else None
+    objective = Objective(config.algo)
+    skipped = SkippedUpdates(config, topo, obs, peers.after_leader)
+    with obs.phase("starting engines"):
         if leader:
-            leader.evaluate("after")
-            leader.summarise()
+            leader.engines.wait_ready()
+        publisher = open_publisher(config.weights, leader.engines if leader else None, peers.after_leader)
+        opened.enter_context(closing(publisher))
+    state = RunState(leader.state if leader else None, skipped_in_a_row=skipped.in_a_row)
+
+    if leader and not state.steps_done.value:
+        leader.evaluate("before")
+    for step in range(state.steps_done.value, config.train.steps):
+        with obs.phase("rollout"):
+            batch = make_batch(leader, topo.dp, step) if leader else None
+            peers.after_leader("rollout")
+            mini_batches = topo.scatter(batch.replicas if batch else None)
+        with obs.phase("logprobs"):
+            mini_batches, policy = actor.with_old_logprobs(mini_batches)
+            mini_batches, weighing = weigh(mini_batches, config.algo, topo)
+            if reference:
+                mini_batches = reference.with_ref_logprobs(mini_batches)
+        with obs.phase("update"):
+            lr = learning_rate(config.optimizer, step)
+            results = [
+                skipped.seen(step, index, mini_batch, actor.update(mini_batch, objective, lr=lr))
+                for index, mini_batch in enumerate(mini_batches)
+            ]
+        with obs.phase("publish"):
+            publisher.push(checkpoint.export(actor.chunks), version=step + 1)
+        state.steps_done.value = step + 1
+        if leader and batch:
+            leader.log(step, batch, {**policy, **weighing}, results)
+            if config.eval.due(step + 1) and step + 1 < config.train.steps:
+                leader.evaluate(f"step {step + 1}")
+
+    if config.run.save_hf:
+        with obs.phase("saving"):
+            checkpoint.save(actor.chunks, config.run.folder / "hf", peers.after_leader)
+    if leader:
+        leader.evaluate("after")
+        leader.summarise()
 
 
 def make_batch(leader: Leader, replicas: int, step: int) -> Batch:
@@ -114,4 +114,4 @@ def learning_rate(optimizer: OptimizerConfig, step: int) -> float:
 if __name__ == "__main__":
     from dapo_megatron.rank import main
 
-    sys.exit(main())
+    leave(main())

@@ -23,6 +23,7 @@ ROOMS: dict[str, set[str]] = {
     "hf_folder": {"errors"},
     "state": {"errors"},
     "processes": set(),
+    "heartbeat": {"errors"},
     "config_file": VOCABULARY,
     "algo": VOCABULARY,
     "data": VOCABULARY,

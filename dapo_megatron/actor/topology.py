@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import HashStore
+from torch._C._distributed_c10d import HashStore, Store
+from torch.distributed.rendezvous import rendezvous as torch_rendezvous
 
 from dapo_megatron.config import ParallelConfig
 
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-TIMEOUT = timedelta(hours=4)
-"""How long a rank waits for the others. The leader samples while the rest waits, which may take an hour."""
+TIMEOUT = timedelta(minutes=10)
+"""How long a collective may take. No rank waits in one for what the leader does alone (`heartbeat`)."""
 
 _LOOPBACK = "lo"
 
@@ -119,12 +120,39 @@ class Topology:
         return own
 
 
-def initialize(parallel: ParallelConfig, *, seed: int = 0, timeout: timedelta = TIMEOUT) -> Topology:
+def on_one_machine() -> bool:
+    """Return whether torchrun has started all ranks on this machine."""
+    return os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE", "1")
+
+
+def rendezvous(timeout: timedelta = TIMEOUT) -> Store:
+    """Return what torchrun's ranks find one another by; without torchrun, this is a run of one process.
+
+    Args:
+        timeout: how long ranks wait for one another there.
+    """
+    if "MASTER_ADDR" not in os.environ:
+        return HashStore()
+    store, _, _ = next(torch_rendezvous("env://", timeout=timeout))
+    return store
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Return whether a collective raised `error` because it cannot go on with the other ranks: one is gone or late."""
+    # NCCL and the store have classes for it, gloo has only words.
+    words = any(word in str(error) for word in ("Connection", "Timed out", "timeout"))
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and words)
+
+
+def initialize(
+    parallel: ParallelConfig, *, seed: int = 0, timeout: timedelta = TIMEOUT, store: Store | None = None
+) -> Topology:
     """Join the process group and split it. Reads torchrun's environment; without it, this is a run of one process.
 
     Args:
         seed: the seed of torch and of Megatron's random states.
-        timeout: how long a collective may take, those that wait for the leader's rollout included.
+        timeout: how long a collective may take.
+        store: what `rendezvous` gave, where it was called before.
 
     Raises:
         ConfigError: where tp x pp x cp does not divide the number of ranks.
@@ -142,19 +170,17 @@ def initialize(parallel: ParallelConfig, *, seed: int = 0, timeout: timedelta = 
 
         cpu.enable()
         backend = "gloo"
-    if os.environ.get("LOCAL_WORLD_SIZE") == str(world_size) and _LOOPBACK in dict(socket.if_nameindex()).values():
+    if on_one_machine() and _LOOPBACK in dict(socket.if_nameindex()).values():
         # Ranks of one machine have no business on its network.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", _LOOPBACK)
-    if "MASTER_ADDR" in os.environ:
-        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
-    else:
-        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
+    store = store or rendezvous(timeout)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     mpu.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
         virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
         context_parallel_size=parallel.cp,
-        distributed_timeout_minutes=max(1, int(timeout.total_seconds() // 60)),
+        distributed_timeout_minutes=timeout.total_seconds() / 60,  # pyright: ignore[reportArgumentType]
     )
     block = parallel.tp * parallel.cp
     members = [[rank for rank in range(world_size) if rank // block % dp == replica] for replica in range(dp)]
@@ -180,11 +206,15 @@ def initialize(parallel: ParallelConfig, *, seed: int = 0, timeout: timedelta = 
 
 
 def shutdown() -> None:
-    """Leave the process group. Does nothing where there is none."""
+    """Leave the process group, all ranks together. Does nothing where there is none.
+
+    Not for a rank that failed: the others do not come here, and NCCL's end of a group waits for all of a machine.
+    """
     if not dist.is_initialized():
         return
     from megatron.core import parallel_state as mpu
 
+    dist.barrier(device_ids=[torch.cuda.current_device()] if torch.cuda.is_available() else None)
     mpu.destroy_model_parallel()
     dist.destroy_process_group()
 

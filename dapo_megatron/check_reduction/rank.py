@@ -51,10 +51,9 @@ def beside_one(loss: float) -> Tensor:
 def check(job: Job) -> list[Finding]:
     """Run the job. Collective over the ranks of the layout; only the leader's findings have numbers."""
     topo = topology.initialize(job.config.parallel)
-    try:
-        return _Check(job, topo).findings()
-    finally:
-        topology.shutdown()
+    findings = _Check(job, topo).findings()
+    topology.shutdown()  # not after a failure, which ends the processes
+    return findings
 
 
 class _Check:

@@ -16,7 +16,7 @@ from dapo_megatron.obs.display import open_display
 from dapo_megatron.obs.metrics import PHASES
 from dapo_megatron.obs.rollouts import RolloutWriter
 from dapo_megatron.obs.run_folder import LOG, open_run_folder
-from dapo_megatron.obs.sinks import open_sinks
+from dapo_megatron.obs.sinks import Tried, open_sinks
 from dapo_megatron.obs.terminal import Diverted, printable
 from dapo_megatron.types import Group
 
@@ -108,15 +108,17 @@ class RunObserver:
         self._evaluations: dict[str, Evaluation] = {}
         with ExitStack() as stack:
             self._output = stack.enter_context(closing(Diverted(self._folder / LOG)))
-            self._sinks = [stack.enter_context(closing(sink)) for sink in open_sinks(config, self._folder)]
-            writer = RolloutWriter(self._folder / "rollouts.jsonl", config.run.sampled_groups)
-            self._rollouts = stack.enter_context(closing(writer))
+            self._shown = stack.enter_context(ExitStack())
             display = open_display(self._output.terminal, config.run.name, config.train.steps)
-            self._display = stack.enter_context(closing(display))
+            self._display = self._shown.enter_context(closing(display))
             relay = _Relay(self._display.show)
             logging.getLogger("dapo_megatron").addHandler(relay)
-            stack.callback(logging.getLogger("dapo_megatron").removeHandler, relay)
+            self._shown.callback(logging.getLogger("dapo_megatron").removeHandler, relay)
+            self._rollouts = RolloutWriter(self._folder / "rollouts.jsonl", config.run.sampled_groups)
+            self._sinks = [stack.enter_context(closing(sink)) for sink in open_sinks(config, self._folder)]
             self._open = stack.pop_all()
+        self._writing_rollouts = Tried("rollouts.jsonl", OSError)
+        self._writing_summary = Tried("summary.json", OSError)
         self.message(f"{self._folder}: metrics, responses and {LOG} of this run")
 
     @contextmanager
@@ -143,7 +145,8 @@ class RunObserver:
         }
         self._seconds = {}
         self._log(row)
-        self._rollouts.write(self._done, groups)
+        with self._writing_rollouts(f"write the responses of step {self._done}"):
+            self._rollouts.write(self._done, groups)
         self._display.step(self._done, row)
 
     def evaluation(self, when: str, result: Evaluation) -> None:
@@ -166,7 +169,8 @@ class RunObserver:
         self._display.show(text)
 
     def summary(self, values: Mapping[str, float | int | str]) -> None:
-        (self._folder / "summary.json").write_text(json.dumps(dict(values), indent=1) + "\n")
+        with self._writing_summary("write it"):
+            (self._folder / "summary.json").write_text(json.dumps(dict(values), indent=1) + "\n")
         both = {when: self._evaluations[when] for when in ("before", "after") if when in self._evaluations}
         text = Text()
         for when, result in both.items():
@@ -179,6 +183,12 @@ class RunObserver:
             self._output.note(text.plain)
             self._display.show(text)
         self.message(f"summary: {self._folder / 'summary.json'}")
+
+    def last_words(self, text: str) -> None:
+        """Take the display off the terminal and print `text`, the last that is seen of this run."""
+        self._shown.close()
+        self._output.note(text)
+        self._output.last_words(text)
 
     def close(self) -> None:
         """Close files and give the terminal back. Safe to call twice."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,17 +19,24 @@ class RolloutWriter:
     """
 
     def __init__(self, path: Path, groups: int) -> None:
-        self._file = path.open("a", encoding="utf-8", errors="backslashreplace")
-        self._groups = groups
+        self._path, self._groups = path, groups
+        path.touch()
 
     def write(self, step: int, groups: Sequence[Group]) -> None:
-        for group in groups[: self._groups]:
-            # Model output may hold halves of surrogate pairs, which have no bytes in UTF-8: JSON spells them \ud83d.
-            self._file.write(json.dumps({"step": step, **_plain(group)}, ensure_ascii=False) + "\n")
-        self._file.flush()
+        """Append a step, whole or not at all.
 
-    def close(self) -> None:
-        self._file.close()
+        Raises:
+            OSError: where it cannot be written.
+        """
+        size = self._path.stat().st_size
+        try:
+            # Model output may hold halves of surrogate pairs, which have no bytes in UTF-8: JSON spells them \ud83d.
+            with self._path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+                for group in groups[: self._groups]:
+                    file.write(json.dumps({"step": step, **_plain(group)}, ensure_ascii=False) + "\n")
+        except OSError:
+            os.truncate(self._path, size)
+            raise
 
 
 def _plain(group: Group) -> dict[str, object]:

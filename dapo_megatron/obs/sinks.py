@@ -8,7 +8,9 @@ import math
 import os
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Thread
 from typing import Any, Protocol
 from urllib.error import HTTPError
 from urllib.request import urlopen
@@ -20,6 +22,7 @@ log = logging.getLogger(__name__)
 
 _ANSWER_SECONDS = 10
 """A server that has not answered by then counts as gone."""
+_FINISH_SECONDS = 60.0
 
 
 class Sink(Protocol):
@@ -66,28 +69,46 @@ def open_sinks(config: Config, folder: Path) -> list[Sink]:
     return sinks
 
 
-class Resilient:
-    """A sink that never ends a run: what fails is told once, as a warning, and again after it has worked in between.
+class Tried:
+    """What may fail without ending a run: it is told once, as a warning, and again after it has worked in between.
 
     A server may be gone for an hour, a disk full until somebody looks. A run of weeks goes on meanwhile, and every step
     is tried again.
+
+    Args:
+        name: what is written to.
+        errors: what may be raised inside.
     """
 
-    def __init__(self, name: str, sink: Sink) -> None:
-        self._name, self._sink = name, sink
+    def __init__(self, name: str, errors: type[Exception]) -> None:
+        self._name, self._errors = name, errors
         self._failing = False
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+    @contextmanager
+    def __call__(self, doing: str) -> Iterator[None]:
         try:
-            self._sink.log(step, metrics)
+            yield
             self._failing = False
-        except Exception as error:  # whatever the library or the system raises, training does not depend on it
+        except self._errors as error:
             if not self._failing:
                 log.warning(
-                    f"{self._name}: could not log step {step} ({type(error).__name__}: {error}); "
+                    f"{self._name}: could not {doing} ({type(error).__name__}: {error}); "
                     f"the run goes on, and later steps are tried again"
                 )
             self._failing = True
+
+
+class Resilient:
+    """A sink that never ends a run."""
+
+    def __init__(self, name: str, sink: Sink) -> None:
+        self._name, self._sink = name, sink
+        # Whatever the library or the system raises, training does not depend on it.
+        self._logging = Tried(name, Exception)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        with self._logging(f"log step {step}"):
+            self._sink.log(step, metrics)
 
     def close(self) -> None:
         try:
@@ -144,7 +165,13 @@ class WandbSink:
         self._run.log(dict(metrics), step=step)
 
     def close(self) -> None:
-        self._run.finish()
+        finishing = Thread(target=self._run.finish, daemon=True)
+        finishing.start()
+        finishing.join(_FINISH_SECONDS)
+        if finishing.is_alive():
+            raise TimeoutError(
+                f"not all was sent within {_FINISH_SECONDS:g} s; what is left is in the run's folder, for `wandb sync`"
+            )
 
 
 class MlflowSink:

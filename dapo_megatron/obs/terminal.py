@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -46,20 +47,29 @@ class Diverted:
         logging.captureWarnings(True)
 
     def note(self, text: str) -> None:
-        """Write a line to the log only."""
-        self._log.write(text + "\n")
-        self._log.flush()
+        """Write a line to the log only. Where the disk is full, it is not there."""
+        with suppress(OSError):
+            self._log.write(text + "\n")
+            self._log.flush()
+
+    def last_words(self, text: str) -> None:
+        """Write to what standard error was. What comes from then on, to the log, is not seen."""
+        descriptor = 2 if self._log.closed else self._saved[1]
+        with suppress(OSError):  # nobody is there to read it
+            os.write(descriptor, f"{text}\n".encode(errors="backslashreplace"))
 
     def close(self) -> None:
         """Give standard output and error back. Safe to call twice."""
         if self._log.closed:
             return
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):
+                stream.flush()
         logging.captureWarnings(False)
         logging.getLogger().removeHandler(self._handler)
         for descriptor, saved in zip((1, 2), self._saved, strict=True):
             os.dup2(saved, descriptor)
             os.close(saved)
-        self.terminal.close()
-        self._log.close()
+        for file in (self.terminal, self._log):
+            with suppress(OSError):
+                file.close()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,22 +11,38 @@ from torch import Tensor
 Named = list[tuple[str, Tensor]]
 
 
-def buckets(weights: Iterable[tuple[str, Tensor]], bucket_bytes: int) -> Iterator[Named]:
+def buckets(
+    weights: Iterable[tuple[str, Tensor]], bucket_bytes: int, before_each: Callable[[], object] = lambda: None
+) -> Iterator[Named]:
     """Group `weights`, as they come, so that a bucket holds at most `bucket_bytes` or one larger tensor.
 
     Only one bucket is in memory at a time. In a bucket, the dtypes with the largest elements come first: end to end,
     every tensor then starts at a multiple of its element's size, so that it can be viewed in its own dtype.
+
+    Args:
+        before_each: called before the weights of a bucket are taken. Where ranks gather what one of them uses bucket by
+            bucket, they wait for it there.
     """
     bucket: Named = []
     size = 0
+    before_each()
     for name, tensor in weights:
         if bucket and size + tensor.nbytes > bucket_bytes:
             yield _aligned(bucket)
+            before_each()
             bucket, size = [], 0
         bucket.append((name, tensor))
         size += tensor.nbytes
     if bucket:
         yield _aligned(bucket)
+
+
+def only_sizes(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Take `weights` without keeping them: the same names, dtypes and shapes, without the data.
+
+    A rank that only helps to gather groups them like the one that uses them.
+    """
+    return ((name, tensor.to("meta")) for name, tensor in weights)
 
 
 def describe(bucket: Named) -> dict[str, Any]:

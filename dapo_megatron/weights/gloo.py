@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 
 from dapo_megatron.errors import EngineError
-from dapo_megatron.weights.buckets import Named, buckets, describe, flatten
-from dapo_megatron.weights.publish import Receivers
+from dapo_megatron.weights.buckets import Named, buckets, describe, flatten, only_sizes
+from dapo_megatron.weights.publish import AfterLeader, Receivers
 
 BACKEND = "gloo"
 """Name under which engines know this transport."""
@@ -35,20 +35,33 @@ class GlooPublisher:
     Args:
         receivers: the engines, on the leader; None on other ranks.
         bucket_bytes: most bytes in memory at a time, except where one tensor is larger.
+        after_leader: called on every rank before the weights of a bucket are gathered, while which the leader may be
+            busy with the one before.
         timeout_seconds: limit on connecting and on each bucket.
 
     Raises:
         EngineError: when an engine does not join the group.
     """
 
-    def __init__(self, receivers: Receivers | None, bucket_bytes: int, *, timeout_seconds: float = 300.0) -> None:
-        self._sender = None if receivers is None else _Sender(receivers, bucket_bytes, timeout_seconds)
+    def __init__(
+        self,
+        receivers: Receivers | None,
+        bucket_bytes: int,
+        after_leader: AfterLeader = lambda what: None,
+        *,
+        timeout_seconds: float = 300.0,
+    ) -> None:
+        self._bucket_bytes, self._after_leader = bucket_bytes, after_leader
+        self._sender = None if receivers is None else _Sender(receivers, timeout_seconds)
 
     def push(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         if self._sender:
-            self._sender.send(weights, version)
+            self._sender.send(self._buckets(weights), version)
         else:
-            deque(weights, maxlen=0)
+            deque(self._buckets(only_sizes(weights)), maxlen=0)
+
+    def _buckets(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[Named]:
+        return buckets(weights, self._bucket_bytes, lambda: self._after_leader("bucket"))
 
     def close(self) -> None:
         if self._sender:
@@ -58,13 +71,12 @@ class GlooPublisher:
 class _Sender:
     """The leader's end: each bucket is announced to the engines while it is broadcast."""
 
-    def __init__(self, receivers: Receivers, bucket_bytes: int, timeout_seconds: float) -> None:
+    def __init__(self, receivers: Receivers, timeout_seconds: float) -> None:
         self._receivers = receivers
-        self._bucket_bytes = bucket_bytes
         self._timeout = timeout_seconds
         self._group: Any = receivers.run(self._connect())
 
-    def send(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+    def send(self, weights: Iterator[Named], version: int) -> None:
         self._receivers.run(self._send(weights, version))
 
     def close(self) -> None:
@@ -93,11 +105,11 @@ class _Sender:
         group, *_ = await self._all(joins, "joining the weight-transfer group")
         return group
 
-    async def _send(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+    async def _send(self, weights: Iterator[Named], version: int) -> None:
         assert self._group, "the publisher is closed"
         engines = list(self._receivers)
         await self._all([engine.begin_transfer() for engine in engines], "beginning to send weights")
-        for bucket in buckets(weights, self._bucket_bytes):
+        for bucket in weights:
             announced = [engine.receive(describe(bucket)) for engine in engines]
             await self._all([self._transmit(bucket), *announced], f"sending {bucket[0][0]} and what follows it")
         await self._all([engine.finish_transfer(version) for engine in engines], "putting weights to use")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from torch import Tensor
 
 from dapo_megatron.errors import ConfigError, DapoError
 from dapo_megatron.hf_folder import read_hf_config, tensor_names
+from dapo_megatron.weights.buckets import Named, buckets, only_sizes
+from dapo_megatron.weights.publish import AfterLeader
 from dapo_megatron.weights.side_files import copy_side_files, declare_tokenizer
 
 _SHARD_BYTES = 4 << 30
@@ -71,23 +74,34 @@ class HfCheckpoint:
                 seen.add(name)
                 yield name, tensor.detach()
 
-    def save(self, chunks: Sequence[torch.nn.Module], folder: Path) -> None:
+    def save(
+        self, chunks: Sequence[torch.nn.Module], folder: Path, after_leader: AfterLeader = lambda what: None
+    ) -> None:
         """Write a checkpoint that `AutoModelForCausalLM` reloads bit for bit, and `AutoTokenizer` id for id.
 
         Rank 0 writes.
+
+        Args:
+            after_leader: called on every rank before the weights of a shard are gathered; the leader may still be
+                writing the one before.
 
         Raises:
             DapoError: where it cannot, for example because the disk is full.
         """
         weights = self.export(chunks)
+
+        def shards(weights: Iterable[tuple[str, Tensor]]) -> Iterator[Named]:
+            return buckets(weights, _SHARD_BYTES, lambda: after_leader("shard"))
+
         if dist.get_rank() != 0:
-            for _ in weights:
-                pass
+            deque(shards(only_sizes(weights)), maxlen=0)
             return
         dtype = next(chunks[0].parameters()).dtype
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _write_tensors(weights, folder)
+            # Copies: safetensors refuses tensors that share memory.
+            copies = ((name, tensor.to("cpu", copy=True).contiguous()) for name, tensor in weights)
+            _write_tensors(shards(copies), folder)
             copy_side_files(self.path, folder)
             _write_config(self.path / "config.json", folder / "config.json", dtype)
             declare_tokenizer(folder)
@@ -160,26 +174,14 @@ def _is_vocabulary(mcore_name: str) -> bool:
     return mcore_name.endswith(("word_embeddings.weight", "output_layer.weight"))
 
 
-def _write_tensors(weights: Iterable[tuple[str, Tensor]], folder: Path) -> None:
-    """Write in shards of about 4 GiB, in the order given."""
+def _write_tensors(weights: Iterable[Named], folder: Path) -> None:
+    """Write each entry of `weights` as a shard."""
     shards: list[list[str]] = []
-    pending: dict[str, Tensor] = {}
-    pending_bytes = total_bytes = 0
-
-    def flush() -> None:
-        nonlocal pending, pending_bytes
-        save_file(pending, folder / f"model-{len(shards) + 1:05d}.safetensors", metadata={"format": "pt"})
-        shards.append(list(pending))
-        pending, pending_bytes = {}, 0
-
-    for name, tensor in weights:
-        size = tensor.numel() * tensor.element_size()
-        if pending and pending_bytes + size > _SHARD_BYTES:
-            flush()
-        pending[name] = tensor.to("cpu", copy=True).contiguous()
-        pending_bytes += size
-        total_bytes += size
-    flush()
+    total_bytes = 0
+    for shard in weights:
+        save_file(dict(shard), folder / f"model-{len(shards) + 1:05d}.safetensors", metadata={"format": "pt"})
+        shards.append([name for name, _ in shard])
+        total_bytes += sum(tensor.nbytes for _, tensor in shard)
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         final = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"

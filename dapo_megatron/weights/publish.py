@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Coroutine, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
@@ -10,6 +10,9 @@ from torch import Tensor
 from dapo_megatron.config import WeightsConfig
 
 T = TypeVar("T")
+
+AfterLeader = Callable[[str], object]
+"""Waits until the leader has come to the same call (`heartbeat.Peers.after_leader`)."""
 
 
 class WeightReceiver(Protocol):
@@ -63,13 +66,15 @@ class Publisher(Protocol):
         ...
 
 
-def open_publisher(config: WeightsConfig, receivers: Receivers | None) -> Publisher:
-    """The publisher that weights.transport names. Collective, once the engines answer.
-
-    A transport may have ranks wait for the leader here only with a limit: it fails where an engine does.
+def open_publisher(
+    config: WeightsConfig, receivers: Receivers | None, after_leader: AfterLeader = lambda what: None
+) -> Publisher:
+    """The publisher that weights.transport names. Every rank opens one, the leader once the engines answer.
 
     Args:
         receivers: the engines, on the leader; None on other ranks.
+        after_leader: what a transport calls on every rank before a collective for which the leader may be late: it
+            returns once the leader has made the same call.
 
     Raises:
         EngineError: on the leader, when an engine does not take part.
@@ -78,4 +83,4 @@ def open_publisher(config: WeightsConfig, receivers: Receivers | None) -> Publis
         case "gloo":
             from dapo_megatron.weights.gloo import GlooPublisher
 
-            return GlooPublisher(receivers, config.bucket_mib << 20)
+            return GlooPublisher(receivers, config.bucket_mib << 20, after_leader)
