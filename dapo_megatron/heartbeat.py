@@ -220,10 +220,14 @@ class _Watch(Peers):
         if self._ending or self._failure:
             return
         self._failure = failure
-        self._failed.set()
         # In a thread of its own, for this one goes on beating until the end.
         ending = threading.Thread(target=self._on_failure, args=(failure,), daemon=True)
-        self._loop.call_later(after_seconds, ending.start)
+
+        def settled() -> None:
+            self._failed.set()
+            ending.start()
+
+        self._loop.call_later(after_seconds, settled)
 
 
 class _Leader(_Watch):
@@ -335,7 +339,8 @@ class _Follower(_Watch):
     def _take(self, link: _Link, message: dict[str, Any]) -> None:
         match message:
             case {"go": what}:
-                self._went.put(str(what))
+                link.doing = str(what)
+                self._went.put(link.doing)
             case {"end": int(code)}:
                 link.left = True
                 self._fail(Failure("", code), 0.0)

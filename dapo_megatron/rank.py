@@ -39,7 +39,7 @@ _UNWIND_SECONDS = 5.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run under torchrun. Returns 0, or ends the process: with 2 for input that cannot work, 1 for a run that failed."""
+    """Run under torchrun. Returns 0, or ends the process: with 2 for input that cannot work, 1 for a failure."""
     path, *overrides = sys.argv[1:] if argv is None else argv
     return _Rank().run(Path(path), overrides)
 
@@ -78,7 +78,7 @@ class _Rank:
             self._rank,
             self._world_size,
             self._heard_of if self._is_leader else self._follow,
-            address=None if topology.on_one_machine() else os.environ["MASTER_ADDR"],
+            address=None if topology.on_one_machine() else os.environ.get("MASTER_ADDR"),
             lost_seconds=config.launch.lost_seconds,
             join_seconds=config.launch.collective_seconds,
         )

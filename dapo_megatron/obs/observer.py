@@ -187,7 +187,6 @@ class RunObserver:
     def last_words(self, text: str) -> None:
         """Take the display off the terminal and print `text`, the last that is seen of this run."""
         self._shown.close()
-        self._output.note(text)
         self._output.last_words(text)
 
     def close(self) -> None:

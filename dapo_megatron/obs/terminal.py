@@ -53,10 +53,15 @@ class Diverted:
             self._log.flush()
 
     def last_words(self, text: str) -> None:
-        """Write to what standard error was. What comes from then on, to the log, is not seen."""
-        descriptor = 2 if self._log.closed else self._saved[1]
-        with suppress(OSError):  # nobody is there to read it
-            os.write(descriptor, f"{text}\n".encode(errors="backslashreplace"))
+        """Write to what standard error was, and give nothing back: what comes later goes to the log for good."""
+        over = self._log.closed
+        with suppress(OSError), os.fdopen(os.dup(2 if over else self._saved[1]), "w", errors="replace") as terminal:
+            terminal.write(text + "\n")
+        if over:
+            return
+        self.note(text)
+        for saved in self._saved:
+            os.dup2(self._log.fileno(), saved)
 
     def close(self) -> None:
         """Give standard output and error back. Safe to call twice."""

@@ -74,13 +74,16 @@ class _Sender:
     def __init__(self, receivers: Receivers, timeout_seconds: float) -> None:
         self._receivers = receivers
         self._timeout = timeout_seconds
+        self._sending = False
         self._group: Any = receivers.run(self._connect())
 
     def send(self, weights: Iterator[Named], version: int) -> None:
         self._receivers.run(self._send(weights, version))
 
     def close(self) -> None:
-        self._group = None
+        # Where an engine failed in the middle, dropping the group would wait for it, up to the limit.
+        if not self._sending:
+            self._group = None
 
     async def _connect(self) -> Any:
         engines = list(self._receivers)
@@ -116,12 +119,14 @@ class _Sender:
 
     async def _transmit(self, bucket: Named) -> None:
         flat = flatten(bucket)
+        self._sending = True
         work = transmit(self._group, flat)
         # Waiting on the work itself would keep an engine's error from being heard.
         deadline = time.monotonic() + self._timeout
         while not work.is_completed() and time.monotonic() < deadline:
             await asyncio.sleep(_POLL_SECONDS)
         work.wait(timedelta(milliseconds=1))
+        self._sending = False
 
     async def _all(self, steps: Sequence[Awaitable[Any]], doing: str) -> list[Any]:
         """Await all of `steps`; the first failure ends them, an engine's own account of it before gloo's."""

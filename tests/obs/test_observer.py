@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import resource
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -146,6 +148,52 @@ def test_output_comes_back_after_a_failure(
         RunObserver(config)
     print("still here")
     assert "still here" in capfd.readouterr().out
+
+
+def test_after_the_last_words_nothing_is_seen(
+    config: Config, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    observer = RunObserver(config)
+    observer.last_words("error: the engine died")
+    logging.getLogger("dapo_megatron").warning("warned later")
+    observer.close()
+    os.system("echo a child; echo its error >&2")
+    seen = capfd.readouterr()
+    assert seen.err == "error: the engine died\n"
+    assert seen.out.splitlines() == [f"{tmp_path / 'test'}: metrics, responses and log.txt of this run"]
+    log = (tmp_path / "test/log.txt").read_text()
+    for text in ("error: the engine died", "warned later", "a child", "its error"):
+        assert text in log
+
+
+def test_last_words_of_a_closed_observer_are_seen(config: Config, capfd: pytest.CaptureFixture[str]) -> None:
+    observer = RunObserver(config)
+    observer.close()
+    observer.last_words("error: engine 0 did not end")
+    assert capfd.readouterr().err == "error: engine 0 did not end\n"
+
+
+def test_a_full_disk_does_not_end_a_run(config: Config, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "test"
+    observer = RunObserver(config)
+    group = replace(GROUP, prompt=replace(GROUP.prompt, text="x" * 30_000))  # the log and the terminal need less
+    observer.step(0, {}, [group])
+    whole = (folder / "rollouts.jsonl").stat().st_size
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (whole + 100, before[1]))
+    try:
+        for step in (1, 2):
+            observer.step(step, {}, [group])
+        observer.summary({"seed": 0, "long": "x" * 2 * whole})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    observer.step(3, {}, [group])
+    observer.close()
+    assert [row["step"] for row in rows(folder / "rollouts.jsonl")] == [1, 4]
+    shown = capfd.readouterr().out
+    assert shown.count("rollouts.jsonl: could not write the responses of step 2 (OSError") == 1
+    assert "rollouts.jsonl: could not write the responses of step 3" not in shown
+    assert "summary.json: could not write it (OSError" in shown
 
 
 def test_other_ranks_show_and_write_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

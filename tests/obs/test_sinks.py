@@ -6,8 +6,10 @@ import os
 import struct
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from dapo_megatron import config_file
 from dapo_megatron.config import Config
 from dapo_megatron.errors import ConfigError
-from dapo_megatron.obs.sinks import JsonlSink, Resilient, TensorBoardSink, check_sinks, open_sinks
+from dapo_megatron.obs.sinks import JsonlSink, Resilient, TensorBoardSink, WandbSink, check_sinks, open_sinks
 
 
 def parse(run: dict[str, Any]) -> Config:
@@ -228,6 +230,14 @@ def test_a_sink_that_fails_in_between_is_told_once(caplog: pytest.LogCaptureFixt
         "run.mlflow_uri: could not log step 6",
         "run.mlflow_uri: could not be closed",
     ]
+
+
+def test_wandb_that_does_not_finish_is_left(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    sink = object.__new__(WandbSink)
+    sink._run = SimpleNamespace(finish=threading.Event().wait)
+    monkeypatch.setattr("dapo_megatron.obs.sinks._FINISH_SECONDS", 0.1)
+    Resilient("run.wandb_project", sink).close()
+    assert "run.wandb_project: could not be closed (TimeoutError: not all was sent within 0.1 s" in caplog.text
 
 
 def test_mlflow_whose_database_is_gone_does_not_end_a_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

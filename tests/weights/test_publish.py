@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import weakref
 from collections.abc import Coroutine, Iterator
 from typing import Any
 
@@ -71,18 +72,35 @@ def test_the_leader_sends_to_all_engines() -> None:
             assert all(torch.equal(held[name], sign * tensor) for name, tensor in WEIGHTS.items())
 
 
-def test_another_rank_takes_part_in_gathering() -> None:
-    gathered: list[str] = []
+def test_all_ranks_wait_for_the_leader_before_they_gather_the_same_weights() -> None:
+    seen: dict[str, list[str]] = {}
+    for rank, receivers in (("leader", Keepers(Keeper("engine 0"))), ("other", None)):
+        happened = seen[rank] = []
+
+        def weights(happened: list[str] = happened) -> Iterator[tuple[str, torch.Tensor]]:
+            for name, tensor in WEIGHTS.items():
+                happened.append(name)
+                yield name, tensor
+
+        publisher = GlooPublisher(receivers, 64, happened.append, timeout_seconds=20)
+        publisher.push(weights(), version=1)
+        publisher.close()
+    assert seen["leader"] == seen["other"] == ["bucket", "w1", "w2", "w3", "w4", "w5", "bucket"]
+
+
+def test_another_rank_holds_one_tensor_at_a_time() -> None:
+    held: list[weakref.ref[torch.Tensor]] = []
 
     def weights() -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in WEIGHTS.items():
-            gathered.append(name)
-            yield name, tensor
+        for index in range(4):
+            assert all(tensor() is None for tensor in held[:-1])
+            tensor = torch.zeros(100)
+            held.append(weakref.ref(tensor))
+            yield str(index), tensor
+            del tensor
 
-    publisher = open_publisher(WeightsConfig(), None)
-    publisher.push(weights(), version=1)
-    assert gathered == list(WEIGHTS)
-    publisher.close()
+    open_publisher(WeightsConfig(), None).push(weights(), version=1)
+    assert len(held) == 4
 
 
 def test_an_engine_that_does_not_join_is_an_error_at_once() -> None:

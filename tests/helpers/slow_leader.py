@@ -1,0 +1,91 @@
+"""A rank under torchrun that trains for real, with a leader that takes SECONDS for whatever it does alone.
+
+`-m tests.helpers.slow_leader SECONDS CONFIG ...`: engines live in the leader's process, answer at random and keep the
+weights. With SECONDS 0, one fails at the second bucket of a push.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import sys
+import time
+from collections.abc import Coroutine, Iterator
+from typing import Any
+
+from dapo_megatron import leader, rank, train
+from dapo_megatron.errors import EngineError
+from dapo_megatron.processes import leave
+from dapo_megatron.rollout.engine import Sampling
+from dapo_megatron.types import Completion, FinishReason, Prompt, VersionSpan
+from dapo_megatron.weights import hf
+from dapo_megatron.weights.gloo import GlooPublisher
+from tests.weights.test_publish import Keeper
+
+SECONDS = float(sys.argv[1])
+BYTES = 50_000
+"""Of a bucket, and of a shard: the model has several."""
+
+
+class SlowKeeper(Keeper):
+    received = 0
+
+    async def receive(self, info: dict[str, Any]) -> None:
+        self.received += 1
+        await asyncio.sleep(SECONDS)
+        if self.received == 2 and not SECONDS:
+            raise EngineError(f"{self.name} broke at bucket {self.received}")
+        await super().receive(info)
+
+    async def begin_transfer(self) -> None:
+        await asyncio.sleep(SECONDS)
+        await super().begin_transfer()
+
+    async def finish_transfer(self, version: int) -> None:
+        await asyncio.sleep(SECONDS)
+        await super().finish_transfer(version)
+        print(f"buckets of version {version}: {self.received}")
+
+
+class SlowEngines:
+    """Stands in for `rollout.engines.Engines`."""
+
+    def __init__(self, *_: object) -> None:
+        self._runner = asyncio.Runner()
+        self._keeper = SlowKeeper("engine 0")
+
+    def __iter__(self) -> Iterator[SlowKeeper]:
+        return iter([self._keeper])
+
+    version = 0
+
+    def wait_ready(self) -> None:
+        time.sleep(SECONDS)
+
+    async def generate(self, prompt: Prompt, sampling: Sampling, n: int) -> list[Completion]:
+        await asyncio.sleep(SECONDS)
+        tokens = [tuple(random.choices(range(1, 14), k=random.randint(1, 16))) for _ in range(n)]
+        return [
+            Completion(ids, (-2.5,) * len(ids), FinishReason.STOP, "3", (VersionSpan(0, 0, len(ids)),))
+            for ids in tokens
+        ]
+
+    def run(self, work: Coroutine[Any, Any, Any], /) -> Any:
+        return self._runner.run(work)
+
+    def close(self) -> None:
+        self._runner.close()
+
+
+def save_slowly(tensors: dict[str, Any], *arguments: Any, **more: Any) -> None:
+    time.sleep(SECONDS)
+    print(f"a shard of {len(tensors)} tensors")
+    save_file(tensors, *arguments, **more)
+
+
+if __name__ == "__main__":
+    save_file = hf.save_file
+    hf.save_file, hf._SHARD_BYTES = save_slowly, BYTES
+    leader.Engines = SlowEngines  # pyright: ignore[reportAttributeAccessIssue]
+    train.open_publisher = lambda config, receivers, after: GlooPublisher(receivers, BYTES, after)
+    leave(rank.main(sys.argv[2:]))

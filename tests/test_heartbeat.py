@@ -1,0 +1,221 @@
+"""Ranks that keep in touch: threads of this process, and processes where one is stopped or killed."""
+
+from __future__ import annotations
+
+import json
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, suppress
+from pathlib import Path
+
+import pytest
+
+from dapo_megatron.errors import DapoError
+from dapo_megatron.heartbeat import Failure, Peers, join
+
+LOST_SECONDS = 2.0
+HERE = socket.gethostname()
+Failures = queue.SimpleQueue[Failure]
+
+
+class Board:
+    """A store for threads and processes: a folder with a file for each key."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def set(self, key: str, value: str) -> None:
+        (self._folder / f"{key}.new").write_text(value)
+        (self._folder / f"{key}.new").rename(self._folder / key)
+
+    def get(self, key: str) -> bytes:
+        while not (self._folder / key).exists():
+            time.sleep(0.01)
+        return (self._folder / key).read_bytes()
+
+
+def joined(
+    folder: Path, rank: int, ranks: int, on_failure: Callable[[Failure], None], *, address: str | None = None
+) -> Peers:
+    return join(Board(folder), rank, ranks, on_failure, address=address, lost_seconds=LOST_SECONDS, join_seconds=20.0)
+
+
+@pytest.fixture(params=[None, "localhost"], ids=["one machine", "several"])
+def three(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[tuple[list[Peers], list[Failures]]]:
+    """The leader and two others in this process, and what each of them hears of failures."""
+    failures: list[Failures] = [queue.SimpleQueue() for _ in range(3)]
+    before = threading.active_count()
+    with ExitStack() as stack:
+        with ThreadPoolExecutor(3) as pool:
+            members = [
+                pool.submit(joined, tmp_path, rank, 3, failures[rank].put, address=request.param) for rank in range(3)
+            ]
+        yield [stack.enter_context(closing(member.result())) for member in members], failures
+    assert threading.active_count() == before, "no thread is left"
+
+
+Three = tuple[list[Peers], list[Failures]]
+
+
+def test_a_run_of_one_process_waits_for_nobody() -> None:
+    peers = join(Board(Path()), 0, 1, pytest.fail, address=None, lost_seconds=1, join_seconds=1)
+    peers.after_leader("rollout")
+    assert peers.failure() is None
+    assert not peers.tell(Failure("error: x", 1))
+    peers.close()
+
+
+def test_the_others_wait_for_the_leader_longer_than_the_time_after_which_a_rank_is_lost(three: Three) -> None:
+    (leader, *others), failures = three
+    came: Failures = queue.SimpleQueue()
+
+    def follow(peers: Peers) -> None:
+        peers.after_leader("rollout")
+        peers.after_leader("bucket")
+        came.put(Failure("came", 0))
+
+    threads = [threading.Thread(target=follow, args=(peers,)) for peers in others]
+    for thread in threads:
+        thread.start()
+    leader.after_leader("rollout")  # it may be ahead, too
+    time.sleep(2 * LOST_SECONDS)
+    assert came.empty() and all(failure.empty() for failure in failures)
+    leader.after_leader("bucket")
+    for thread in threads:
+        thread.join(5)
+    assert came.qsize() == 2
+
+
+def test_other_calls_than_the_leaders_are_an_error(three: Three) -> None:
+    (leader, first, _), _ = three
+    leader.after_leader("rollout")
+    with pytest.raises(RuntimeError, match="the leader has come to 'rollout', this one to 'bucket'"):
+        first.after_leader("bucket")
+
+
+def test_a_failure_reaches_the_leader_with_its_reason_and_the_others_without(three: Three) -> None:
+    (leader, first, second), (at_leader, at_first, at_second) = three
+    long = "error: " + "\ud83d\n" * 20_000
+    threading.Thread(target=first.tell, args=(Failure(long, 7),), daemon=True).start()
+    heard = at_leader.get(timeout=10)
+    assert heard.exit_code == 7
+    assert heard.reason.startswith(f"rank 1 on {HERE}: ") and heard.reason.endswith(long[-10_000:])
+    assert leader.failure() == heard
+    assert at_first.empty() and at_second.empty(), "the leader speaks first"
+    leader.tell(heard)
+    assert at_first.get(timeout=5) == at_second.get(timeout=5) == Failure("", 7)
+    assert second.failure() == Failure("", 7)
+
+
+def test_who_fails_does_not_leave_before_the_leader_has_answered(three: Three) -> None:
+    (leader, first, _), (at_leader, *_) = three
+    with ThreadPoolExecutor(1) as pool:
+        told = pool.submit(first.tell, Failure("error: x", 1))
+        failure = at_leader.get(timeout=10)
+        assert not told.done()
+        leader.tell(failure)
+        assert told.result(5)
+
+
+def test_ranks_that_leave_are_not_missed(three: Three) -> None:
+    (leader, *others), failures = three
+    for peers in (others[0], leader, others[1]):
+        peers.close()
+        time.sleep(0.2)
+    time.sleep(LOST_SECONDS)
+    assert all(failure.empty() for failure in failures)
+
+
+def test_a_stranger_is_not_let_in(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        leader = pool.submit(joined, tmp_path, 0, 2, pytest.fail)
+        place = json.loads(Board(tmp_path).get("heartbeat"))
+        for hello in ({"rank": 1, "host": "x", "token": "x"}, {"rank": 1}, [], "x" * 300_000):
+            with socket.create_connection((place["host"], place["port"]), timeout=5) as stranger:
+                stranger.sendall(json.dumps(hello).encode() + b"\n")
+                with suppress(ConnectionResetError):
+                    assert stranger.recv(100) == b""
+        assert not leader.done()
+        member = pool.submit(joined, tmp_path, 1, 2, pytest.fail)
+        for peers in (member, leader):
+            peers.result(10).close()
+
+
+def test_ranks_that_do_not_come_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DapoError, match=r"ranks \[1, 2\] of 3 did not come within launch.collective_seconds\(0.2\)"):
+        join(Board(tmp_path), 0, 3, pytest.fail, address=None, lost_seconds=1, join_seconds=0.2)
+
+
+def member(folder: str, rank: str) -> None:
+    """A rank of two in a process: it prints a line once it has joined, and the failure that it hears of."""
+
+    def say(failure: Failure) -> None:
+        print(json.dumps([failure.reason, failure.exit_code]), flush=True)
+
+    joined(Path(folder), int(rank), 2, say).after_leader("rollout")
+    print("joined", flush=True)
+    time.sleep(60)
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Iterator[Sequence[subprocess.Popen[str]]]:
+    """Two ranks in processes."""
+    program = "import sys; from tests.test_heartbeat import member; member(*sys.argv[1:])"
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", program, tmp_path, str(rank)], stdout=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    try:
+        for rank in ranks:
+            assert rank.stdout and rank.stdout.readline() == "joined\n"
+        time.sleep(LOST_SECONDS / 3)  # for a beat
+        yield ranks
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+
+
+def heard(rank: subprocess.Popen[str]) -> Failure:
+    assert rank.stdout
+    return Failure(*json.loads(rank.stdout.readline()))
+
+
+@pytest.mark.parametrize(
+    ("number", "how"),
+    [(signal.SIGKILL, "its connection broke off"), (signal.SIGSTOP, "nothing was heard from it for")],
+    ids=["killed", "stopped"],
+)
+@pytest.mark.parametrize("lost", [0, 1], ids=["leader", "other"])
+def test_a_rank_that_is_gone_is_missed(
+    pair: Sequence[subprocess.Popen[str]], lost: int, number: signal.Signals, how: str
+) -> None:
+    started = time.monotonic()
+    pair[lost].send_signal(number)
+    failure = heard(pair[1 - lost])
+    name = f"rank 1 on {HERE}" if lost else f"the leader, rank 0 on {HERE},"
+    assert failure.reason.startswith(f"error: {name} is lost: {how}")
+    assert failure.reason.endswith("it had come to: rollout")
+    assert failure.exit_code == 1
+    assert time.monotonic() - started < 3 * LOST_SECONDS
+
+
+def test_ranks_that_were_all_stopped_go_on(pair: Sequence[subprocess.Popen[str]]) -> None:
+    """As when a machine was suspended; it may be resumed by and by."""
+    for rank in pair:
+        rank.send_signal(signal.SIGSTOP)
+    time.sleep(2 * LOST_SECONDS)
+    for rank in pair:
+        time.sleep(LOST_SECONDS / 4)
+        rank.send_signal(signal.SIGCONT)
+    time.sleep(2 * LOST_SECONDS)
+    for rank in pair:
+        rank.kill()
+        assert rank.communicate()[0] == ""

@@ -1,0 +1,186 @@
+"""How ranks end: real processes under the launcher, which do not train."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from tests.helpers.checkpoint import values, write_tokenizer
+from tests.helpers.models import save_qwen2
+
+pytestmark = [pytest.mark.multiproc, pytest.mark.slow]
+
+LIMITS = ["launch.lost_seconds=3", "launch.collective_seconds=120"]
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(values(tmp_path)))
+    (tmp_path / "runs").mkdir()
+    return path
+
+
+@contextmanager
+def job(
+    config: Path, scene: str, *overrides: str, ranks: int = 2, module: str = "rank_job"
+) -> Iterator[subprocess.Popen[str]]:
+    """`cli._launch` on ranks that run tests/helpers/`module`.py with `scene`."""
+    command = [f"tests.helpers.{module}", scene, str(config), *LIMITS, *overrides]
+    program = f"import sys; from dapo_megatron import cli; sys.exit(cli._launch({ranks}, {command}))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path.cwd()), "OMP_NUM_THREADS": "1"},
+    )
+    family: Sequence[psutil.Process] = []
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            family = psutil.Process(process.pid).children(recursive=True)
+        for member in (*family, process):
+            member.kill()
+
+
+def ranks_of(process: subprocess.Popen[str], config: Path, count: int = 2) -> list[psutil.Process]:
+    """The ranks, once all are at what they are to do."""
+    deadline = time.monotonic() + 60
+    while len(list((config.parent / "runs").glob("ready*"))) < count:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    time.sleep(1.5)
+    return sorted(psutil.Process(process.pid).children(), key=lambda rank: rank.environ()["RANK"])
+
+
+def ended(process: subprocess.Popen[str], family: Sequence[psutil.Process] = (), timeout: float = 60) -> str:
+    """Its output, once it and its processes are gone."""
+    output, _ = process.communicate(timeout=timeout)
+    _, left = psutil.wait_procs(family, timeout=5)
+    assert not left
+    return output
+
+
+@pytest.mark.parametrize(
+    ("scene", "lost", "number", "last"),
+    [
+        ("python,collective", 0, signal.SIGKILL, "error: rank 0 was ended by SIGKILL"),
+        ("python,waiting", 0, signal.SIGSTOP, "error: the leader, rank 0 on "),
+        ("python,collective", 0, signal.SIGSTOP, "error: the leader, rank 0 on "),
+        ("collective,python", 1, signal.SIGKILL, "error: rank 1 was ended by SIGKILL"),
+        ("python,python", 1, signal.SIGSTOP, "error: rank 1 on "),
+        ("collective,python", 1, signal.SIGSTOP, "error: rank 1 on "),
+    ],
+)
+def test_a_rank_that_is_gone_ends_the_run(
+    config: Path, scene: str, lost: int, number: signal.Signals, last: str
+) -> None:
+    with job(config, scene) as process:
+        family = ranks_of(process, config)
+        family[lost].send_signal(number)
+        _, late = psutil.wait_procs([rank for rank in family if rank != family[lost]], timeout=15)
+        assert not late
+        if number == signal.SIGSTOP:
+            family[lost].kill()  # as torchrun would, 30 seconds later
+        output = ended(process, family)
+    assert process.returncode == 1, output
+    assert last in output.splitlines()[-1], output
+    assert "Traceback" not in output
+
+
+@pytest.mark.parametrize("scene", ["collective,raise", "python,raise"])
+def test_a_rank_that_fails_is_told_by_the_leader(config: Path, scene: str) -> None:
+    with job(config, scene, "parallel.tp=1", ranks=3) as process:
+        family = ranks_of(process, config, 3)
+        output = ended(process, family, timeout=20)
+    assert process.returncode == 1, output
+    assert output.count("rank 1 on ") + output.count("rank 2 on ") == 1, output
+    assert output.count("Traceback") == 1
+    assert output.splitlines()[-1] == "ArithmeticError: the one that matters"
+
+
+@pytest.mark.parametrize("scene", ["raise,collective", "raise,waiting", "raise,python,fail", "raise,python,hang"])
+def test_a_leader_that_fails_says_why_last(config: Path, scene: str) -> None:
+    with job(config, scene) as process:
+        family = ranks_of(process, config)
+        output = ended(process, family, timeout=20)
+    assert process.returncode == 1, output
+    assert output.splitlines()[-1] == "ArithmeticError: the one that matters"
+    assert output.count("Traceback") == 1 and "closing" not in output
+    log = (config.parent / "runs/test/log.txt").read_text()
+    assert "the one that matters" in log
+    assert ("closing failed" in log) == ("fail" in scene)
+
+
+def test_a_collective_that_takes_too_long_ends_the_run(config: Path) -> None:
+    with job(config, "python,collective", "launch.collective_seconds=3") as process:
+        family = ranks_of(process, config)
+        output = ended(process, family, timeout=40)
+    assert process.returncode == 1
+    assert "rank 1 on " in output and "Timed out" in output
+    assert "launch.collective_seconds" in output.splitlines()[-1]
+
+
+def test_input_that_only_the_leader_sees_to_be_wrong_ends_the_run_at_once(config: Path) -> None:
+    with job(config, "end,end", "run.dir=/proc/x") as process:
+        started = time.monotonic()
+        output = ended(process)
+    assert process.returncode == 2
+    (line,) = output.splitlines()
+    assert line.startswith("dapo-megatron: error: run: cannot write to /proc")
+    assert time.monotonic() - started < 30
+
+
+def test_a_run_that_is_over_leaves_nothing(config: Path) -> None:
+    with job(config, "end,end") as process:
+        output = ended(process)
+    assert process.returncode == 0, output
+    assert "error" not in output and "Traceback" not in output
+
+
+@pytest.fixture
+def trains(config: Path) -> Path:
+    """A configuration whose model can be trained."""
+    settings = yaml.safe_load(config.read_text())
+    settings["model"]["path"] = str(save_qwen2(config.parent / "base"))
+    settings["rollout"] |= {"dynamic_sampling": False}
+    settings["reward"]["workers"] = 1
+    write_tokenizer(config.parent / "base", end_token=True)
+    config.write_text(yaml.safe_dump(settings))
+    return config
+
+
+@pytest.mark.timeout(300)
+def test_nothing_that_the_leader_does_alone_has_a_limit(trains: Path) -> None:
+    """Start-up, evaluation, rollout, each bucket of a push and each shard take longer than every limit."""
+    limits = ["launch.lost_seconds=3", "launch.collective_seconds=3", "train.steps=2", "eval.every=1"]
+    with job(trains, "4", *limits, module="slow_leader") as process:
+        output = ended(process, timeout=250)
+    assert process.returncode == 0, output
+    folder = trains.parent / "runs/test"
+    log = (folder / "log.txt").read_text()
+    assert "buckets of version 2: 4" in log and log.count("a shard of") == 2
+    steps = [row for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if "loss" in row]
+    assert [row["seconds/rollout"] > 3 and row["seconds/publish"] > 9 for row in steps] == [True, True]
+
+
+def test_an_engine_that_fails_in_the_middle_of_a_push_ends_the_run_at_once(trains: Path) -> None:
+    with job(trains, "0", module="slow_leader") as process:
+        output = ended(process, timeout=40)
+    assert process.returncode == 1, output
+    assert output.splitlines()[-1] == "dapo-megatron: error: engine 0 broke at bucket 2"
+    assert "Traceback" not in output
