@@ -171,7 +171,7 @@ Family = list[psutil.Process]
 def running(material: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], Family]]:
     """A run that has done its first step, with all of its processes; whatever is left of it is killed."""
     process = subprocess.Popen(
-        command(material, tmp_path, "train.steps=10000"),
+        command(material, tmp_path, "train.steps=10000", "launch.lost_seconds=5"),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -198,7 +198,9 @@ def engine(family: Family) -> Family:
 
 
 def ranks(family: Family) -> Family:
-    return [member for member in family if member.environ().get("RANK") and "dapo_megatron.train" in member.cmdline()]
+    """The leader first."""
+    found = [member for member in family if member.environ().get("RANK") and "dapo_megatron.train" in member.cmdline()]
+    return sorted(found, key=lambda member: member.environ()["RANK"])
 
 
 @pytest.mark.parametrize(
@@ -207,6 +209,11 @@ def ranks(family: Family) -> Family:
         pytest.param(lambda family: family[0].send_signal(signal.SIGINT), 130, "interrupted", id="ctrl_c"),
         pytest.param(lambda family: family[0].terminate(), 143, "", id="sigterm"),
         pytest.param(lambda family: ranks(family)[1].kill(), 1, "rank 1 was ended by SIGKILL", id="dead_rank"),
+        pytest.param(lambda family: ranks(family)[0].kill(), 1, "rank 0 was ended by SIGKILL", id="dead_leader"),
+        pytest.param(lambda family: ranks(family)[1].suspend(), 1, "error: rank 1 on ", id="stopped_rank"),
+        pytest.param(
+            lambda family: ranks(family)[0].suspend(), 1, "error: the leader, rank 0 on ", id="stopped_leader"
+        ),
         pytest.param(lambda family: engine(family)[-1].kill(), 1, "engine 0", id="dead_engine"),
         pytest.param(lambda family: family[0].kill(), -signal.SIGKILL, "", id="killed_launcher"),
     ],

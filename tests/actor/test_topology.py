@@ -3,6 +3,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from dapo_megatron.config import ParallelConfig
 from dapo_megatron.errors import ConfigError
@@ -41,6 +42,50 @@ def _join() -> Any:
     largest = topo.max(value).tolist()
     topology.shutdown()
     return (topo.rank, topo.dp_rank), got, back, word, sums, largest, os.environ.get("GLOO_SOCKET_IFNAME")
+
+
+def _left_alone(leaves: bool) -> tuple[bool, str]:
+    """On rank 0: whether what a collective raises is taken for a lost rank, and its words."""
+    import time
+    from datetime import timedelta
+
+    from dapo_megatron.actor import topology
+
+    topo = topology.initialize(ParallelConfig(), timeout=timedelta(seconds=2))
+    seen = (False, "")
+    if topo.is_leader:
+        try:
+            topo.broadcast("here")
+            dist.barrier(group=topo.host_world)
+        except RuntimeError as error:
+            seen = topology.is_lost_peer(error), str(error)
+    else:
+        topo.broadcast(None)
+        time.sleep(0 if leaves else 4)
+    dist.destroy_process_group()
+    return seen
+
+
+@pytest.mark.multiproc
+@pytest.mark.parametrize(("leaves", "words"), [(True, "Connection"), (False, "Timed out")])
+def test_a_rank_that_is_gone_or_late_is_told_from_other_errors(leaves: bool, words: str) -> None:
+    (lost, said), _ = run_distributed(_left_alone, 2, leaves)
+    assert lost and words in said
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (dist.DistBackendError("NCCL error: remote process exited"), True),
+        (dist.DistNetworkError("failed to recv"), True),
+        (RuntimeError("shapes do not match"), False),
+        (ConnectionError("Connection refused"), False),
+    ],
+)
+def test_errors_of_other_backends_are_known_by_their_class(error: Exception, lost: bool) -> None:
+    from dapo_megatron.actor import topology
+
+    assert topology.is_lost_peer(error) == lost
 
 
 @pytest.mark.multiproc
