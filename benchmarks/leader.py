@@ -39,11 +39,11 @@ from dapo_megatron.actor import topology
 from dapo_megatron.actor.topology import Topology
 from dapo_megatron.config import Config, ParallelConfig
 from dapo_megatron.config_file import parse
-from dapo_megatron.leader import Batch, Leader
+from dapo_megatron.leader import Leader
 from dapo_megatron.obs.observer import NullObserver
 from dapo_megatron.preflight import Checked
 from dapo_megatron.rollout.ports import reserve_port
-from dapo_megatron.train import make_batch
+from dapo_megatron.train import make_batch, receive
 from dapo_megatron.types import MiniBatch, Prompt
 
 RESPONSES, GROUP, RANKS = 8_192, 16, 16
@@ -52,15 +52,10 @@ PROMPT = (100, 300)
 MAX_MICROSECONDS, MAX_BYTES = 0.5, 24.0
 
 
-def receive(topo: Topology, batch: Batch | None) -> list[MiniBatch]:
-    """Return this rank's mini-batches, which come from the leader."""
-    return list(topo.scatter(batch.replicas if batch else None))
-
-
 def rank(number: int, port: int) -> None:
     """Be one of the ranks that are not the leader."""
     topo = join(number, port)
-    count(topo, receive(topo, None))
+    count(topo, receive(topo, None, ParallelConfig()))
     topology.shutdown()
 
 
@@ -164,7 +159,7 @@ def measure(leader: Leader, topo: Topology) -> bool:
     wall, cpu, grading, base = time.perf_counter(), time.process_time(), graders(), reset_peak()
     batch = make_batch(leader, topo.dp, step=0)
     middle, top = time.process_time(), peak()
-    mini_batches = receive(topo, batch)
+    mini_batches = receive(topo, batch, leader.config.parallel)
     last = time.process_time()
     grading = graders() - grading
     top_end, wall = peak(), time.perf_counter() - wall
