@@ -55,10 +55,11 @@ class Leader:
         """Mixed groups that the step before did not need."""
         self.evaluations: Kept[dict[str, EvalResult]] = Kept(dict[str, EvalResult], {})
         """When ("before", "step 3", "after") -> result, so far."""
+        self._decode = decoder(checked.tokenizer)
         with ExitStack() as stack:
-            self.judge = stack.enter_context(closing(Judge(config.reward, config.rollout.max_response_tokens)))
-            engines = Engines(config, config.run.folder, decoder(checked.tokenizer))
-            self.engines = stack.enter_context(closing(engines))
+            judge = Judge(config.reward, config.rollout.max_response_tokens, self._decode)
+            self.judge = stack.enter_context(closing(judge))
+            self.engines = stack.enter_context(closing(Engines(config, config.run.folder)))
             self._open = stack.pop_all()
 
     @property
@@ -97,6 +98,7 @@ class Leader:
                     self.engines,
                     self._held_out,
                     self.judge,
+                    self._decode,
                     self.config.eval,
                     max_tokens=self.sampling.max_tokens,
                     stop_token_ids=self.sampling.stop_token_ids,

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 
 from dapo_megatron import config_file
+from dapo_megatron.data.tokenizer import decoder
 from dapo_megatron.errors import DapoError
 from dapo_megatron.obs.observer import NullObserver, RunObserver
 from dapo_megatron.obs.terminal import printable
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if is_leader:
             world_size = int(os.environ.get("WORLD_SIZE", "1"))
             checked = preflight(config, world_size, int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
-        with closing(RunObserver(config) if is_leader else NullObserver()) as obs:
+        with closing(RunObserver(config, decoder(checked.tokenizer)) if checked else NullObserver()) as obs:
             for warning in checked.warnings if checked else ():
                 obs.message(f"warning: {warning}")
             train(config, obs, checked)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from dapo_megatron.types import Group
+from dapo_megatron.types import Decode, Group
 
 
 class RolloutWriter:
@@ -17,21 +17,21 @@ class RolloutWriter:
     "finish", "versions"}, ...]}.
     """
 
-    def __init__(self, path: Path, groups: int) -> None:
+    def __init__(self, path: Path, groups: int, decode: Decode) -> None:
         self._file = path.open("a", encoding="utf-8", errors="backslashreplace")
-        self._groups = groups
+        self._groups, self._decode = groups, decode
 
     def write(self, step: int, groups: Sequence[Group]) -> None:
         for group in groups[: self._groups]:
             # Model output may hold halves of surrogate pairs, which have no bytes in UTF-8: JSON spells them \ud83d.
-            self._file.write(json.dumps({"step": step, **_plain(group)}, ensure_ascii=False) + "\n")
+            self._file.write(json.dumps({"step": step, **_plain(group, self._decode)}, ensure_ascii=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:
         self._file.close()
 
 
-def _plain(group: Group) -> dict[str, object]:
+def _plain(group: Group, decode: Decode) -> dict[str, object]:
     responses = zip(group.completions, group.extracted, group.correct, group.rewards, strict=True)
     return {
         "uid": group.prompt.uid,
@@ -39,7 +39,7 @@ def _plain(group: Group) -> dict[str, object]:
         "answer": group.prompt.answer,
         "responses": [
             {
-                "text": completion.text,
+                "text": decode(completion.token_ids),
                 "extracted": extracted,
                 "correct": correct,
                 "reward": reward,
