@@ -9,18 +9,23 @@ depend on the prompt alone. Every other response to a prompt ends with the right
 from __future__ import annotations
 
 import asyncio
-import json
+import itertools
 import math
 import random
 import sys
-from itertools import accumulate
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 from aiohttp import web
 from transformers import PreTrainedTokenizerFast
 
 from dapo_megatron.rollout.adapters import vllm
+from dapo_megatron.rollout.answer import GENERATE, PROGRESS, encode
+from dapo_megatron.rollout.engine import Progress
 from dapo_megatron.rollout.place import Place
+from dapo_megatron.types import Completion, FinishReason, VersionSpan
 
 MEAN, SIGMA, CAP = 3_000, 0.8, 20_480
 VOCABULARY = 151_643
@@ -50,7 +55,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=END)
 
 
-def lengths(prompt: list[int], n: int) -> list[int]:
+def lengths(prompt: Sequence[int], n: int) -> list[int]:
     """Return how many tokens each of the n responses to a prompt has."""
     rng = random.Random(str(prompt))
     mu = math.log(MEAN) - SIGMA**2 / 2
@@ -61,56 +66,43 @@ def _ending(index: int) -> list[int]:
     return [1, 2, 3, 4 + index % 2, 0]
 
 
-class Answers:
-    """Makes answers out of one long response and its text, which are there before the first request."""
-
-    def __init__(self) -> None:
-        rng = random.Random(0)
-        self._tokens = [rng.randrange(len(_FIRST), VOCABULARY) for _ in range(CAP)]
-        ids = [f"{token}," for token in self._tokens]
-        entries = [_entry(token, -rng.expovariate(3)) + "," for token in self._tokens]
-        self._ids, self._entries = "".join(ids), "".join(entries)
-        self._id_ends = [0, *accumulate(map(len, ids))]
-        self._entry_ends = [0, *accumulate(map(len, entries))]
-
-    def answer(self, prompt: list[int], n: int) -> bytes:
-        """Return what vLLM's /inference/v1/generate answers."""
-        choices = ",".join(self._choice(index, length) for index, length in enumerate(lengths(prompt, n)))
-        return f'{{"request_id":"r","choices":[{choices}]}}'.encode()
-
-    def _choice(self, index: int, length: int) -> str:
-        ending = _ending(index)
-        body = length - len(ending)
-        ids = self._ids[: self._id_ends[body]] + ",".join(map(str, ending))
-        entries = self._entries[: self._entry_ends[body]] + ",".join(_entry(token, -0.25) for token in ending)
-        return (
-            f'{{"index":{index},"finish_reason":"{"length" if length == CAP else "stop"}","token_ids":[{ids}],'
-            f'"logprobs":{{"content":[{entries}]}},"weight_versions":[{{"version":"default","start":0,"end":{length}}}]}}'
-        )
+_RNG = np.random.default_rng(0)
+_TOKENS = _RNG.integers(len(_FIRST), VOCABULARY, CAP, dtype=np.int32)
+_LOGPROBS = -_RNG.exponential(0.3, CAP).astype(np.float32)
 
 
-def _entry(token: int, logprob: float) -> str:
-    return f'{{"token_id":{token},"logprob":{logprob!r},"rank":1,"top_logprobs":[]}}'
+def responses(prompt: Sequence[int], n: int) -> list[Completion]:
+    """Make the n responses to a prompt."""
+    made = []
+    for index, length in enumerate(lengths(prompt, n)):
+        tokens = _TOKENS[:length].copy()
+        tokens[-len(_ending(index)) :] = _ending(index)
+        finish = FinishReason.LENGTH if length == CAP else FinishReason.STOP
+        made.append(Completion(tokens, _LOGPROBS[:length], finish, (VersionSpan(0, 0, length),)))
+    return made
 
 
 def main(host: str, port: int) -> None:
-    answers, turn = Answers(), asyncio.Semaphore(_AT_ONCE)
+    turn, looks = asyncio.Semaphore(_AT_ONCE), itertools.count()
 
     async def generate(request: web.Request) -> web.StreamResponse:
-        asked = json.loads(await request.read())
+        asked = await request.json()
         async with turn:
-            response = web.Response(
-                body=answers.answer(asked["token_ids"], asked["sampling_params"]["n"]), content_type="application/json"
-            )
+            response = web.Response(body=encode(responses(asked["token_ids"], asked["n"])))
             await response.prepare(request)
             await response.write_eof()
             return response
+
+    async def progress(request: web.Request) -> web.Response:
+        # It never seems to stand still.
+        return web.json_response(asdict(Progress(tokens=next(looks), finished=0)))
 
     async def health(request: web.Request) -> web.Response:
         return web.Response()
 
     app = web.Application()
-    app.router.add_post("/inference/v1/generate", generate)
+    app.router.add_post(GENERATE, generate)
+    app.router.add_get(PROGRESS, progress)
     app.router.add_get("/health", health)
     web.run_app(app, host=host, port=port, print=None, access_log=None)
 
