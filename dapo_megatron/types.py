@@ -81,9 +81,8 @@ class VersionSpan:
 class Completion:
     """One sampled response. Two are equal where they are the same object: arrays have no single answer to ==.
 
-    >>> Completion(
-    ...     np.array([10, 2], np.int32), np.array([-0.11, -0.01], np.float32), FinishReason.STOP, (VersionSpan(0, 0, 2),)
-    ... ).length
+    >>> token_ids, logprobs = np.array([10, 2], np.int32), np.array([-0.11, -0.01], np.float32)
+    >>> Completion(token_ids, logprobs, FinishReason.STOP, (VersionSpan(0, 0, 2),)).length
     2
     """
 

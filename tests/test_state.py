@@ -50,10 +50,8 @@ def test_all_parts_stand_where_they_stood_after_a_trip_through_json() -> None:
     assert replace(group, completions=COMPLETIONS) == GROUP
     assert len(group.completions) == 2
     for read, written in zip(group.completions, COMPLETIONS, strict=True):
-        assert (read.token_ids.tolist(), read.logprobs.tolist()) == (
-            written.token_ids.tolist(),
-            written.logprobs.tolist(),
-        )
+        assert read.token_ids.tolist() == written.token_ids.tolist()
+        assert read.logprobs.tolist() == written.logprobs.tolist()
         assert (read.finish, read.versions) == (written.finish, written.versions)
     assert repr(after["evaluations"].value) == repr(before["evaluations"].value)  # nan is not equal to itself
     assert counted.value == 2

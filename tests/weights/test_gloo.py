@@ -98,9 +98,8 @@ def worst_error(model: Any, answers: list[list[Completion]]) -> float:
         logits = model(torch.tensor([[*PROMPT.token_ids, *completion.token_ids.tolist()]])).logits[
             0, len(PROMPT.token_ids) - 1 : -1
         ]
-        expected = logits.log_softmax(-1).gather(1, torch.from_numpy(completion.token_ids.astype("int64"))[:, None])[
-            :, 0
-        ]
+        tokens = torch.from_numpy(completion.token_ids).long()
+        expected = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
         worst = max(worst, float((expected - torch.tensor(completion.logprobs)).abs().max()))
     return worst
 

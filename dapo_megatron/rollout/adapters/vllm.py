@@ -115,7 +115,7 @@ class VllmEngine:
         self.name = control.name
         self.workers = workers
         self.version = 0
-        self._generation, self._control = generation, control
+        self._generation, self.control = generation, control
 
     async def generate(self, prompt: Prompt, sampling: Sampling, n: int) -> list[Completion]:
         version = self.version
@@ -130,36 +130,36 @@ class VllmEngine:
         return [c if c.versions else replace(c, versions=(VersionSpan(version, 0, c.length),)) for c in completions]
 
     async def progress(self) -> Progress:
-        answer = await self._control.call("GET", PROGRESS)
-        with self._control.reading(answer, PROGRESS):
+        answer = await self.control.call("GET", PROGRESS)
+        with self.control.reading(answer, PROGRESS):
             return Progress(**answer)
 
     async def join_group(self, info: dict[str, Any]) -> None:
-        await self._control.call("POST", "/init_weight_transfer_engine", {"init_info": info})
+        await self.control.call("POST", "/init_weight_transfer_engine", {"init_info": info})
 
     async def begin_transfer(self) -> None:
-        await self._control.call("POST", "/pause?mode=wait", {})
-        await self._control.call("POST", "/start_weight_update", {})
+        await self.control.call("POST", "/pause?mode=wait", {})
+        await self.control.call("POST", "/start_weight_update", {})
 
     async def receive(self, info: dict[str, Any]) -> None:
-        await self._control.call("POST", "/update_weights", {"update_info": info})
+        await self.control.call("POST", "/update_weights", {"update_info": info})
 
     async def finish_transfer(self, version: int) -> None:
-        await self._control.call("POST", "/finish_weight_update", {"weight_version": str(version)})
+        await self.control.call("POST", "/finish_weight_update", {"weight_version": str(version)})
         # Keys and values of the old weights would otherwise answer for prompts seen before.
-        reset = await self._control.call("POST", "/reset_prefix_cache", {})
-        with self._control.reading(reset, "/reset_prefix_cache"):
+        reset = await self.control.call("POST", "/reset_prefix_cache", {})
+        with self.control.reading(reset, "/reset_prefix_cache"):
             emptied = reset is None or reset["success"]
         if not emptied:
             raise EngineError(f"{self.name} did not empty its prefix cache: requests are still running")
-        info = await self._control.call("GET", "/weight_info", missing={})
-        with self._control.reading(info, "/weight_info"):
+        info = await self.control.call("GET", "/weight_info", missing={})
+        with self.control.reading(info, "/weight_info"):
             held = info.get("weight_version", str(version))
         if held != str(version):
             raise EngineError(f"{self.name} holds weights of version {held!r} after a transfer of version {version}")
         self.version = version
-        await self._control.call("POST", "/resume", {})
+        await self.control.call("POST", "/resume", {})
 
     async def close(self) -> None:
         await self._generation.close()
-        await self._control.close()
+        await self.control.close()

@@ -107,13 +107,11 @@ class Endpoint:
         name = f"dapo-{next(self._numbers)}"
         self._open[name] = n
         try:
-            last: RequestOutput | None = None
-            async for last in client.generate(tokens_input(token_ids), sampling, name):
-                pass
+            # The only one: all responses, once the last is written.
+            outputs: list[RequestOutput] = [o async for o in client.generate(tokens_input(token_ids), sampling, name)]
         finally:
             del self._open[name]
-        assert last
-        return encode([_completion(output) for output in last.outputs])
+        return encode([_completion(output) for output in outputs[-1].outputs])
 
 
 def _completion(output: CompletionOutput) -> Completion:
