@@ -94,8 +94,15 @@ class Engines:
         Raises:
             EngineError: also when an engine hangs (`watch`), whatever the coroutine waits for.
         """
+        results: list[T] = []
+
+        async def keep() -> None:
+            results.append(await self._watched(work))
+
         try:
-            return self._runner.run(self._watched(work))
+            # Not as the task's own result: on its way out the runner spells that, a rollout's tokens one by one.
+            self._runner.run(keep())
+            return results[0]
         except BaseException:
             # An exception out of a signal handler leaves the loop, but not the tasks on it.
             self._runner.run(_cancel_others())

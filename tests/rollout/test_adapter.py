@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,17 @@ def test_an_adapter_from_elsewhere_runs_and_load_is_spread(tmp_path: Path) -> No
         engines.close()
         engines.close()
     assert (tmp_path / "engine1.log").exists()
+
+
+class Silent:
+    def __repr__(self) -> str:
+        raise AssertionError("spelled")
+
+
+def test_the_result_of_a_run_is_not_spelled_on_its_way(tmp_path: Path) -> None:
+    """asyncio does that with a task's result, and a rollout holds millions of tokens."""
+    with closing(Engines(config(f"{__name__}:Greeter"), tmp_path, ranks=0)) as engines:
+        assert isinstance(engines.run(asyncio.sleep(0, Silent())), Silent)
 
 
 def test_the_kind_is_the_name_of_a_module() -> None:
