@@ -5,7 +5,8 @@
 8,192 responses, a rollout step of the paper, for 16 data-parallel ranks: in its 16 mini-batches of 512, and in one.
 Lengths of responses are lognormal with mean 3,000 and sigma 0.8 (median 2,180, one in a hundred above 14,000), cut at
 20,480; prompts have 100 to 300 tokens. Naive is what needs no thought: responses go to the ranks in turn, and each
-rank begins a new micro-batch where the next response does not fit. Both use the same shuffle and the same tensors.
+rank begins a new micro-batch where the next response does not fit. Both use the same shuffle. Seconds are the leader's:
+to decide who goes where, and to lay out the shares of all ranks one after the other.
 
 Imbalance is that of the worst update. Cost counts attention, which here equals all the rest at 12 x hidden size tokens
 (`dapo_megatron.pack.cost` says why). Counting operations, it would be about 97,000 for Qwen2.5-32B with its wide MLP;
@@ -29,9 +30,10 @@ from statistics import median
 import torch
 
 from dapo_megatron.measures import values
-from dapo_megatron.pack import pack, packing
-from dapo_megatron.pack.microbatch import build, slots
-from dapo_megatron.types import MiniBatch, TrainSample
+from dapo_megatron.pack import Packed, pack, packing
+from dapo_megatron.pack.bins import Bin
+from dapo_megatron.pack.microbatch import slots
+from dapo_megatron.types import TrainSample
 
 RESPONSES, GROUP, RANKS, BUDGET = 8_192, 16, 16, 32_768
 MEAN, SIGMA, CAP, PROMPT = 3_000, 0.8, 20_480, (100, 300)
@@ -49,7 +51,7 @@ def rollout(seed: int) -> list[TrainSample]:
         prompt, response = rng.randint(*PROMPT), min(CAP, max(1, round(rng.lognormvariate(mu, SIGMA))))
         loss_mask = torch.arange(prompt + response) >= prompt
         logprobs = torch.zeros(prompt + response)
-        tokens = torch.randint(150_000, (prompt + response,))
+        tokens = torch.randint(150_000, (prompt + response,), dtype=torch.int32)
         samples.append(TrainSample(tokens, loss_mask, logprobs, rng.gauss(0, 1), number // GROUP))
     return samples
 
@@ -64,37 +66,35 @@ def naive(
     sequence_multiple: int,
     total_multiple: int,
     attention_tokens: float,
-) -> list[list[MiniBatch]]:
+) -> Packed:
     """Ranks in turn, micro-batches in order; a rank with fewer than another fills up with padding."""
     del attention_tokens
-    shuffled = list(samples)
-    random.Random(seed).shuffle(shuffled)
+    order = list(range(len(samples)))
+    random.Random(seed).shuffle(order)
     unit = sequence_multiple * total_multiple
     capacity = micro_batch_tokens // unit * unit
-    ranks: list[list[MiniBatch]] = [[] for _ in range(replicas)]
-    for first in range(0, len(shuffled), mini_batch):
-        batch = shuffled[first : first + mini_batch]
-        dealt = [_in_order(batch[rank::replicas], sequence_multiple, capacity) for rank in range(replicas)]
+    sizes = [slots(sample.length, sequence_multiple) for sample in samples]
+    ranks: list[list[list[Bin]]] = [[] for _ in range(replicas)]
+    loss_tokens = []
+    for first in range(0, len(order), mini_batch):
+        batch = order[first : first + mini_batch]
+        dealt = [_in_order(batch[rank::replicas], sizes, capacity) for rank in range(replicas)]
         most = max(map(len, dealt))
         for mini_batches, bins in zip(ranks, dealt, strict=True):
-            bins += [[] for _ in range(most - len(bins))]
-            micro_batches = tuple(
-                build(bin_, sequence_multiple=sequence_multiple, total_multiple=total_multiple) for bin_ in bins
-            )
-            mini_batches.append(MiniBatch(micro_batches, loss_tokens=sum(sample.loss_tokens for sample in batch)))
-    return ranks
+            mini_batches.append(bins + [[] for _ in range(most - len(bins))])
+        loss_tokens.append(sum(samples[index].loss_tokens for index in batch))
+    return Packed(samples, ranks, loss_tokens, sequence_multiple, total_multiple)
 
 
-def _in_order(samples: Sequence[TrainSample], sequence_multiple: int, capacity: int) -> list[list[TrainSample]]:
-    bins: list[list[TrainSample]] = []
+def _in_order(indices: Sequence[int], sizes: Sequence[int], capacity: int) -> list[Bin]:
+    bins: list[Bin] = []
     room = 0
-    for sample in samples:
-        size = slots(sample, sequence_multiple)
-        if size > room:
+    for index in indices:
+        if sizes[index] > room:
             bins.append([])
             room = capacity
-        bins[-1].append(sample)
-        room -= size
+        bins[-1].append(index)
+        room -= sizes[index]
     return bins
 
 
@@ -134,7 +134,7 @@ def main() -> None:
             stats, seconds = [], []
             for number in range(arguments.rounds):
                 started = time.perf_counter()
-                ranks = packer(
+                packed = packer(
                     samples,
                     mini_batch=mini_batch,
                     micro_batch_tokens=BUDGET,
@@ -144,9 +144,10 @@ def main() -> None:
                     total_multiple=multiples[1],
                     attention_tokens=attention_tokens,
                 )
+                for rank in range(RANKS):
+                    packed.share(rank)
                 seconds.append(time.perf_counter() - started)
-                stats.append(values(packing(samples, ranks, attention_tokens)))
-                del ranks
+                stats.append(values(packing(packed, attention_tokens)))
             shown = worst(stats)
             print(row(name, shown, seconds))
             if packer is pack:

@@ -252,12 +252,14 @@ def _measure(config: Config, checked: Checked, folder: Path) -> EvalResult:
     from dapo_megatron.reward.judge import Judge
     from dapo_megatron.rollout.engines import Engines
 
-    max_tokens, ends = config.rollout.max_response_tokens, checked.stop_token_ids
+    max_tokens, ends, decode = config.rollout.max_response_tokens, checked.stop_token_ids, decoder(checked.tokenizer)
     with ExitStack() as stack:
-        judge = stack.enter_context(closing(Judge(config.reward, max_tokens)))
-        engines = stack.enter_context(closing(Engines(config, folder, decoder(checked.tokenizer), ranks=0)))
+        judge = stack.enter_context(closing(Judge(config.reward, max_tokens, decode)))
+        engines = stack.enter_context(closing(Engines(config, folder, ranks=0)))
         engines.wait_ready()
-        work = evaluate(engines, checked.held_out, judge, config.eval, max_tokens=max_tokens, stop_token_ids=ends)
+        work = evaluate(
+            engines, checked.held_out, judge, decode, config.eval, max_tokens=max_tokens, stop_token_ids=ends
+        )
         return engines.run(work)
 
 

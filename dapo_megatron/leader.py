@@ -15,14 +15,14 @@ from dapo_megatron.eval.evaluate import EvalResult, evaluate
 from dapo_megatron.measures import Measures
 from dapo_megatron.obs.metrics import step_metrics
 from dapo_megatron.obs.observer import Observer
-from dapo_megatron.pack import pack, packing
+from dapo_megatron.pack import Packed, pack, packing
 from dapo_megatron.preflight import Checked
 from dapo_megatron.reward.judge import Judge
 from dapo_megatron.rollout.collect import Rollout
 from dapo_megatron.rollout.engine import Sampling
 from dapo_megatron.rollout.engines import Engines
 from dapo_megatron.state import Kept, Stateful
-from dapo_megatron.types import Group, MiniBatch, TrainSample, UpdateResult
+from dapo_megatron.types import Group, TrainSample, UpdateResult
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +31,8 @@ class Batch:
 
     rollout: Rollout
     packing: Measures
-    replicas: Sequence[Sequence[MiniBatch]]
-    """The mini-batches of the step, the share of every data-parallel replica."""
+    packed: Packed
+    """What every data-parallel replica trains on."""
 
 
 class Leader:
@@ -55,10 +55,11 @@ class Leader:
         """Mixed groups that the step before did not need."""
         self.evaluations: Kept[dict[str, EvalResult]] = Kept(dict[str, EvalResult], {})
         """When ("before", "step 3", "after") -> result, so far."""
+        self._decode = decoder(checked.tokenizer)
         with ExitStack() as stack:
-            self.judge = stack.enter_context(closing(Judge(config.reward, config.rollout.max_response_tokens)))
-            engines = Engines(config, config.run.folder, decoder(checked.tokenizer))
-            self.engines = stack.enter_context(closing(engines))
+            judge = Judge(config.reward, config.rollout.max_response_tokens, self._decode)
+            self.judge = stack.enter_context(closing(judge))
+            self.engines = stack.enter_context(closing(Engines(config, config.run.folder)))
             self._open = stack.pop_all()
 
     @property
@@ -66,8 +67,8 @@ class Leader:
         """The leader's parts that survive a restart, by name."""
         return {"prompts": self.prompts, "carried": self.carried, "evaluations": self.evaluations}
 
-    def pack(self, samples: Sequence[TrainSample], replicas: int, step: int) -> tuple[list[list[MiniBatch]], Measures]:
-        """Pack the samples of a step into the mini-batches of every replica."""
+    def pack(self, samples: Sequence[TrainSample], replicas: int, step: int) -> tuple[Packed, Measures]:
+        """Decide which replica trains on which samples of a step, and in which micro-batches."""
         train, parallel = self.config.train, self.config.parallel
         packed = pack(
             samples,
@@ -80,7 +81,7 @@ class Leader:
             micro_batch_multiple=parallel.micro_batch_multiple,
             attention_tokens=self._attention_tokens,
         )
-        return packed, packing(samples, packed, self._attention_tokens)
+        return packed, packing(packed, self._attention_tokens)
 
     def log(self, step: int, batch: Batch, measures: Measures, results: Sequence[UpdateResult]) -> None:
         """Record a step: its batch, what was measured before its first update, and its updates."""
@@ -97,6 +98,7 @@ class Leader:
                     self.engines,
                     self._held_out,
                     self.judge,
+                    self._decode,
                     self.config.eval,
                     max_tokens=self.sampling.max_tokens,
                     stop_token_ids=self.sampling.stop_token_ids,

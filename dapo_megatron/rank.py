@@ -22,6 +22,7 @@ from typing import NoReturn
 
 from dapo_megatron import config_file
 from dapo_megatron.actor import topology
+from dapo_megatron.data.tokenizer import decoder
 from dapo_megatron.errors import DapoError
 from dapo_megatron.heartbeat import Failure, Peers, join
 from dapo_megatron.obs.observer import NullObserver, RunObserver
@@ -86,7 +87,7 @@ class _Rank:
         obs, checked = NullObserver(), None
         if self._is_leader:
             checked = preflight(config, self._world_size, int(os.environ.get("LOCAL_WORLD_SIZE", self._world_size)))
-            obs = self._obs = self._opened.enter_context(closing(RunObserver(config)))
+            obs = self._obs = self._opened.enter_context(closing(RunObserver(config, decoder(checked.tokenizer))))
             for warning in checked.warnings:
                 obs.message(f"warning: {warning}")
         peers.after_leader("checks")

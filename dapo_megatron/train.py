@@ -10,15 +10,17 @@ from dapo_megatron.algo.filter import is_mixed
 from dapo_megatron.algo.objective import Objective
 from dapo_megatron.algo.samples import to_samples
 from dapo_megatron.algo.weighing import weigh
-from dapo_megatron.config import Config, OptimizerConfig
+from dapo_megatron.config import Config, OptimizerConfig, ParallelConfig
 from dapo_megatron.heartbeat import Peers
 from dapo_megatron.leader import Batch, Leader
 from dapo_megatron.obs.observer import Observer
+from dapo_megatron.pack import Share
 from dapo_megatron.preflight import Checked
 from dapo_megatron.processes import leave
 from dapo_megatron.rollout.collect import collect
 from dapo_megatron.skipped import SkippedUpdates
 from dapo_megatron.state import RunState
+from dapo_megatron.types import MiniBatch
 from dapo_megatron.weights.hf import HfCheckpoint
 from dapo_megatron.weights.publish import open_publisher
 
@@ -54,7 +56,7 @@ def train(
         with obs.phase("rollout"):
             batch = make_batch(leader, topo.dp, step) if leader else None
             peers.after_leader("rollout")
-            mini_batches = topo.scatter(batch.replicas if batch else None)
+            mini_batches = receive(topo, batch, config.parallel)
         with obs.phase("logprobs"):
             mini_batches, policy = actor.with_old_logprobs(mini_batches)
             mini_batches, weighing = weigh(mini_batches, config.algo, topo)
@@ -100,6 +102,12 @@ def make_batch(leader: Leader, replicas: int, step: int) -> Batch:
     samples = to_samples(rollout.groups, config.algo, filter_truncated=config.reward.overlong.filter)
     packed, packing = leader.pack(samples, replicas, step)
     return Batch(rollout, packing, packed)
+
+
+def receive(topo: Topology, batch: Batch | None, parallel: ParallelConfig) -> list[MiniBatch]:
+    """Give every rank the mini-batches of its replica. Collective: the others wait here for the leader's `batch`."""
+    share = Share(*topo.scatter(batch.packed.share if batch else None))
+    return share.mini_batches(sequence_multiple=parallel.sequence_multiple, total_multiple=parallel.total_multiple)
 
 
 def learning_rate(optimizer: OptimizerConfig, step: int) -> float:

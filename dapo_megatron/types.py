@@ -6,14 +6,38 @@ S segments (sequences) of one micro-batch, G responses of one group.
 
 from __future__ import annotations
 
+import base64
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import PlainSerializer, PlainValidator
 
 from dapo_megatron.measures import Measures
 
 if TYPE_CHECKING:  # graders and the command line read these types and start without torch
     from torch import Tensor
+
+
+Decode = Callable[[NDArray[np.int32]], str]
+"""Token ids [L] to text, without special tokens. The text is untrusted: model output."""
+
+
+def _in_json(dtype: str) -> Any:
+    """Let pydantic write an array [L] of `dtype` as base64 of its bytes, and read it back."""
+
+    def read(value: str | NDArray[Any]) -> NDArray[Any]:
+        if isinstance(value, str):
+            return np.frombuffer(base64.b64decode(value, validate=True), dtype)
+        return value
+
+    def write(array: NDArray[Any]) -> str:
+        return base64.b64encode(array.astype(dtype).tobytes()).decode()
+
+    return PlainValidator(read), PlainSerializer(write, when_used="json")
 
 
 class FinishReason(StrEnum):
@@ -53,26 +77,31 @@ class VersionSpan:
     end: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Completion:
-    """One sampled response.
+    """One sampled response. Two are equal where they are the same object: arrays have no single answer to ==.
 
-    >>> Completion((10, 2), (-0.11, -0.01), FinishReason.STOP, "10", (VersionSpan(0, 0, 2),)).length
+    >>> token_ids, logprobs = np.array([10, 2], np.int32), np.array([-0.11, -0.01], np.float32)
+    >>> Completion(token_ids, logprobs, FinishReason.STOP, (VersionSpan(0, 0, 2),)).length
     2
     """
 
-    token_ids: tuple[int, ...]
-    """Generated tokens only, the end token included when there is one."""
-    logprobs: tuple[float, ...]
-    """Log-probability in nats of each generated token, under the distribution it was sampled from."""
+    token_ids: Annotated[NDArray[np.int32], *_in_json("<i4")]
+    """int32 [L]: generated tokens only, the end token included when there is one."""
+    logprobs: Annotated[NDArray[np.float32], *_in_json("<f4")]
+    """float32 [L], nats: log-probability of each token under the distribution it was sampled from."""
     finish: FinishReason
-    text: str
-    """The response decoded without special tokens. Untrusted: model output."""
     versions: tuple[VersionSpan, ...]
 
     def __post_init__(self) -> None:
-        if len(self.token_ids) != len(self.logprobs):
-            raise ValueError(f"{len(self.token_ids)} tokens but {len(self.logprobs)} log-probs")
+        if self.token_ids.shape != self.logprobs.shape or self.token_ids.ndim != 1:
+            raise ValueError(
+                f"token_ids {self.token_ids.shape} and logprobs {self.logprobs.shape} must be one-dimensional and alike"
+            )
+        if self.token_ids.dtype != np.int32 or self.logprobs.dtype != np.float32:
+            raise ValueError(
+                f"token_ids are {self.token_ids.dtype} and logprobs {self.logprobs.dtype}; expected int32 and float32"
+            )
 
     @property
     def length(self) -> int:
@@ -107,13 +136,13 @@ class Group:
             raise ValueError(f"a group needs as many completions as answers, grades and rewards; got sizes {sizes}")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class TrainSample:
-    """One prompt with one response, ready to be packed.
+    """One prompt with one response, ready to be packed: 9 bytes a token.
 
     >>> import torch
     >>> sample = TrainSample(
-    ...     token_ids=torch.tensor([7, 10, 3, 11, 10, 2]),                        # prompt, then response
+    ...     token_ids=torch.tensor([7, 10, 3, 11, 10, 2], dtype=torch.int32),     # prompt, then response
     ...     loss_mask=torch.tensor([False, False, False, False, True, True]),     # response tokens that are trained on
     ...     rollout_logprobs=torch.tensor([0.0, 0.0, 0.0, 0.0, -0.11, -0.01]),    # 0 on the prompt
     ...     advantage=0.87, group=3)
@@ -122,7 +151,7 @@ class TrainSample:
     """
 
     token_ids: Tensor
-    """int64 [L]: prompt, then response."""
+    """int32 [L]: prompt, then response."""
     loss_mask: Tensor
     """bool [L]: which tokens are trained on, each predicted from those before it. Never the first."""
     rollout_logprobs: Tensor

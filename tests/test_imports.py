@@ -41,6 +41,7 @@ ROOMS: dict[str, set[str]] = {
 ALLOWED_HEAVY: dict[str, set[str]] = {
     "actor": {"megatron", "torch.distributed"},
     "weights": {"megatron", "mbridge", "torch.distributed"},
+    "rollout.endpoints": {"vllm", "sglang"},
     "weights.workers": {"vllm", "sglang", "torch.distributed"},
     "check_reduction": {"torch.distributed"},
     "cli": {"torch.distributed"},

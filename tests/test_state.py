@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
 
 import pytest
 
@@ -8,12 +10,13 @@ from dapo_megatron.data.stream import PromptStream
 from dapo_megatron.errors import DapoError
 from dapo_megatron.eval.evaluate import EvalResult, summarise
 from dapo_megatron.state import Kept, RunState
-from dapo_megatron.types import Completion, FinishReason, Group, Prompt, VersionSpan
+from dapo_megatron.types import FinishReason, Group, Prompt, VersionSpan
+from tests.helpers.completions import completion
 
 PROMPT = Prompt("a:1", (3, 4), "7+3=\ud83d", "10")
 COMPLETIONS = tuple(
-    Completion((10, 2), (-0.1, -1e-30 / 3), finish, text, (VersionSpan(4, 0, 1), VersionSpan(5, 1, 2)))
-    for finish, text in ((FinishReason.STOP, "10"), (FinishReason.LENGTH, "\u7b54\x1b[0m"))
+    completion([48, 2**31 - 1], logprobs, finish, (VersionSpan(4, 0, 1), VersionSpan(5, 1, 2)))
+    for finish, logprobs in ((FinishReason.STOP, [-0.1, -1e-30 / 3]), (FinishReason.LENGTH, [-0.0, -math.inf]))
 )
 GROUP = Group(PROMPT, COMPLETIONS, ("10", None), (True, False), (1.0, -1.0), timed_out=1)
 
@@ -35,7 +38,7 @@ def test_all_parts_stand_where_they_stood_after_a_trip_through_json() -> None:
     state.steps_done.value = 7
     prompts.take(4)
     before["carried"].value = (GROUP,)
-    before["evaluations"].value["before"] = summarise([GROUP])
+    before["evaluations"].value["before"] = summarise([GROUP], lambda token_ids: "\u7b54\x1b[0m")
     saved = json.loads(json.dumps(state.state_dict()))
 
     after, others, counted = parts(), stream(), Kept(int, 0)
@@ -43,7 +46,13 @@ def test_all_parts_stand_where_they_stood_after_a_trip_through_json() -> None:
     restored.load_state_dict(saved)
     assert restored.steps_done.value == 7
     assert others.take(5) == prompts.take(5)
-    assert after["carried"].value == (GROUP,)
+    (group,) = after["carried"].value
+    assert replace(group, completions=COMPLETIONS) == GROUP
+    assert len(group.completions) == 2
+    for read, written in zip(group.completions, COMPLETIONS, strict=True):
+        assert read.token_ids.tolist() == written.token_ids.tolist()
+        assert read.logprobs.tolist() == written.logprobs.tolist()
+        assert (read.finish, read.versions) == (written.finish, written.versions)
     assert repr(after["evaluations"].value) == repr(before["evaluations"].value)  # nan is not equal to itself
     assert counted.value == 2
 
@@ -59,3 +68,23 @@ def test_a_state_of_other_parts_is_refused() -> None:
         RunState(None).load_state_dict(state)
     with pytest.raises(DapoError, match=r"has nothing for leader; this run keeps carried, evaluations"):
         RunState(parts()).load_state_dict(RunState(None).state_dict())
+
+
+def test_what_is_kept_of_a_response_is_the_bytes_of_its_arrays() -> None:
+    """8 bytes a token, a third more as base64."""
+    kept = Kept(tuple[Group, ...], (replace(GROUP, completions=(completion(range(3000)),) * 2),))
+    assert len(json.dumps(kept.state_dict())) < 2 * 3000 * 8 * 4 / 3 + 1000
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"token_ids": "CgAAAA"}, "padding"),
+        ({"logprobs": "zczMvQ=="}, r"token_ids \(2,\) and logprobs \(1,\) must be"),
+    ],
+)
+def test_arrays_that_were_changed_are_refused(changes: dict[str, str], message: str) -> None:
+    state = Kept(tuple[Group, ...], (GROUP,)).state_dict()
+    state["value"][0]["completions"][0] |= changes
+    with pytest.raises(ValueError, match=message):
+        Kept(tuple[Group, ...], ()).load_state_dict(state)

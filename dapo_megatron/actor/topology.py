@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -31,6 +31,9 @@ T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=10)
 """How long a collective may take. No rank waits in one for what the leader does alone (`heartbeat`)."""
+
+CHUNK_BYTES = 1 << 30
+"""What goes to another rank in one message at the most."""
 
 _LOOPBACK = "lo"
 
@@ -68,26 +71,27 @@ class Topology:
             return torch.device("cuda", torch.cuda.current_device())
         return torch.device("cpu")
 
-    def scatter(self, per_replica: Sequence[T] | None) -> T:
-        """Give every rank the entry of its data-parallel replica. The others wait here for the leader.
+    def scatter(self, share: Callable[[int], Sequence[Tensor]] | None) -> list[Tensor]:
+        """Give every rank the tensors of its data-parallel replica. The others wait here for the leader.
 
         Args:
-            per_replica: on the leader, one entry per replica; None elsewhere. Entries are pickled: a tensor that is a
-                view of a larger one carries all of it along.
+            share: on the leader, makes the tensors of a replica, in host memory, with any number, shapes and dtypes; it
+                is asked for one replica after the other, so that the leader holds one share at a time. None elsewhere.
         """
-        if self.is_leader and (per_replica is None or len(per_replica) != self.dp):
-            given = "nothing" if per_replica is None else f"{len(per_replica)} entries"
-            raise ValueError(f"scatter wants one entry per data-parallel replica: {self.dp}, got {given}")
-        received: list[Any] = [None]
-        # To one rank of each replica, which hands it on: the leader would need memory for a copy per rank.
-        if self.is_replica_leader:
-            entries = None if per_replica is None else list(per_replica)
-            dist.scatter_object_list(received, entries, src=0, group=self.host_leaders)
-        dist.broadcast_object_list(received, group_src=0, group=self.host_replica)
-        return received[0]
+        if self.is_leader and share is None:
+            raise ValueError("scatter wants the leader to say what each data-parallel replica gets; it got None")
+        tensors: list[Tensor] = []
+        # To one rank of each replica, which hands it on: the leader would otherwise send a copy to every rank.
+        if share is not None and self.is_leader:
+            for replica in range(1, self.dp):
+                _send(share(replica), self.host_leaders, replica)
+            tensors = [tensor.contiguous() for tensor in share(0)]
+        elif self.is_replica_leader:
+            tensors = _receive(self.host_leaders)
+        return _hand_on(tensors, self.host_replica)
 
     def gather(self, value: T) -> list[T] | None:
-        """Do the opposite of `scatter`: on the leader return the value of every replica, elsewhere None."""
+        """Collect the value of every replica on the leader, elsewhere return None. Values are pickled."""
         entries: list[Any] | None = [None] * self.dp if self.is_leader else None
         if self.is_replica_leader:
             dist.gather_object(value, entries, dst=0, group=self.host_leaders)
@@ -142,6 +146,49 @@ def is_lost_peer(error: BaseException) -> bool:
     # NCCL and the store have classes for it, gloo has only words.
     words = any(word in str(error) for word in ("Connection", "Timed out", "timeout"))
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and words)
+
+
+def _send(tensors: Sequence[Tensor], group: dist.ProcessGroup, to: int) -> None:
+    """Send tensors to rank `to` of the group, which calls `_receive`."""
+    tensors = [tensor.contiguous() for tensor in tensors]
+    dist.send_object_list([_forms(tensors)], group_dst=to, group=group)
+    for part in _parts(tensors):
+        dist.send(part, group_dst=to, group=group)
+
+
+def _receive(group: dist.ProcessGroup) -> list[Tensor]:
+    """Receive what the first rank of the group sends."""
+    forms: list[Any] = [None]
+    dist.recv_object_list(forms, group_src=0, group=group)
+    tensors = _empty(forms[0])
+    for part in _parts(tensors):
+        dist.recv(part, group_src=0, group=group)
+    return tensors
+
+
+def _hand_on(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> list[Tensor]:
+    """Give all ranks of the group the contiguous tensors of its first."""
+    forms: list[Any] = [_forms(tensors)]
+    dist.broadcast_object_list(forms, group_src=0, group=group)
+    own = list(tensors) if dist.get_rank(group) == 0 else _empty(forms[0])
+    for part in _parts(own):
+        dist.broadcast(part, group_src=0, group=group)
+    return own
+
+
+def _forms(tensors: Sequence[Tensor]) -> list[tuple[torch.Size, torch.dtype]]:
+    return [(tensor.shape, tensor.dtype) for tensor in tensors]
+
+
+def _empty(forms: Sequence[tuple[torch.Size, torch.dtype]]) -> list[Tensor]:
+    return [torch.empty(shape, dtype=dtype) for shape, dtype in forms]
+
+
+def _parts(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Yield the memory of contiguous tensors, uint8, at most CHUNK_BYTES at a time."""
+    for tensor in tensors:
+        if tensor.numel():
+            yield from tensor.view(-1).view(torch.uint8).split(CHUNK_BYTES)
 
 
 def initialize(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from dapo_megatron.algo.advantage import group_advantages
 from dapo_megatron.config import AlgoConfig
-from dapo_megatron.types import Completion, Group, Prompt, TrainSample
+from dapo_megatron.types import Completion, Group, TrainSample
 
 _DDOF = {"unbiased": 1, "population": 0, "none": None}
 
@@ -21,25 +22,27 @@ def to_samples(groups: Sequence[Group], algo: AlgoConfig, *, filter_truncated: b
     """
     samples = []
     for index, group in enumerate(groups):
+        prompt_ids = np.asarray(group.prompt.token_ids, dtype=np.int32)
         advantages_G = group_advantages(group.rewards, ddof=_DDOF[algo.advantage_std], eps=algo.advantage_eps)
         for completion, advantage in zip(group.completions, advantages_G.tolist(), strict=True):
             trained = not (filter_truncated and completion.truncated)
-            samples.append(_sample(group.prompt, completion, advantage, index, trained=trained))
+            samples.append(_sample(prompt_ids, completion, advantage, index, trained=trained))
     return samples
 
 
-def _sample(prompt: Prompt, completion: Completion, advantage: float, group: int, *, trained: bool) -> TrainSample:
-    token_ids = torch.tensor(prompt.token_ids + completion.token_ids, dtype=torch.int64)
-    loss_mask = torch.zeros_like(token_ids, dtype=torch.bool)
-    rollout_logprobs = torch.zeros_like(token_ids, dtype=torch.float32)
+def _sample(
+    prompt_ids: np.ndarray, completion: Completion, advantage: float, group: int, *, trained: bool
+) -> TrainSample:
+    token_ids = np.concatenate([prompt_ids, np.asarray(completion.token_ids, dtype=np.int32)])
+    loss_mask = np.zeros(token_ids.shape, dtype=np.bool_)
+    rollout_logprobs = np.zeros(token_ids.shape, dtype=np.float32)
     if trained:
-        start = len(prompt.token_ids)
-        loss_mask[start:] = True
-        rollout_logprobs[start:] = torch.tensor(completion.logprobs)
+        loss_mask[len(prompt_ids) :] = True
+        rollout_logprobs[len(prompt_ids) :] = completion.logprobs
     return TrainSample(
-        token_ids=token_ids,
-        loss_mask=loss_mask,
-        rollout_logprobs=rollout_logprobs,
+        token_ids=torch.from_numpy(token_ids),
+        loss_mask=torch.from_numpy(loss_mask),
+        rollout_logprobs=torch.from_numpy(rollout_logprobs),
         advantage=advantage,
         group=group,
     )

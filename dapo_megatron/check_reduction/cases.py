@@ -37,7 +37,7 @@ def samples(
         loss_mask &= (torch.rand(length, generator=generator) < trained) & (index not in masked)
         made.append(
             TrainSample(
-                token_ids=torch.randint(VOCAB, (length,), generator=generator),
+                token_ids=torch.randint(VOCAB, (length,), generator=generator).int(),
                 loss_mask=loss_mask,
                 rollout_logprobs=torch.zeros(length),
                 advantage=float(torch.randn((), generator=generator)),

@@ -18,7 +18,7 @@ from dapo_megatron.algo.weighing import weigh
 from dapo_megatron.check_reduction.reference import Case, errors
 from dapo_megatron.check_reduction.report import Finding
 from dapo_megatron.config import Config
-from dapo_megatron.pack import pack
+from dapo_megatron.pack import Share, pack
 from dapo_megatron.types import MiniBatch
 from dapo_megatron.weights.hf import HfCheckpoint
 
@@ -118,36 +118,31 @@ class _Check:
 
     def _mini_batch(self, case: Case) -> MiniBatch:
         """Return this rank's share of a case, packed by the leader as in a run."""
-        replicas = None
-        if self._topo.is_leader:
-            replicas, old, ref = (self._packed(case, logprobs) for logprobs in (None, case.old, case.ref))
-            replicas = [
-                replace(
-                    mini_batch,
-                    micro_batches=tuple(
-                        replace(batch, old_logprobs_T=a.rollout_logprobs_T, ref_logprobs_T=b.rollout_logprobs_T)
-                        for batch, a, b in zip(mini_batch.micro_batches, x.micro_batches, y.micro_batches, strict=True)
-                    ),
-                )
-                for (mini_batch,), (x,), (y,) in zip(replicas, old, ref, strict=True)
-            ]
-        return self._topo.scatter(replicas)
+        own, old, ref = (self._scattered(case, logprobs) for logprobs in (None, case.old, case.ref))
+        micro_batches = tuple(
+            replace(batch, old_logprobs_T=a.rollout_logprobs_T, ref_logprobs_T=b.rollout_logprobs_T)
+            for batch, a, b in zip(own.micro_batches, old.micro_batches, ref.micro_batches, strict=True)
+        )
+        return replace(own, micro_batches=micro_batches)
 
-    def _packed(self, case: Case, logprobs: Sequence[Tensor] | None) -> list[list[MiniBatch]]:
-        """Pack a case with these in the place of the engine's log-probs: packing looks at lengths alone."""
+    def _scattered(self, case: Case, logprobs: Sequence[Tensor] | None) -> MiniBatch:
+        """Scatter a case with these in the place of the engine's log-probs: packing looks at lengths alone."""
         samples = case.samples
         if logprobs is not None:
             samples = [replace(s, rollout_logprobs=x) for s, x in zip(samples, logprobs, strict=True)]
         parallel = self._job.config.parallel
-        unit = parallel.sequence_multiple * parallel.total_multiple
+        multiples = {"sequence_multiple": parallel.sequence_multiple, "total_multiple": parallel.total_multiple}
+        unit = math.prod(multiples.values())
         longest = max(case.budget, *(sample.length for sample in samples))
-        return pack(
+        packed = pack(
             samples,
             mini_batch=len(samples),
             micro_batch_tokens=-(-longest // unit) * unit,
             replicas=self._topo.dp,
             seed=case.name,
-            sequence_multiple=parallel.sequence_multiple,
-            total_multiple=parallel.total_multiple,
             micro_batch_multiple=parallel.micro_batch_multiple,
+            **multiples,
         )
+        share = Share(*self._topo.scatter(packed.share if self._topo.is_leader else None))
+        (mini_batch,) = share.mini_batches(**multiples)
+        return mini_batch

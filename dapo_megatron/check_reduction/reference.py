@@ -53,8 +53,9 @@ class Reference:
 
     def logprobs(self, sample: TrainSample) -> Tensor:
         """Return log p(token t | tokens before t) in nats, 0 for the first: float64 [L]."""
-        logits = self._model(sample.token_ids[None, :-1]).logits[0].double() / self._config.rollout.temperature
-        rest = torch.log_softmax(logits, -1).gather(-1, sample.token_ids[1:, None])[:, 0]
+        token_ids = sample.token_ids.long()
+        logits = self._model(token_ids[None, :-1]).logits[0].double() / self._config.rollout.temperature
+        rest = torch.log_softmax(logits, -1).gather(-1, token_ids[1:, None])[:, 0]
         return torch.cat([rest.new_zeros(1), rest])
 
     def answer(self, batch: Case) -> Answer:

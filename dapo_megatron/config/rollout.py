@@ -101,8 +101,8 @@ class EngineConfig(Section):
     """GiB for the KV cache on CPU."""
     startup_seconds: PositiveFloat = 600.0
     """How long an engine may take until it answers."""
-    request_seconds: PositiveFloat = 3600.0
-    """How long one generation request may take."""
+    stall_seconds: PositiveFloat = 45.0
+    """How long an engine may go without a sign of life, an answer or, while it writes responses, a new token."""
     extra_args: list[str] = []
     """More arguments for the engine's own command line."""
     seed: int | None = None

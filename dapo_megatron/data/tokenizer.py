@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dapo_megatron.errors import ConfigError
+from dapo_megatron.types import Decode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -60,8 +61,17 @@ def end_token_ids(tokenizer: PreTrainedTokenizerBase, extra: Iterable[int]) -> t
     return ends
 
 
-def decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[Sequence[int]], str]:
-    """Return what turns token ids into text: special tokens are left out, blanks stay as they were written."""
+def decoder(tokenizer: PreTrainedTokenizerBase) -> Decode:
+    """Return what turns token ids into text: special tokens are left out, blanks stay as they were written.
+
+    The text is made without the interpreter's lock wherever the tokenizer is one of the tokenizers library.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    if type(tokenizer) is PreTrainedTokenizerFast:
+        # What its own decode comes to, which first walks over the ids in Python.
+        backend = tokenizer.backend_tokenizer
+        return lambda token_ids: backend.decode(token_ids.tolist(), skip_special_tokens=True)
     return lambda token_ids: str(
-        tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        tokenizer.decode(token_ids.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
     )

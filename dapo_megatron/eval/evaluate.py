@@ -11,7 +11,7 @@ from dapo_megatron.config import EvalConfig
 from dapo_megatron.eval.statistics import accuracy, bootstrap_interval, majority, pass_at_k, standard_error
 from dapo_megatron.rollout.collect import Grader, sample_groups
 from dapo_megatron.rollout.engine import Responder, Sampling
-from dapo_megatron.types import Group, Prompt
+from dapo_megatron.types import Decode, Group, Prompt
 
 EXAMPLES = 3
 
@@ -59,6 +59,7 @@ async def evaluate(
     engines: Responder,
     prompts: Sequence[Prompt],
     judge: Grader,
+    decode: Decode,
     config: EvalConfig,
     *,
     max_tokens: int,
@@ -71,11 +72,11 @@ async def evaluate(
         EngineError: when an engine fails.
     """
     sampling = Sampling(config.temperature, config.top_p, max_tokens, stop_token_ids)
-    return summarise(await sample_groups(engines, prompts, judge, sampling, config.samples))
+    return summarise(await sample_groups(engines, prompts, judge, sampling, config.samples), decode)
 
 
-def summarise(groups: Sequence[Group]) -> EvalResult:
-    """Return the result from graded groups of equal size."""
+def summarise(groups: Sequence[Group], decode: Decode) -> EvalResult:
+    """Return the result from graded groups of equal size. `decode` makes the texts of the examples."""
     correct_PK = [group.correct for group in groups]
     samples = len(correct_PK[0])
     completions = [completion for group in groups for completion in group.completions]
@@ -94,7 +95,7 @@ def summarise(groups: Sequence[Group]) -> EvalResult:
             Example(
                 group.prompt.text,
                 group.prompt.answer,
-                group.completions[0].text,
+                decode(group.completions[0].token_ids),
                 group.extracted[0],
                 group.correct[0],
             )

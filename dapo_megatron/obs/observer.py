@@ -18,7 +18,7 @@ from dapo_megatron.obs.rollouts import RolloutWriter
 from dapo_megatron.obs.run_folder import LOG, open_run_folder
 from dapo_megatron.obs.sinks import Tried, open_sinks
 from dapo_megatron.obs.terminal import Diverted, printable
-from dapo_megatron.types import Group
+from dapo_megatron.types import Decode, Group
 
 SHOWN_CHARACTERS = 400
 """How much of an example response is shown on the terminal."""
@@ -95,11 +95,14 @@ class RunObserver:
     While it is open, standard output and error of this process go to log.txt: what libraries say does not disturb the
     display. Warnings of this package are shown as well.
 
+    Args:
+        decode: makes the texts of rollouts.jsonl.
+
     Raises:
         ConfigError: where the folder cannot be opened, or a package for a sink is not installed.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, decode: Decode) -> None:
         self._folder = open_run_folder(config)
         self._done = 0
         self._seconds: dict[str, float] = {}
@@ -114,7 +117,7 @@ class RunObserver:
             relay = _Relay(self._display.show)
             logging.getLogger("dapo_megatron").addHandler(relay)
             self._shown.callback(logging.getLogger("dapo_megatron").removeHandler, relay)
-            self._rollouts = RolloutWriter(self._folder / "rollouts.jsonl", config.run.sampled_groups)
+            self._rollouts = RolloutWriter(self._folder / "rollouts.jsonl", config.run.sampled_groups, decode)
             self._sinks = [stack.enter_context(closing(sink)) for sink in open_sinks(config, self._folder)]
             self._open = stack.pop_all()
         self._writing_rollouts = Tried("rollouts.jsonl", OSError)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from dapo_megatron.types import Group
+from dapo_megatron.types import Decode, Group
 
 
 class RolloutWriter:
@@ -18,8 +18,8 @@ class RolloutWriter:
     "finish", "versions"}, ...]}.
     """
 
-    def __init__(self, path: Path, groups: int) -> None:
-        self._path, self._groups = path, groups
+    def __init__(self, path: Path, groups: int, decode: Decode) -> None:
+        self._path, self._groups, self._decode = path, groups, decode
         path.touch()
 
     def write(self, step: int, groups: Sequence[Group]) -> None:
@@ -33,13 +33,13 @@ class RolloutWriter:
             # Model output may hold halves of surrogate pairs, which have no bytes in UTF-8: JSON spells them \ud83d.
             with self._path.open("a", encoding="utf-8", errors="backslashreplace") as file:
                 for group in groups[: self._groups]:
-                    file.write(json.dumps({"step": step, **_plain(group)}, ensure_ascii=False) + "\n")
+                    file.write(json.dumps({"step": step, **_plain(group, self._decode)}, ensure_ascii=False) + "\n")
         except OSError:
             os.truncate(self._path, size)
             raise
 
 
-def _plain(group: Group) -> dict[str, object]:
+def _plain(group: Group, decode: Decode) -> dict[str, object]:
     responses = zip(group.completions, group.extracted, group.correct, group.rewards, strict=True)
     return {
         "uid": group.prompt.uid,
@@ -47,7 +47,7 @@ def _plain(group: Group) -> dict[str, object]:
         "answer": group.prompt.answer,
         "responses": [
             {
-                "text": completion.text,
+                "text": decode(completion.token_ids),
                 "extracted": extracted,
                 "correct": correct,
                 "reward": reward,

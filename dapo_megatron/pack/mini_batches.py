@@ -1,16 +1,37 @@
-"""Turns the samples of a rollout into the mini-batches of every replica."""
+"""Decides which samples of a rollout go into which micro-batch of which replica."""
 
 from __future__ import annotations
 
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from dapo_megatron.errors import DapoError
-from dapo_megatron.pack.bins import partition
+from dapo_megatron.pack.bins import Bin, partition
 from dapo_megatron.pack.cost import cost
-from dapo_megatron.pack.microbatch import build, slots
-from dapo_megatron.types import MiniBatch, TrainSample
+from dapo_megatron.pack.microbatch import slots
+from dapo_megatron.pack.share import Share
+from dapo_megatron.types import TrainSample
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """Which samples of a step go where."""
+
+    samples: Sequence[TrainSample]
+    replicas: Sequence[Sequence[Sequence[Bin]]]
+    """replicas[replica][mini-batch][micro-batch]: indices into the samples, every one once. Each replica has as many
+    micro-batches."""
+    loss_tokens: Sequence[int]
+    """Of each mini-batch, all replicas together."""
+    sequence_multiple: int
+    total_multiple: int
+
+    def share(self, replica: int) -> Share:
+        """Copy what one replica trains on out of the samples."""
+        rows = [[[self.samples[index] for index in bin_] for bin_ in bins] for bins in self.replicas[replica]]
+        return Share.of(rows, self.loss_tokens)
 
 
 def pack(
@@ -24,7 +45,7 @@ def pack(
     total_multiple: int = 1,
     micro_batch_multiple: int = 1,
     attention_tokens: float = math.inf,
-) -> list[list[MiniBatch]]:
+) -> Packed:
     """Shuffle `samples` with `seed`, split them into mini-batches, and balance each over replicas by what it costs.
 
     Ranks wait for each other once per mini-batch, so what is balanced is each replica's total `cost`; within a replica,
@@ -43,38 +64,31 @@ def pack(
         attention_tokens: length at which attention costs as much as the rest of the model, see `cost`; math.inf
             balances tokens alone.
 
-    Returns:
-        result[replica][mini-batch], with as many micro-batches for every replica. Weights are 1 on loss tokens.
-
     Raises:
         DapoError: for a sample that does not fit into a micro-batch by itself.
     """
-    shuffled = list(samples)
-    random.Random(seed).shuffle(shuffled)
+    order = list(range(len(samples)))
+    random.Random(seed).shuffle(order)
     unit = sequence_multiple * total_multiple
     capacity = micro_batch_tokens // unit * unit
-    packed: list[list[MiniBatch]] = [[] for _ in range(replicas)]
-    for batch in _split(shuffled, mini_batch):
-        loss_tokens = sum(sample.loss_tokens for sample in batch)
-        sizes = [slots(sample, sequence_multiple) for sample in batch]
+    packed: list[list[list[Bin]]] = [[] for _ in range(replicas)]
+    loss_tokens = []
+    for numbers in _split(order, mini_batch):
+        batch = [samples[number] for number in numbers]
+        loss_tokens.append(sum(sample.loss_tokens for sample in batch))
+        sizes = [slots(sample.length, sequence_multiple) for sample in batch]
         _assert_fits(batch, sizes, capacity, micro_batch_tokens, unit)
         costs = [cost(size, attention_tokens) for size in sizes]
         dealt = partition(sizes, costs, capacity=capacity, replicas=replicas, multiple=micro_batch_multiple)
         for mini_batches, bins in zip(packed, dealt, strict=True):
-            micro_batches = tuple(
-                build(
-                    [batch[index] for index in bin_], sequence_multiple=sequence_multiple, total_multiple=total_multiple
-                )
-                for bin_ in bins
-            )
-            mini_batches.append(MiniBatch(micro_batches, loss_tokens))
-    return packed
+            mini_batches.append([[numbers[index] for index in bin_] for bin_ in bins])
+    return Packed(samples, packed, loss_tokens, sequence_multiple, total_multiple)
 
 
-def _split(samples: Sequence[TrainSample], size: int) -> list[Sequence[TrainSample]]:
-    """Return parts of at most `size` samples, as few as possible, as equal as possible."""
-    count = -(-len(samples) // size)
-    return [samples[len(samples) * part // count : len(samples) * (part + 1) // count] for part in range(count)]
+def _split(order: Sequence[int], size: int) -> list[Sequence[int]]:
+    """Return parts of at most `size` numbers, as few as possible, as equal as possible."""
+    count = -(-len(order) // size)
+    return [order[len(order) * part // count : len(order) * (part + 1) // count] for part in range(count)]
 
 
 def _assert_fits(

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from itertools import pairwise
+from collections.abc import Iterable
 
 from dapo_megatron.measures import Max, Mean, Measure
 from dapo_megatron.pack.cost import cost
-from dapo_megatron.pack.microbatch import slots
-from dapo_megatron.types import MicroBatch, MiniBatch, TrainSample
+from dapo_megatron.pack.microbatch import slots, widths
+from dapo_megatron.pack.mini_batches import Packed
 
 
-def packing(
-    samples: Sequence[TrainSample], replicas: Sequence[Sequence[MiniBatch]], attention_tokens: float = math.inf
-) -> dict[str, Measure]:
+def packing(packed: Packed, attention_tokens: float = math.inf) -> dict[str, Measure]:
     """Measure what `pack` made of the samples of a step; `attention_tokens` is what it was given.
 
     Returns:
@@ -23,21 +20,29 @@ def packing(
         pack/imbalance_cost: the same of `cost`, attention included: the part of its time that the mean replica waits.
         pack/micro_batches: micro-batches of each replica and update.
     """
-    tokens = [[sum(batch.slots for batch in whole.micro_batches) for whole in replica] for replica in replicas]
-    costs = [
-        [sum(_cost(b, attention_tokens) for b in whole.micro_batches) for whole in replica] for replica in replicas
+    lengths = [sample.length for sample in packed.samples]
+    # Of each replica, each mini-batch: the slots of all segments.
+    segments = [
+        [
+            [
+                width
+                for bin_ in bins
+                for width in widths([lengths[index] for index in bin_], packed.sequence_multiple, packed.total_multiple)
+            ]
+            for bins in replica
+        ]
+        for replica in packed.replicas
     ]
+    tokens = [[sum(whole) for whole in replica] for replica in segments]
+    costs = [[sum(cost(width, attention_tokens) for width in whole) for whole in replica] for replica in segments]
     total = sum(map(sum, tokens))
+    first = packed.replicas[0]
     return {
-        "pack/waste": Mean(total - sum(slots(sample, 1) for sample in samples), total),
+        "pack/waste": Mean(total - sum(slots(length, 1) for length in lengths), total),
         "pack/imbalance_tokens": Max(max(map(_imbalance, zip(*tokens, strict=True)), default=0.0)),
         "pack/imbalance_cost": Max(max(map(_imbalance, zip(*costs, strict=True)), default=0.0)),
-        "pack/micro_batches": Mean(sum(len(whole.micro_batches) for whole in replicas[0]), len(replicas[0])),
+        "pack/micro_batches": Mean(sum(map(len, first)), len(first)),
     }
-
-
-def _cost(batch: MicroBatch, attention_tokens: float) -> float:
-    return sum(cost(end - start, attention_tokens) for start, end in pairwise(batch.cu_seqlens.tolist()))
 
 
 def _imbalance(loads: Iterable[float]) -> float:

@@ -18,14 +18,18 @@ def is_correct(completion: Completion, grade: Grade, config: RewardConfig) -> bo
     return grade.correct and not (config.truncated_is_wrong and completion.truncated)
 
 
-def reward(completion: Completion, grade: Grade, config: RewardConfig, max_response_tokens: int) -> float:
+def reward(completion: Completion, text: str, grade: Grade, config: RewardConfig, max_response_tokens: int) -> float:
     """Add up accuracy, format and soft overlong punishment, as far as `config` asks for them.
 
-    The sum lies in [-2, 1] with the defaults. `max_response_tokens` is the cap that the response was sampled under.
+    The sum lies in [-2, 1] with the defaults.
+
+    Args:
+        text: the decoded completion, of which only the format reward reads anything.
+        max_response_tokens: the cap that the response was sampled under.
     """
     total = config.right if is_correct(completion, grade, config) else config.wrong
     if config.format == "r1":
-        total += config.format_weight if keeps_r1_format(completion.text) else -config.format_weight
+        total += config.format_weight if keeps_r1_format(text) else -config.format_weight
     if config.overlong.punishment:
         punishment = soft_punishment(completion.length, max_response_tokens, config.overlong.cache)
         total += config.overlong.weight * punishment

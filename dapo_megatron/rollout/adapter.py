@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from dapo_megatron.config import Config, named
@@ -42,12 +42,11 @@ class EngineAdapter(Protocol):
         """What to add to `environment.environment`."""
         ...
 
-    def connect(self, server: Server, place: Place, decode: Callable[[Sequence[int]], str]) -> Engine:
+    def connect(self, server: Server, place: Place) -> Engine:
         """Speak to the engine that `command` started. It need not answer yet.
 
         Args:
             server: its processes, which fail with an account of how they ended.
-            decode: token ids to text, for `Completion.text`.
         """
         ...
 

@@ -32,6 +32,16 @@ class Sampling:
         return cls(config.temperature, config.top_p, config.max_response_tokens, tuple(stop_token_ids))
 
 
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far an engine is with what it has been asked to write. It changes with every token."""
+
+    tokens: int
+    """Tokens of all unfinished responses."""
+    finished: int
+    """Responses that have ended while others to the same prompt go on."""
+
+
 class Responder(Protocol):
     """Whatever writes responses: one engine, or all of them."""
 
@@ -54,6 +64,10 @@ class Engine(Responder, Protocol):
     @property
     def workers(self) -> int:
         """Processes that hold the weights, each of which takes part in every transfer."""
+        ...
+
+    async def progress(self) -> Progress:
+        """Look at how far it is. Answers at once whatever else goes on, and costs the engine next to nothing."""
         ...
 
     async def join_group(self, info: dict[str, Any]) -> None:

@@ -3,46 +3,49 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from dapo_megatron.config import Config
 from dapo_megatron.rollout.adapter import adapter_for
+from dapo_megatron.rollout.admission import Admission
 from dapo_megatron.rollout.engine import Engine, Sampling
 from dapo_megatron.rollout.environment import environment
 from dapo_megatron.rollout.place import place
 from dapo_megatron.rollout.ports import reserve_port
 from dapo_megatron.rollout.server import Server, answers
+from dapo_megatron.rollout.watch import watch
 from dapo_megatron.types import Completion, Prompt
 
 T = TypeVar("T")
+
+_BATCHES = 2
+"""An engine has this many times the sequences that it decodes at once: the next ones are there when some end."""
 
 
 class Engines:
     """Starts every engine at once and returns while they start; `wait_ready` before anything else.
 
-    Engines are spoken to in coroutines on one event loop; `run` is the way in from plain code. Iterates over them.
+    Engines are spoken to in coroutines on one event loop; `run` is the way in from plain code, and watches over the
+    engines meanwhile. Iterates over them.
 
     Args:
         config: the run.
         folder: where the engines write engine0.log, engine1.log, ...
-        decode: token ids to text.
         ranks: ranks on this machine, whose GPUs are not for engines; None asks torchrun's environment.
 
     Raises:
         ConfigError: for a port in use, or GPUs that are not there.
     """
 
-    def __init__(
-        self, config: Config, folder: Path, decode: Callable[[Sequence[int]], str], *, ranks: int | None = None
-    ) -> None:
+    def __init__(self, config: Config, folder: Path, *, ranks: int | None = None) -> None:
         engine, adapter = config.engine, adapter_for(config)
-        self._startup_seconds = engine.startup_seconds
+        self._startup_seconds, self._stall_seconds = engine.startup_seconds, engine.stall_seconds
         self._runner = asyncio.Runner()
         self._engines: list[Engine] = []
         self._servers: list[Server] = []
-        self._load = [0] * engine.count
+        self._admission = Admission(engine.count, _BATCHES * engine.max_sequences)
         self._ports = []
         try:
             for index in range(engine.count):
@@ -57,7 +60,7 @@ class Engines:
                     answers(f"{where.url}{adapter.health}"),
                 )
                 self._servers.append(server)
-                self._engines.append(adapter.connect(server, where, decode))
+                self._engines.append(adapter.connect(server, where))
         except BaseException:
             self._end()
             raise
@@ -81,22 +84,52 @@ class Engines:
         self._release_ports()
 
     async def generate(self, prompt: Prompt, sampling: Sampling, n: int) -> list[Completion]:
-        """Sample `n` responses on the engine with the least to do."""
-        least = min(range(len(self._load)), key=self._load.__getitem__)
-        self._load[least] += n
-        try:
-            return await self._engines[least].generate(prompt, sampling, n)
-        finally:
-            self._load[least] -= n
+        """Sample `n` responses as soon as an engine can take them, on the one with the least to do."""
+        async with self._admission.place(n) as index:
+            return await self._engines[index].generate(prompt, sampling, n)
 
     def run(self, work: Coroutine[Any, Any, T], /) -> T:
-        """Run a coroutine to its end. What interrupts it, Ctrl-C for example, cancels the requests in flight."""
+        """Run a coroutine to its end. What interrupts it, Ctrl-C for example, cancels the requests in flight.
+
+        Raises:
+            EngineError: also when an engine hangs (`watch`), whatever the coroutine waits for.
+        """
+        results: list[T] = []
+
+        async def keep() -> None:
+            results.append(await self._watched(work))
+
         try:
-            return self._runner.run(work)
+            # Not as the task's own result: on its way out the runner spells that, a rollout's tokens one by one.
+            self._runner.run(keep())
+            return results[0]
         except BaseException:
             # An exception out of a signal handler leaves the loop, but not the tasks on it.
             self._runner.run(_cancel_others())
             raise
+
+    async def _watched(self, work: Coroutine[Any, Any, T]) -> T:
+        main = asyncio.ensure_future(work)
+        watchers = [asyncio.ensure_future(self._watch(index)) for index in range(len(self._engines))]
+        try:
+            await asyncio.wait([main, *watchers], return_when=asyncio.FIRST_COMPLETED)
+            for watcher in watchers:
+                if watcher.done() and not main.done():
+                    watcher.result()
+            return await main
+        finally:
+            for task in (main, *watchers):
+                task.cancel()
+            await asyncio.gather(main, *watchers, return_exceptions=True)
+
+    async def _watch(self, index: int) -> None:
+        await watch(
+            self._engines[index],
+            self._servers[index],
+            self._stall_seconds,
+            writing=lambda: self._admission.held[index] > 0,
+            seen=lambda progress: self._admission.finished(index, progress.finished),
+        )
 
     def close(self) -> None:
         """End all engines. Safe to call twice."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import subprocess
 import sys
 import time
@@ -96,6 +97,7 @@ class Server:
             return
         self._closed = True
         assert self._guard.stdin
+        self._guard.send_signal(signal.SIGCONT)  # a guard that was stopped would sleep on
         with contextlib.suppress(BrokenPipeError):
             self._guard.stdin.close()
         try:

@@ -64,7 +64,7 @@ def batches(problems: list[sums.Numbers], tokenizer: PreTrainedTokenizerBase, se
             numbers = rng.choice(problems)
             prompt = tokenizer.encode(sums.question(numbers))
             response = [*tokenizer.encode(sums.demonstration(numbers, rng)), end]
-            tokens = torch.tensor(prompt + response)
+            tokens = torch.tensor(prompt + response, dtype=torch.int32)
             batch.append(
                 TrainSample(
                     token_ids=tokens,
@@ -111,14 +111,15 @@ def main(folder: Path, seed: int) -> None:
     actor = Actor(config, topo, checkpoint)
     demonstrations = batches(problems, tokenizer, seed)
     for step in track(range(STEPS), description="Training the base model", disable=not topo.is_leader):
-        updates = pack(
+        packed = pack(
             next(demonstrations),
             mini_batch=BATCH,
             micro_batch_tokens=config.train.micro_batch_tokens,
             replicas=topo.dp,
             seed=f"{seed}:{step}",
         )
-        result = actor.update(updates[topo.dp_rank][0], likelihood, lr=rate(step))
+        (update,) = packed.share(topo.dp_rank).mini_batches()
+        result = actor.update(update, likelihood, lr=rate(step))
         if topo.is_leader and (step + 1) % 100 == 0:
             print(f"  step {step + 1}: {result['loss']:.4f} nats per token", flush=True)
     checkpoint.save(actor.chunks, folder / "base")

@@ -97,11 +97,8 @@ def train(model_path: Path, parallel: dict[str, Any], saved: Path) -> dict[str, 
     loaded = {name: tensor.clone() for name, tensor in checkpoint.export(actor.chunks)}
     batches = all_batches()
     share = len(batches) // topo.dp
-    per_dp = [
-        make_mini_batch(batches[i * share : (i + 1) * share], sum(b.loss_tokens for b in batches))
-        for i in range(topo.dp)
-    ]
-    mini_batch = topo.scatter(per_dp if topo.is_leader else None)
+    own = batches[topo.dp_rank * share : (topo.dp_rank + 1) * share]
+    mini_batch = make_mini_batch(own, sum(b.loss_tokens for b in batches))
     (mini_batch,), measures = actor.with_old_logprobs([mini_batch])
     (mini_batch,) = Actor(config, topo, checkpoint, trainable=False).with_ref_logprobs([mini_batch])
     results = [actor.update(mini_batch, ratio_loss, lr=lr) for lr in LR]

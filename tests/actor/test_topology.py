@@ -3,7 +3,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from dapo_megatron.config import ParallelConfig
 from dapo_megatron.errors import ConfigError
@@ -12,10 +14,10 @@ from tests.helpers.distributed import run_distributed
 
 def test_one_process_needs_no_torchrun(alone: Any) -> None:
     assert (alone.world_size, alone.dp, alone.is_leader) == (1, 1, True)
-    assert alone.scatter(["mine"]) == "mine"
+    assert [tensor.tolist() for tensor in alone.scatter(lambda replica: [torch.tensor([replica, 7])])] == [[0, 7]]
     assert alone.broadcast({"a": 1}) == {"a": 1}
-    with pytest.raises(ValueError, match="one entry per data-parallel replica: 1, got 2 entries"):
-        alone.scatter(["a", "b"])
+    with pytest.raises(ValueError, match="what each data-parallel replica gets; it got None"):
+        alone.scatter(None)
 
 
 def test_world_that_does_not_divide_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,19 +31,16 @@ def test_world_that_does_not_divide_is_refused(monkeypatch: pytest.MonkeyPatch) 
 def _join() -> Any:
     import os
 
-    import torch
-
     from dapo_megatron.actor import topology
 
     topo = topology.initialize(ParallelConfig(cp=2))
-    got = topo.scatter([f"replica {i}" for i in range(topo.dp)] if topo.is_leader else None)
-    back = topo.gather(f"{got}, rank {topo.rank}")
+    back = topo.gather(f"replica {topo.dp_rank}, rank {topo.rank}")
     word = topo.broadcast("hello" if topo.is_leader else None)
     value = torch.tensor([10.0**topo.dp_rank, -1.0 - topo.dp_rank])
     sums = topo.sum(value).tolist(), topo.sum(torch.tensor(3 + topo.dp_rank)).tolist()
     largest = topo.max(value).tolist()
     topology.shutdown()
-    return (topo.rank, topo.dp_rank), got, back, word, sums, largest, os.environ.get("GLOO_SOCKET_IFNAME")
+    return (topo.rank, topo.dp_rank), back, word, sums, largest, os.environ.get("GLOO_SOCKET_IFNAME")
 
 
 def _left_alone(leaves: bool) -> tuple[bool, str]:
@@ -89,14 +88,70 @@ def test_errors_of_other_backends_are_known_by_their_class(error: Exception, los
 
 
 @pytest.mark.multiproc
-def test_every_rank_gets_the_entry_of_its_replica_and_each_replica_counts_once() -> None:
+def test_each_replica_counts_once_and_speaks_through_its_first_rank() -> None:
     results = run_distributed(_join, 4)
     assert sorted(dp_rank for (_, dp_rank), *_ in results) == [0, 0, 1, 1]
-    for rank, ((own_rank, dp_rank), got, back, word, sums, largest, interface) in enumerate(results):
+    for rank, ((own_rank, _), back, word, sums, largest, interface) in enumerate(results):
         assert own_rank == rank
-        assert got == f"replica {dp_rank}"
         assert word == "hello"
         assert sums == ([11.0, -3.0], 7)
         assert largest == [10.0, -1.0]
         assert interface == "lo", "ranks of one machine stay off its network"
         assert back == (["replica 0, rank 0", "replica 1, rank 2"] if rank == 0 else None)
+
+
+CHUNK = 96
+"""Bytes: most of the tensors below take several messages, the last of them a short one."""
+
+
+def tensors_of(replica: int) -> list[Tensor]:
+    """Make tensors of several shapes and types, others for every replica."""
+    generator = torch.Generator().manual_seed(replica)
+    strange = torch.tensor([torch.nan, -torch.inf, -0.0, 1e-45])
+    return [
+        torch.randint(150_000, (100 + 50 * replica,), generator=generator, dtype=torch.int32),
+        torch.rand(200 - 60 * replica, generator=generator) < 0.5,
+        torch.cat([strange, torch.randn(60, generator=generator)]),
+        torch.randn(12, 10, generator=generator).T,
+        torch.empty(replica, 0, dtype=torch.bool),
+        torch.tensor(1 + replica),
+        *([torch.tensor([2.5])] * replica),
+    ]
+
+
+def _scatter(parallel: dict[str, Any]) -> Any:
+    from dapo_megatron.actor import topology
+
+    topo = topology.initialize(ParallelConfig(**parallel))
+    asked = []
+
+    def share(replica: int) -> list[Tensor]:
+        asked.append(replica)
+        return tensors_of(replica)
+
+    whole, topology.CHUNK_BYTES = topology.CHUNK_BYTES, CHUNK
+    try:
+        got = topo.scatter(share if topo.is_leader else None)
+        again = topo.scatter((lambda replica: [torch.tensor([replica])]) if topo.is_leader else None)
+    finally:
+        topology.CHUNK_BYTES = whole
+        topology.shutdown()
+    return topo.dp_rank, sorted(asked), got, again
+
+
+@pytest.mark.multiproc
+@pytest.mark.parametrize("parallel", [{}, {"tp": 2}, {"cp": 2}, {"pp": 2}, {"pp": 2, "cp": 2}], ids=str)
+def test_every_rank_gets_the_tensors_of_its_replica(parallel: dict[str, Any]) -> None:
+    results = run_distributed(_scatter, 4, parallel)
+    replicas = sorted({dp_rank for dp_rank, *_ in results})
+    assert len(replicas) == ParallelConfig(**parallel).data_parallel(4)
+    for rank, (dp_rank, asked, got, again) in enumerate(results):
+        assert asked == (replicas if rank == 0 else []), "the leader makes each share once"
+        wanted = tensors_of(dp_rank)
+        assert [(tensor.shape, tensor.dtype) for tensor in got] == [(tensor.shape, tensor.dtype) for tensor in wanted]
+        assert all(bits(one) == bits(other) for one, other in zip(got, wanted, strict=True))
+        assert [tensor.tolist() for tensor in again] == [[dp_rank]]
+
+
+def bits(tensor: Tensor) -> bytes:
+    return tensor.contiguous().numpy().tobytes()

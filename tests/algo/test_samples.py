@@ -29,7 +29,7 @@ def test_tokens_mask_and_logprobs():
     assert first.token_ids.tolist() == [7, 8, 1, 2]
     assert first.loss_mask.tolist() == [False, False, True, True]
     assert first.rollout_logprobs.tolist() == [0.0, 0.0, -0.5, -1.5]
-    assert (first.token_ids.dtype, first.rollout_logprobs.dtype) == (torch.int64, torch.float32)
+    assert (first.token_ids.dtype, first.rollout_logprobs.dtype) == (torch.int32, torch.float32)
     assert second.loss_tokens == 1
     assert third.token_ids.tolist() == [1, 4, 5, 6]
     assert [sample.group for sample in (first, second, third, fourth)] == [0, 0, 1, 1]

@@ -44,7 +44,7 @@ class Response:
     @property
     def sample(self):
         return TrainSample(
-            token_ids=torch.tensor([0] * PROMPT + self.labels),
+            token_ids=torch.tensor([0] * PROMPT + self.labels, dtype=torch.int32),
             loss_mask=torch.tensor([False] * PROMPT + self.trained),
             rollout_logprobs=torch.cat([torch.zeros(PROMPT), self.rollout]),
             advantage=0.0,

@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
@@ -40,8 +41,19 @@ def test_a_checkpoints_own_class_is_used_where_it_is_trusted(tokenizer, tmp_path
 
 def test_text_is_decoded_as_it_was_written(tokenizer):
     tokenizer.clean_up_tokenization_spaces = True  # would take the blank before the question mark away
-    ids = tokenizer("is 1 ?")["input_ids"]
-    assert decoder(tokenizer)([*ids, tokenizer.eos_token_id]) == "is 1 ?"
+    ids = np.array([*tokenizer("is 1 ?")["input_ids"], tokenizer.eos_token_id], np.int32)
+    assert decoder(tokenizer)(ids) == "is 1 ?"
+    assert decoder(tokenizer)(ids[:0]) == ""
+
+
+def test_tokenizers_of_any_kind_are_decoded_alike(tokenizer):
+    class Shouts(type(tokenizer)):
+        def _decode(self, *args, **kwargs):
+            return super()._decode(*args, **kwargs).upper()
+
+    ids = np.array([tokenizer.eos_token_id, *tokenizer("is 1 ?")["input_ids"]], np.int32)
+    loud = Shouts(tokenizer_object=tokenizer.backend_tokenizer, eos_token=tokenizer.eos_token)
+    assert decoder(loud)(ids) == "IS 1 ?"
 
 
 def test_folder_without_tokenizer(tmp_path):

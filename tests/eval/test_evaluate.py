@@ -9,7 +9,8 @@ from dapo_megatron.config import EvalConfig
 from dapo_megatron.errors import EngineError, RolloutError
 from dapo_megatron.eval.evaluate import EvalResult, evaluate
 from dapo_megatron.rollout.engine import Sampling
-from dapo_megatron.types import Completion, FinishReason, Group, Prompt, VersionSpan
+from dapo_megatron.types import Completion, FinishReason, Group, Prompt
+from tests.helpers.completions import read, written
 
 PROMPTS = [Prompt(f"x:{number}", (number,), f"{number}+0=", str(number)) for number in range(1, 6)]
 
@@ -27,27 +28,18 @@ class Scripted:
         self.asked.append((prompt.uid, sampling, n))
         await asyncio.sleep(0.001 * (10 - prompt.token_ids[0]))
         finish = {"+": FinishReason.LENGTH, "!": FinishReason.ABORT}
-        return [
-            Completion(
-                tuple(range(len(text))),
-                (0.0,) * len(text),
-                finish.get(text[-1], FinishReason.STOP),
-                text,
-                (VersionSpan(0, 0, len(text)),),
-            )
-            for text in self.texts[:n]
-        ]
+        return [written(text, finish.get(text[-1], FinishReason.STOP)) for text in self.texts[:n]]
 
 
 async def judge(prompt: Prompt, completions: Sequence[Completion]) -> Group:
-    texts = tuple(completion.text for completion in completions)
+    texts = tuple(read(completion.token_ids) for completion in completions)
     correct = tuple(text == prompt.answer for text in texts)
     return Group(prompt, tuple(completions), texts, correct, tuple(map(float, correct)))
 
 
 def measure(engine: Scripted, **settings: float) -> EvalResult:
     config = EvalConfig.model_validate({"data": "x", **settings})
-    return asyncio.run(evaluate(engine, PROMPTS, judge, config, max_tokens=8, stop_token_ids=(0,)))
+    return asyncio.run(evaluate(engine, PROMPTS, judge, read, config, max_tokens=8, stop_token_ids=(0,)))
 
 
 def test_evaluate() -> None:

@@ -17,9 +17,10 @@ from dapo_megatron import leader, rank, train
 from dapo_megatron.errors import EngineError
 from dapo_megatron.processes import leave
 from dapo_megatron.rollout.engine import Sampling
-from dapo_megatron.types import Completion, FinishReason, Prompt, VersionSpan
+from dapo_megatron.types import Completion, Prompt
 from dapo_megatron.weights import hf
 from dapo_megatron.weights.gloo import GlooPublisher
+from tests.helpers.completions import completion
 from tests.weights.test_publish import Keeper
 
 SECONDS = float(sys.argv[1])
@@ -64,11 +65,8 @@ class SlowEngines:
 
     async def generate(self, prompt: Prompt, sampling: Sampling, n: int) -> list[Completion]:
         await asyncio.sleep(SECONDS)
-        tokens = [tuple(random.choices(range(1, 14), k=random.randint(1, 16))) for _ in range(n)]
-        return [
-            Completion(ids, (-2.5,) * len(ids), FinishReason.STOP, "3", (VersionSpan(0, 0, len(ids)),))
-            for ids in tokens
-        ]
+        tokens = [random.choices(range(1, 14), k=random.randint(1, 16)) for _ in range(n)]
+        return [completion(ids, [-2.5] * len(ids)) for ids in tokens]
 
     def run(self, work: Coroutine[Any, Any, Any], /) -> Any:
         return self._runner.run(work)

@@ -14,15 +14,16 @@ from dapo_megatron import config_file
 from dapo_megatron.config import Config
 from dapo_megatron.eval.evaluate import EvalResult, Example
 from dapo_megatron.obs.observer import NullObserver, RunObserver
-from dapo_megatron.types import Completion, FinishReason, Group, Prompt, VersionSpan
+from dapo_megatron.types import FinishReason, Group, Prompt, VersionSpan
+from tests.helpers.completions import read, written
 
 EVIL = "3\x1b[2J\n[bold]Answer: 3"
 
 GROUP = Group(
     Prompt("train.jsonl:1", (1, 2), "1+2=", "3"),
     (
-        Completion((3, 0), (-0.1, -0.2), FinishReason.STOP, EVIL, (VersionSpan(4, 0, 2),)),
-        Completion((9, 9, 9), (-1.0, -1.0, -1.0), FinishReason.LENGTH, "999\ud83d", (VersionSpan(4, 0, 3),)),
+        replace(written(EVIL), versions=(VersionSpan(4, 0, len(EVIL)),)),
+        replace(written("999\ud83d", FinishReason.LENGTH), versions=(VersionSpan(4, 0, 4),)),
     ),
     ("3", None),
     (True, False),
@@ -55,7 +56,7 @@ def rows(path: Path) -> list[dict]:
 
 def test_a_run(config: Config, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "test"
-    observer = RunObserver(config)
+    observer = RunObserver(config, read)
     started = time.monotonic()
     with observer.phase("starting engines"):
         time.sleep(0.2)
@@ -93,18 +94,18 @@ def test_a_run(config: Config, tmp_path: Path, capfd: pytest.CaptureFixture[str]
             "extracted": "3",
             "correct": True,
             "reward": 1.0,
-            "length": 2,
+            "length": len(EVIL),
             "finish": "stop",
-            "versions": [{"version": 4, "start": 0, "end": 2}],
+            "versions": [{"version": 4, "start": 0, "end": len(EVIL)}],
         },
         {
             "text": "999\ud83d",
             "extracted": None,
             "correct": False,
             "reward": -1.5,
-            "length": 3,
+            "length": 4,
             "finish": "length",
-            "versions": [{"version": 4, "start": 0, "end": 3}],
+            "versions": [{"version": 4, "start": 0, "end": 4}],
         },
     ]
     assert json.loads((folder / "summary.json").read_text()) == {"final_accuracy": 0.75, "seed": 0}
@@ -125,7 +126,7 @@ def test_a_run(config: Config, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 def test_warnings_of_this_package_are_shown_and_others_are_not(
     config: Config, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    observer = RunObserver(config)
+    observer = RunObserver(config, read)
     logging.getLogger("dapo_megatron.data.prompts").warning("3 of 8 prompts are left out")
     logging.getLogger("some_library").warning("chatter")
     observer.close()
@@ -145,7 +146,7 @@ def test_output_comes_back_after_a_failure(
 
     monkeypatch.setattr("dapo_megatron.obs.observer.open_sinks", fail)
     with pytest.raises(RuntimeError, match="no sinks"):
-        RunObserver(config)
+        RunObserver(config, read)
     print("still here")
     assert "still here" in capfd.readouterr().out
 
@@ -153,7 +154,7 @@ def test_output_comes_back_after_a_failure(
 def test_after_the_last_words_nothing_is_seen(
     config: Config, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    observer = RunObserver(config)
+    observer = RunObserver(config, read)
     observer.last_words("error: the engine died")
     logging.getLogger("dapo_megatron").warning("warned later")
     observer.close()
@@ -167,7 +168,7 @@ def test_after_the_last_words_nothing_is_seen(
 
 
 def test_last_words_of_a_closed_observer_are_seen(config: Config, capfd: pytest.CaptureFixture[str]) -> None:
-    observer = RunObserver(config)
+    observer = RunObserver(config, read)
     observer.close()
     observer.last_words("error: engine 0 did not end")
     assert capfd.readouterr().err == "error: engine 0 did not end\n"
@@ -175,7 +176,7 @@ def test_last_words_of_a_closed_observer_are_seen(config: Config, capfd: pytest.
 
 def test_a_full_disk_does_not_end_a_run(config: Config, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "test"
-    observer = RunObserver(config)
+    observer = RunObserver(config, read)
     group = replace(GROUP, prompt=replace(GROUP.prompt, text="x" * 30_000))  # the log and the terminal need less
     observer.step(0, {}, [group])
     whole = (folder / "rollouts.jsonl").stat().st_size

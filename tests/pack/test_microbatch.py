@@ -1,13 +1,13 @@
 import torch
 
-from dapo_megatron.pack.microbatch import build
+from dapo_megatron.pack.microbatch import build, slots, widths
 from dapo_megatron.types import TrainSample
 
 
 def sample(tokens, prompt, advantage, group=0):
     mask = torch.arange(len(tokens)) >= prompt
     logprobs = torch.where(mask, -torch.arange(len(tokens)) / 4, 0.0)
-    return TrainSample(torch.tensor(tokens), mask, logprobs, advantage, group)
+    return TrainSample(torch.tensor(tokens, dtype=torch.int32), mask, logprobs, advantage, group)
 
 
 FIRST = sample([7, 10, 3, 11, 10, 2], 4, 0.5, group=3)
@@ -66,3 +66,14 @@ def test_sequence_of_one_token_predicts_nothing_and_takes_no_slot():
     assert batch.groups_S.tolist() == [8]
     alone = build([ONE_TOKEN], sequence_multiple=2, total_multiple=1)
     assert (alone.slots, alone.loss_tokens, alone.groups_S.tolist()) == (2, 0, [-1])
+
+
+def test_widths_are_those_of_the_segments():
+    for samples in ([FIRST, SECOND], [ONE_TOKEN, SECOND, ONE_TOKEN], [ONE_TOKEN], []):
+        for sequence_multiple, total_multiple in ((1, 1), (2, 1), (4, 5), (8, 2)):
+            batch = build(samples, sequence_multiple=sequence_multiple, total_multiple=total_multiple)
+            found = widths([sample.length for sample in samples], sequence_multiple, total_multiple)
+            assert found == batch.cu_seqlens.diff().tolist()
+    assert widths([6, 1, 3], 4, 3) == [8, 4]
+    assert widths([6, 3], 4, 5) == [8, 12]
+    assert [slots(length, 4) for length in (0, 1, 2, 5, 6)] == [0, 0, 4, 4, 8]

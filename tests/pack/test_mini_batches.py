@@ -21,7 +21,7 @@ def sample(number, prompt, response, trained=True):
     length = prompt + response
     mask = (torch.arange(length) >= prompt) & trained
     return TrainSample(
-        token_ids=1 + 1000 * number + torch.arange(length),
+        token_ids=1 + 1000 * number + torch.arange(length, dtype=torch.int32),
         loss_mask=mask,
         rollout_logprobs=torch.where(mask, -(number + torch.arange(length) / 1024), 0.0),
         advantage=float(number),
@@ -49,8 +49,11 @@ LAYOUTS = st.fixed_dictionaries(
 
 
 def do(samples, **layout):
+    """Return the mini-batches of every replica, as its ranks make them."""
     plain: dict[str, Any] = {"mini_batch": 512, "micro_batch_tokens": BUDGET, "replicas": 1, "seed": 0}
-    return pack(samples, **{**plain, **layout})
+    packed = pack(samples, **{**plain, **layout})
+    multiples = {name: layout.get(name, 1) for name in ("sequence_multiple", "total_multiple")}
+    return [packed.share(replica).mini_batches(**multiples) for replica in range(len(packed.replicas))]
 
 
 def micro_batches(replicas):
@@ -59,6 +62,14 @@ def micro_batches(replicas):
 
 def tensors(replicas):
     return [getattr(b, f.name) for b in micro_batches(replicas) for f in fields(b) if getattr(b, f.name) is not None]
+
+
+@given(rollouts(), LAYOUTS)
+@settings(max_examples=50, deadline=None)
+def test_every_sample_goes_to_one_place(samples, layout):
+    packed = pack(samples, micro_batch_tokens=BUDGET, **layout)
+    places = [index for replica in packed.replicas for bins in replica for bin_ in bins for index in bin_]
+    assert sorted(places) == list(range(len(samples)))
 
 
 @given(rollouts(), LAYOUTS)

@@ -43,5 +43,5 @@ def tiny_values(tiny_model: Path) -> dict[str, Any]:
         "rollout": {"prompts": 4, "responses": 4, "max_response_tokens": 64},
         "train": {"mini_batch": 16, "micro_batch_tokens": 1024},
         "reward": {"overlong": {"cache": 16}},
-        "engine": {"startup_seconds": 120, "request_seconds": 60},
+        "engine": {"startup_seconds": 120},
     }

@@ -19,6 +19,7 @@ from dapo_megatron.measures import Mean
 from dapo_megatron.rollout.collect import Grader, Rollout, collect
 from dapo_megatron.rollout.engine import Sampling
 from dapo_megatron.types import Completion, FinishReason, Group, Prompt, VersionSpan
+from tests.helpers.completions import completion
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "fill.json").read_text())
 RESPONSES = 4
@@ -47,7 +48,7 @@ class Engine:
         for _ in range(20 - int(prompt.uid) % 20):
             await asyncio.sleep(0)
         span = VersionSpan(self.version, 0, 2)
-        return [Completion((5, 2), (-0.1, -0.2), self.finish, "", (span,)) for _ in range(n)]
+        return [completion((5, 2), (-0.1, -0.2), self.finish, [span]) for _ in range(n)]
 
 
 async def judge(prompt: Prompt, completions: Sequence[Completion]) -> Group:

@@ -68,9 +68,9 @@ def engines(first: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[En
         "rollout": {"prompts": 4, "responses": 4, "max_response_tokens": 64},
         "train": {"mini_batch": 16, "micro_batch_tokens": 1024},
         "reward": {"overlong": {"punishment": False}},
-        "engine": {"count": 2, "startup_seconds": 120, "request_seconds": 60},
+        "engine": {"count": 2, "startup_seconds": 120},
     }
-    with closing(Engines(parse(values), tmp_path_factory.mktemp("run"), lambda ids: "", ranks=0)) as engines:
+    with closing(Engines(parse(values), tmp_path_factory.mktemp("run"), ranks=0)) as engines:
         engines.wait_ready()
         yield engines
 
@@ -95,10 +95,11 @@ def generate(engines: Engines) -> list[list[Completion]]:
 def worst_error(model: Any, answers: list[list[Completion]]) -> float:
     worst = 0.0
     for completion in (completion for completions in answers for completion in completions):
-        logits = model(torch.tensor([[*PROMPT.token_ids, *completion.token_ids]])).logits[
+        logits = model(torch.tensor([[*PROMPT.token_ids, *completion.token_ids.tolist()]])).logits[
             0, len(PROMPT.token_ids) - 1 : -1
         ]
-        expected = logits.log_softmax(-1).gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+        tokens = torch.from_numpy(completion.token_ids).long()
+        expected = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
         worst = max(worst, float((expected - torch.tensor(completion.logprobs)).abs().max()))
     return worst
 

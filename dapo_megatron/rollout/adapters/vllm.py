@@ -1,26 +1,30 @@
 """vLLM as an engine, over HTTP.
 
 Run against 0.32. Earlier versions down to 0.25 speak the same requests, except that they neither report which weights
-wrote a token nor keep a version number; both are then taken from the transfers.
+wrote a token nor keep a version number; both are then taken from the transfers. Responses come from an endpoint of
+ours in its server (`rollout.endpoints.vllm`).
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 from dapo_megatron.config import Config
 from dapo_megatron.errors import ConfigError, EngineError
 from dapo_megatron.rollout.adapter import EngineAdapter
-from dapo_megatron.rollout.engine import Engine, Sampling
-from dapo_megatron.rollout.json_client import JsonClient
+from dapo_megatron.rollout.answer import GENERATE, PROGRESS, decode
+from dapo_megatron.rollout.client import Client
+from dapo_megatron.rollout.engine import Engine, Progress, Sampling
 from dapo_megatron.rollout.place import Place
 from dapo_megatron.rollout.server import Server
-from dapo_megatron.types import Completion, FinishReason, Prompt, VersionSpan
+from dapo_megatron.types import Completion, Prompt, VersionSpan
 
 WORKER_EXTENSION = "dapo_megatron.weights.workers.vllm.WorkerExtension"
 """Named, not imported: vLLM imports it in its own workers, where it registers the transports."""
+ENDPOINT = "dapo_megatron.rollout.endpoints.vllm.Endpoint"
+"""Named, not imported: vLLM imports it in its server."""
 
 
 class Adapter(EngineAdapter):
@@ -58,6 +62,7 @@ class Adapter(EngineAdapter):
             # Tokens in, tokens out: no tokenizer, no chat endpoints.
             "--tokens-only",
             *("--worker-extension-cls", WORKER_EXTENSION),
+            *("--middleware", ENDPOINT),
             *("--weight-transfer-config", f'{{"backend": "{config.weights.transport}"}}'),
             "--disable-log-stats",
             "--disable-uvicorn-access-log",
@@ -91,94 +96,70 @@ class Adapter(EngineAdapter):
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if engine.tensor_parallel == 1 else "1",
         }
 
-    def connect(self, server: Server, place: Place, decode: Callable[[Sequence[int]], str]) -> Engine:
+    def connect(self, server: Server, place: Place) -> Engine:
         engine = self._config.engine
-        # A request is one sequence at least, so more connections than sequences would only queue over there.
-        http = JsonClient(server, place.url, request_seconds=engine.request_seconds, connections=engine.max_sequences)
-        return VllmEngine(http, engine.tensor_parallel, decode)
+        control = Client(server, place.url, answer_seconds=engine.stall_seconds)
+        return VllmEngine(Client(server, place.url), control, engine.tensor_parallel)
 
 
 class VllmEngine:
     """An `Engine` that is a vLLM server.
 
     Args:
+        generation: for requests that take as long as responses do.
+        control: for all others, none of which waits for a response.
         workers: its processes that hold weights.
-        decode: token ids to text, for `Completion.text`.
     """
 
-    def __init__(self, http: JsonClient, workers: int, decode: Callable[[Sequence[int]], str]) -> None:
-        self.name = http.name
+    def __init__(self, generation: Client, control: Client, workers: int) -> None:
+        self.name = control.name
         self.workers = workers
         self.version = 0
-        self._http = http
-        self._decode = decode
+        self._generation, self.control = generation, control
 
     async def generate(self, prompt: Prompt, sampling: Sampling, n: int) -> list[Completion]:
-        params: dict[str, Any] = {
-            "n": n,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "max_tokens": sampling.max_tokens,
-            "stop_token_ids": list(sampling.stop_token_ids),
-            # Otherwise the end tokens of the checkpoint's config would stop a response as well.
-            "ignore_eos": True,
-            # The sampled token's own, no alternatives.
-            "logprobs": 0,
-        }
         version = self.version
-        body = {"token_ids": list(prompt.token_ids), "sampling_params": params}
+        body = {"token_ids": prompt.token_ids, "n": n, **asdict(sampling)}
         what = f"generating for prompt {prompt.uid}"
-        answer = await self._http.call("POST", "/inference/v1/generate", body, what=what)
-        with self._http.reading(answer, what):
-            completions = [self._completion(choice, version) for choice in answer["choices"]]
+        answer = await self._generation.fetch("POST", GENERATE, body, what=what)
+        with self._generation.reading(answer, what):
+            completions = decode(answer or b"")
         if len(completions) != n:
             raise EngineError(f"{self.name}: asked for {n} responses to prompt {prompt.uid}, got {len(completions)}")
-        return completions
+        # Where vLLM does not say which weights wrote a response, they are those that it had.
+        return [c if c.versions else replace(c, versions=(VersionSpan(version, 0, c.length),)) for c in completions]
+
+    async def progress(self) -> Progress:
+        answer = await self.control.call("GET", PROGRESS)
+        with self.control.reading(answer, PROGRESS):
+            return Progress(**answer)
 
     async def join_group(self, info: dict[str, Any]) -> None:
-        await self._http.call("POST", "/init_weight_transfer_engine", {"init_info": info})
+        await self.control.call("POST", "/init_weight_transfer_engine", {"init_info": info})
 
     async def begin_transfer(self) -> None:
-        await self._http.call("POST", "/pause?mode=wait", {})
-        await self._http.call("POST", "/start_weight_update", {})
+        await self.control.call("POST", "/pause?mode=wait", {})
+        await self.control.call("POST", "/start_weight_update", {})
 
     async def receive(self, info: dict[str, Any]) -> None:
-        await self._http.call("POST", "/update_weights", {"update_info": info})
+        await self.control.call("POST", "/update_weights", {"update_info": info})
 
     async def finish_transfer(self, version: int) -> None:
-        await self._http.call("POST", "/finish_weight_update", {"weight_version": str(version)})
+        await self.control.call("POST", "/finish_weight_update", {"weight_version": str(version)})
         # Keys and values of the old weights would otherwise answer for prompts seen before.
-        reset = await self._http.call("POST", "/reset_prefix_cache", {})
-        with self._http.reading(reset, "/reset_prefix_cache"):
+        reset = await self.control.call("POST", "/reset_prefix_cache", {})
+        with self.control.reading(reset, "/reset_prefix_cache"):
             emptied = reset is None or reset["success"]
         if not emptied:
             raise EngineError(f"{self.name} did not empty its prefix cache: requests are still running")
-        info = await self._http.call("GET", "/weight_info", missing={})
-        with self._http.reading(info, "/weight_info"):
+        info = await self.control.call("GET", "/weight_info", missing={})
+        with self.control.reading(info, "/weight_info"):
             held = info.get("weight_version", str(version))
         if held != str(version):
             raise EngineError(f"{self.name} holds weights of version {held!r} after a transfer of version {version}")
         self.version = version
-        await self._http.call("POST", "/resume", {})
+        await self.control.call("POST", "/resume", {})
 
     async def close(self) -> None:
-        await self._http.close()
-
-    def _completion(self, choice: dict[str, Any], version: int) -> Completion:
-        tokens = tuple(choice["token_ids"])
-        reason = choice["finish_reason"]
-        if reason not in list(FinishReason):
-            raise EngineError(f"{self.name}: a response ended with {reason!r}; known are {', '.join(FinishReason)}")
-        spans = choice.get("weight_versions") or [{"version": str(version), "start": 0, "end": len(tokens)}]
-        return Completion(
-            token_ids=tokens,
-            logprobs=tuple(float(entry["logprob"]) for entry in choice["logprobs"]["content"] or ()),
-            finish=FinishReason(reason),
-            text=self._decode(tokens),
-            versions=tuple(VersionSpan(_version(span["version"]), span["start"], span["end"]) for span in spans),
-        )
-
-
-def _version(name: str) -> int:
-    """vLLM calls the weights that it loaded itself "default"."""
-    return 0 if name == "default" else int(name)
+        await self._generation.close()
+        await self.control.close()

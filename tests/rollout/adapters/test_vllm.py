@@ -16,19 +16,16 @@ from aiohttp import web
 from dapo_megatron.config_file import parse
 from dapo_megatron.errors import EngineError
 from dapo_megatron.rollout.adapters.vllm import Adapter
-from dapo_megatron.rollout.engine import Engine, Sampling
+from dapo_megatron.rollout.answer import GENERATE, PROGRESS, encode
+from dapo_megatron.rollout.engine import Engine, Progress, Sampling
 from dapo_megatron.rollout.place import Place
 from dapo_megatron.rollout.server import Server
 from dapo_megatron.types import FinishReason, Prompt, VersionSpan
+from tests.helpers.completions import completion
 
 PROMPT = Prompt("train.jsonl:7", (3, 4), "", "")
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, max_tokens=4, stop_token_ids=(2,))
-CHOICE = {
-    "token_ids": [9, 2],
-    "logprobs": {"content": [{"logprob": -0.5}, {"logprob": -0.25}]},
-    "finish_reason": "stop",
-}
-
+WRITTEN = completion([9, 2], [-0.5, -0.25], versions=[])
 
 CPU = Place(index=0, host="127.0.0.1", port=8000, gpus=(), seed=17)
 
@@ -88,7 +85,7 @@ def ask(
         await web.TCPSite(runner, "127.0.0.1", 0).start()
         server = Server("engine 3", [sys.executable, "-c", "input()"], os.environ, tmp_path / "log", lambda: True)
         place = replace(CPU, port=runner.addresses[0][1])
-        engine = adapter().connect(server, place, lambda ids: " ".join(map(str, ids)))
+        engine = adapter().connect(server, place)
         try:
             return await work(engine)
         finally:
@@ -101,6 +98,8 @@ def ask(
 
 def answering(body: Any, status: int = 200) -> Callable[[web.Request], Awaitable[web.Response]]:
     async def answer(request: web.Request) -> web.Response:
+        if isinstance(body, bytes):
+            return web.Response(body=body, status=status)
         return web.json_response(body, status=status)
 
     return answer
@@ -113,7 +112,7 @@ async def silent(request: web.Request) -> web.Response:
 def test_an_engine_that_reports_no_versions_is_given_those_that_were_sent(tmp_path: Path) -> None:
     done = answering({})
     routes = {
-        "/inference/v1/generate": answering({"choices": [CHOICE]}),
+        GENERATE: answering(encode([WRITTEN])),
         "/finish_weight_update": done,
         "/reset_prefix_cache": silent,
         "/resume": done,
@@ -125,7 +124,7 @@ def test_an_engine_that_reports_no_versions_is_given_those_that_were_sent(tmp_pa
         return before + await engine.generate(PROMPT, SAMPLING, 1)
 
     before, after = ask(tmp_path, routes, work)
-    assert (before.token_ids, before.logprobs, before.text) == ((9, 2), (-0.5, -0.25), "9 2")
+    assert (before.token_ids.tolist(), before.logprobs.tolist()) == ([9, 2], [-0.5, -0.25])
     assert before.finish is FinishReason.STOP
     assert (before.versions, after.versions) == ((VersionSpan(0, 0, 2),), (VersionSpan(6, 0, 2),))
 
@@ -133,23 +132,61 @@ def test_an_engine_that_reports_no_versions_is_given_those_that_were_sent(tmp_pa
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        ({"choices": [CHOICE, CHOICE]}, "asked for 1 responses to prompt train.jsonl:7, got 2"),
-        ({"choices": [CHOICE | {"finish_reason": "error"}]}, "a response ended with 'error'"),
-        ({"error": "busy"}, r"prompt train.jsonl:7: cannot read the answer \(KeyError: 'choices'\): {'error': 'busy'}"),
-        ({"choices": 3}, r"cannot read the answer \(TypeError: "),
-        (None, r"cannot read the answer \(TypeError: 'NoneType'"),
-        ([], r"cannot read the answer \(TypeError: .*\): \[\]"),
-        ({"choices": [{"token_ids": [9, 2]}]}, r"\(KeyError: 'finish_reason'\)"),
-        ({"choices": [CHOICE | {"logprobs": None}]}, r"\(TypeError: "),
-        ({"choices": [CHOICE | {"logprobs": {"content": [{"logprob": None}] * 2}}]}, r"\(TypeError: "),
-        ({"choices": [CHOICE | {"token_ids": [9]}]}, r"\(ValueError: 1 tokens but 2 log-probs\)"),
-        ({"choices": [CHOICE | {"weight_versions": [{"version": "x", "start": 0, "end": 2}]}]}, r"\(ValueError: "),
+        (encode([WRITTEN, WRITTEN]), "asked for 1 responses to prompt train.jsonl:7, got 2"),
+        (b"", r"prompt train.jsonl:7: cannot read the answer \(ValueError: .*\): b''"),
+        (b"<html>\x1b[2J busy" * 1000, r"cannot read the answer .*: b'<html>\\x1b\[2J busy.* \.\.\.$"),
     ],
 )
-def test_strange_answers_are_errors(tmp_path: Path, answer: Any, message: str) -> None:
-    routes = {"/inference/v1/generate": answering(answer)}
+def test_strange_answers_are_errors(tmp_path: Path, answer: bytes, message: str) -> None:
+    routes = {GENERATE: answering(answer)}
     with pytest.raises(EngineError, match=f"engine 3.*{message}"):
         ask(tmp_path, routes, lambda engine: engine.generate(PROMPT, SAMPLING, 1))
+
+
+def test_what_is_asked_of_an_engine_is_the_sampling_and_no_more(tmp_path: Path) -> None:
+    asked: list[Any] = []
+
+    async def keep(request: web.Request) -> web.Response:
+        asked.append(await request.json())
+        return web.Response(body=encode([WRITTEN]))
+
+    ask(tmp_path, {GENERATE: keep}, lambda engine: engine.generate(PROMPT, SAMPLING, 1))
+    assert asked == [
+        {"token_ids": [3, 4], "n": 1, "temperature": 1.0, "top_p": 1.0, "max_tokens": 4, "stop_token_ids": [2]}
+    ]
+
+
+def test_progress_is_read_with_care(tmp_path: Path) -> None:
+    def look(answer: Any) -> Any:
+        return ask(tmp_path, {PROGRESS: answering(answer)}, lambda engine: engine.progress())
+
+    assert look({"tokens": 7, "finished": 1}) == Progress(7, 1)
+    for strange in ([1], {"tokens": 7}, {"tokens": 7, "finished": 1, "more": 0}):
+        with pytest.raises(EngineError, match=r"engine 3, .*cannot read the answer"):
+            look(strange)
+
+
+def test_no_request_waits_for_another(tmp_path: Path) -> None:
+    """However many responses are being written, an engine hears of weights and tells its progress at once."""
+    released = asyncio.Event()
+    writing = 0
+
+    async def write(request: web.Request) -> web.Response:
+        nonlocal writing
+        writing += 1
+        await released.wait()
+        return web.Response(body=encode([WRITTEN]))
+
+    async def work(engine: Engine) -> None:
+        requests = [asyncio.create_task(engine.generate(PROMPT, SAMPLING, 1)) for _ in range(300)]
+        async with asyncio.timeout(10):
+            while writing < len(requests):
+                await asyncio.sleep(0.01)
+            await engine.begin_transfer()
+            released.set()
+            await asyncio.gather(*requests)
+
+    ask(tmp_path, {GENERATE: write, "/pause": answering({}), "/start_weight_update": answering({})}, work)
 
 
 @pytest.mark.parametrize("path", ["/reset_prefix_cache", "/weight_info"])

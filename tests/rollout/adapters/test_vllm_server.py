@@ -7,19 +7,23 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from dapo_megatron.config_file import parse
 from dapo_megatron.errors import ConfigError, EngineError
-from dapo_megatron.rollout.engine import Sampling
+from dapo_megatron.rollout.adapters.vllm import VllmEngine
+from dapo_megatron.rollout.answer import GENERATE
+from dapo_megatron.rollout.client import Client
+from dapo_megatron.rollout.engine import Engine, Progress, Sampling
 from dapo_megatron.rollout.engines import Engines
 from dapo_megatron.rollout.ports import reserve_port
 from dapo_megatron.types import Completion, FinishReason, Prompt, VersionSpan
@@ -38,13 +42,7 @@ def sampling(**changes: Any) -> Sampling:
 def engines(
     tiny_model: Path, tiny_values: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Engines]:
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    folder = tmp_path_factory.mktemp("run")
-
-    def decode(ids: Sequence[int]) -> str:
-        return tokenizer.decode(ids, skip_special_tokens=True)
-
-    with closing(Engines(parse(tiny_values), folder, decode, ranks=0)) as engines:
+    with closing(Engines(parse(tiny_values), tmp_path_factory.mktemp("run"), ranks=0)) as engines:
         engines.wait_ready()
         yield engines
 
@@ -61,11 +59,16 @@ def generate(engines: Engines, how: Sampling, n: int = 4) -> list[list[Completio
     return engines.run(all_prompts())
 
 
+def control(engine: Engine) -> Client:
+    assert isinstance(engine, VllmEngine)
+    return engine.control
+
+
 @torch.no_grad()
 def hf_logprobs(model: torch.nn.Module, prompt: Prompt, completion: Completion, temperature: float) -> torch.Tensor:
-    tokens = torch.tensor([[*prompt.token_ids, *completion.token_ids]])
+    tokens = torch.tensor([[*prompt.token_ids, *completion.token_ids.tolist()]])
     logits = model(tokens).logits[0, len(prompt.token_ids) - 1 : -1] / temperature
-    return logits.log_softmax(-1).gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+    return logits.log_softmax(-1).gather(1, torch.from_numpy(completion.token_ids).long()[:, None])[:, 0]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -75,7 +78,7 @@ def test_log_probs_are_those_of_the_sampling_distribution(
     answers = generate(engines, sampling(temperature=temperature))
     errors = torch.cat(
         [
-            (hf_logprobs(hf, prompt, completion, temperature) - torch.tensor(completion.logprobs)).abs()
+            (hf_logprobs(hf, prompt, completion, temperature) - torch.from_numpy(completion.logprobs)).abs()
             for prompt, completions in zip(PROMPTS, answers, strict=True)
             for completion in completions
         ]
@@ -87,7 +90,7 @@ def test_log_probs_are_those_of_the_sampling_distribution(
 def test_every_prompt_gets_n_different_responses(engines: Engines) -> None:
     for completions in generate(engines, sampling(), n=7):
         assert len(completions) == 7
-        assert len({completion.token_ids for completion in completions}) > 1
+        assert len({completion.token_ids.tobytes() for completion in completions}) > 1
 
 
 def test_end_token_is_kept_and_the_cap_holds(engines: Engines) -> None:
@@ -97,7 +100,7 @@ def test_end_token_is_kept_and_the_cap_holds(engines: Engines) -> None:
     reasons = {completion.finish for completion in completions}
     assert reasons == {FinishReason.STOP, FinishReason.LENGTH}
     for completion in completions:
-        assert not set(completion.token_ids[:-1]) & set(ends)
+        assert not set(completion.token_ids[:-1].tolist()) & set(ends)
         if completion.finish is FinishReason.STOP:
             assert completion.token_ids[-1] in ends
         else:
@@ -112,16 +115,108 @@ def test_only_the_given_tokens_stop_a_response(engines: Engines) -> None:
     assert any(END in c.token_ids for c in completions)
 
 
-def test_text_is_the_decoded_response(engines: Engines, tiny_model: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    for completion in generate(engines, sampling(max_tokens=5))[0]:
-        assert completion.text == tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+def test_answers_are_those_of_vllms_own_endpoint(engines: Engines) -> None:
+    """What is most likely, as JSON of OpenAI's shape: the same tokens, and their log-probs to the last bit."""
+    how = sampling(temperature=0.0, max_tokens=40, stop_token_ids=(END, *range(200, 230)))
+    (engine,) = engines
+
+    async def asked_of_vllm(prompt: Prompt) -> list[Any]:
+        params = asdict(how) | {"n": 2, "ignore_eos": True, "logprobs": 0}
+        body = {"token_ids": prompt.token_ids, "sampling_params": params}
+        return (await control(engine).call("POST", "/inference/v1/generate", body))["choices"]
+
+    async def both(prompt: Prompt) -> tuple[list[Completion], list[Any]]:
+        return await engine.generate(prompt, how, 2), await asked_of_vllm(prompt)
+
+    reasons = set()
+    for prompt in PROMPTS:
+        completions, choices = engines.run(both(prompt))
+        for completion, choice in zip(completions, choices, strict=True):
+            assert completion.token_ids.tolist() == choice["token_ids"]
+            logprobs = [entry["logprob"] for entry in choice["logprobs"]["content"]]
+            assert completion.logprobs.tolist() == pytest.approx(logprobs, abs=1e-6)
+            assert completion.finish == choice["finish_reason"]
+            reasons.add(completion.finish)
+    assert reasons == {FinishReason.STOP, FinishReason.LENGTH}
 
 
-def test_a_refused_request_says_why(engines: Engines) -> None:
+def test_the_shortest_prompt_and_the_shortest_response(engines: Engines) -> None:
+    """A prompt of one token, and responses that are an end token and nothing else."""
+    everything = tuple(range(264))
+    (only,) = engines.run(engines.generate(Prompt("one", (5,), "", ""), sampling(stop_token_ids=everything), 1))
+    assert (only.length, only.finish, only.logprobs.shape) == (1, FinishReason.STOP, (1,))
+    cut = engines.run(engines.generate(Prompt("one", (5,), "", ""), sampling(max_tokens=1, stop_token_ids=()), 3))
+    assert [(completion.length, completion.finish) for completion in cut] == [(1, FinishReason.LENGTH)] * 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"token_ids": []}, ""),
+        ({"token_ids": [5] * 500}, r"token_ids\(500\) \+ max_tokens\(4\) = 504 is more than --max-model-len\(192\)"),
+        ({"token_ids": [3, 264]}, "from 0 to 263"),
+        ({"token_ids": [-1]}, "from 0 to 263"),
+        ({"token_ids": "34"}, "TypeError"),
+        ({"n": 0}, "n must be"),
+        ({"max_tokens": 0}, "max_tokens must be"),
+        ({"temperature": -1.0}, "temperature must be"),
+        ({"stop_token_ids": ["x"]}, "stop_token_ids"),
+        ({"n": None}, ""),
+    ],
+)
+def test_a_request_that_makes_no_sense_is_refused(engines: Engines, changes: dict[str, Any], says: str) -> None:
+    (engine,) = engines
+    body = {"token_ids": [3, 4], "n": 1, **asdict(sampling(max_tokens=4))} | changes
+    with pytest.raises(EngineError, match=rf"engine 0, .*: HTTP 400: [\s\S]*{says}[\s\S]*is running"):
+        engines.run(control(engine).fetch("POST", GENERATE, body))
+    with pytest.raises(EngineError, match="HTTP 400: KeyError"):
+        engines.run(control(engine).fetch("POST", GENERATE, {}))
+    assert len(engines.run(engines.generate(PROMPTS[0], sampling(max_tokens=1), 2))) == 2
+
+
+def test_a_refused_request_says_which_prompt_it_was_for(engines: Engines) -> None:
     too_long = Prompt("long", tuple([5] * 500), "", "")
     with pytest.raises(EngineError, match=r"engine 0.*prompt long: HTTP 400[\s\S]*is running"):
         engines.run(engines.generate(too_long, sampling(), 1))
+
+
+def test_progress_is_that_of_what_is_being_written_and_ends_with_whoever_asked(engines: Engines) -> None:
+    (engine,) = engines
+    endless = sampling(stop_token_ids=())
+
+    async def begin_and_leave() -> list[Progress]:
+        looks = [await engine.progress()]
+        tasks = [asyncio.create_task(engine.generate(prompt, endless, 200)) for prompt in PROMPTS]
+        while looks[-1].tokens < 1000:
+            looks.append(await engine.progress())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        async with asyncio.timeout(5):  # far less than the rest would have taken
+            while (last := await engine.progress()) != looks[0]:
+                await asyncio.sleep(0.02)
+        return [*looks, last]
+
+    first, *looks, last = engines.run(begin_and_leave())
+    assert first == last == Progress(0, 0)
+    tokens = [look.tokens for look in looks]
+    assert tokens == sorted(tokens) and tokens[-1] <= 200 * len(PROMPTS) * 64
+
+
+def test_responses_that_ended_before_the_others_are_counted(engines: Engines) -> None:
+    (engine,) = engines
+
+    async def looks() -> list[int]:
+        task = asyncio.create_task(engine.generate(PROMPTS[0], sampling(stop_token_ids=tuple(range(0, 264, 8))), 300))
+        finished = []
+        while not task.done():
+            finished.append((await engine.progress()).finished)
+        assert len(await task) == 300
+        return finished
+
+    finished = engines.run(looks())
+    assert 0 < max(finished) < 300
+    assert finished[: finished.index(max(finished))] == sorted(finished[: finished.index(max(finished))])
 
 
 @pytest.mark.parametrize(("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])

@@ -1,4 +1,4 @@
-"""Asks an engine over HTTP, JSON there and JSON back, and tells what became of its process where that fails."""
+"""Asks an engine over HTTP, and tells what became of its process where that fails."""
 
 from __future__ import annotations
 
@@ -21,24 +21,54 @@ _ANSWER_CHARACTERS = 500
 """How much a message shows of an answer that cannot be read."""
 
 
-class JsonClient:
-    """Requests to one engine. Proxies of the environment are not asked.
+class Client:
+    """Requests to one engine, all at once where they come at once. Proxies of the environment are not asked.
 
     Args:
         server: the engine's processes.
         url: where it answers.
-        request_seconds: limit on one request, from when it is sent; the engine may queue it.
-        connections: requests sent at once; more wait here.
+        answer_seconds: limit on one request; None for requests that may take as long as they do.
 
     Raises:
-        EngineError: from `call` and `reading`, for whatever goes wrong.
+        EngineError: from `fetch`, `call` and `reading`, for whatever goes wrong.
     """
 
-    def __init__(self, server: Server, url: str, *, request_seconds: float, connections: int) -> None:
+    def __init__(self, server: Server, url: str, *, answer_seconds: float | None = None) -> None:
         self.name = server.name
-        self._server, self._url = server, url
-        self._request_seconds, self._connections = request_seconds, connections
+        self._server, self._url, self._answer_seconds = server, url, answer_seconds
         self._session: aiohttp.ClientSession | None = None
+
+    async def fetch(
+        self, method: str, path: str, body: Any = None, *, what: str | None = None, may_miss: bool = False
+    ) -> bytes | None:
+        """What the server answers.
+
+        Args:
+            body: what to send as JSON.
+            what: what is being done, for messages; the path where it is not given.
+            may_miss: the result is None for a path that the server does not know.
+        """
+        what = what or path
+        if self._session is None:
+            self._session = aiohttp.ClientSession(
+                self._url,
+                # One connection per request: a kept one may be closed by the server just as we use it again.
+                connector=aiohttp.TCPConnector(limit=0, force_close=True),
+                timeout=aiohttp.ClientTimeout(total=self._answer_seconds),
+            )
+        try:
+            async with self._session.request(method, path, json=body) as response:
+                if response.status == 404 and may_miss:
+                    return None
+                if response.status != 200:
+                    failure = f"{what}: HTTP {response.status}: {(await response.text())[:_FAILURE_CHARACTERS]}"
+                    raise EngineError(await self._describe(failure, dying=response.status >= 500))
+                return await response.read()
+        except TimeoutError as error:
+            failure = f"{what}: no answer within {self._answer_seconds:g} s (engine.stall_seconds)"
+            raise EngineError(await self._describe(failure)) from error
+        except aiohttp.ClientError as error:
+            raise EngineError(await self._describe(f"{what}: {error or type(error).__name__}", dying=True)) from error
 
     async def call(
         self, method: str, path: str, body: Any = None, *, what: str | None = None, missing: Any = None
@@ -46,34 +76,13 @@ class JsonClient:
         """The JSON that the server answers, None for an answer without content.
 
         Args:
-            body: what to send as JSON.
-            what: what is being done, for messages; the path where it is not given.
             missing: where it is given, the result for a path that the server does not know.
         """
-        what = what or path
-        if self._session is None:
-            # One connection per request: a kept one may be closed by the server just as we use it again.
-            self._session = aiohttp.ClientSession(
-                self._url,
-                connector=aiohttp.TCPConnector(limit=self._connections, force_close=True),
-                # Counted from when a request is sent: waiting for a connection is no fault of the engine.
-                timeout=aiohttp.ClientTimeout(total=None, sock_read=self._request_seconds),
-            )
-        try:
-            async with self._session.request(method, path, json=body) as response:
-                if response.status == 404 and missing is not None:
-                    return missing
-                if response.status != 200:
-                    failure = f"{what}: HTTP {response.status}: {(await response.text())[:_FAILURE_CHARACTERS]}"
-                    raise EngineError(await self._describe(failure, dying=response.status >= 500))
-                content = await response.read()
-                with self.reading(content, what):
-                    return json.loads(content) if content else None
-        except TimeoutError as error:
-            failure = f"{what}: no answer within {self._request_seconds:g} s (engine.request_seconds)"
-            raise EngineError(await self._describe(failure)) from error
-        except aiohttp.ClientError as error:
-            raise EngineError(await self._describe(f"{what}: {error or type(error).__name__}", dying=True)) from error
+        content = await self.fetch(method, path, body, what=what, may_miss=missing is not None)
+        if content is None:
+            return missing
+        with self.reading(content, what or path):
+            return json.loads(content) if content else None
 
     @contextmanager
     def reading(self, answer: Any, what: str) -> Iterator[None]:

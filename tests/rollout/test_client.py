@@ -13,7 +13,7 @@ import pytest
 from aiohttp import web
 
 from dapo_megatron.errors import EngineError
-from dapo_megatron.rollout.json_client import JsonClient
+from dapo_megatron.rollout.client import Client
 from dapo_megatron.rollout.server import Server
 
 LIVES = "input()"
@@ -23,7 +23,7 @@ def ask(
     log: Path,
     answer: Callable[[web.Request], Awaitable[web.Response]],
     process: str = LIVES,
-    request_seconds: float = 5.0,
+    answer_seconds: float | None = None,
     **changes: Any,
 ) -> Any:
     """What `/ask` answers an engine whose process is `process`."""
@@ -36,7 +36,7 @@ def ask(
         await web.TCPSite(runner, "127.0.0.1", 0).start()
         server = Server("engine 3", [sys.executable, "-c", process], os.environ, log, lambda: True)
         url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-        client = JsonClient(server, url, request_seconds=request_seconds, connections=2)
+        client = Client(server, url, answer_seconds=answer_seconds)
         try:
             return await client.call("POST", **{"path": "/ask", "body": {}, "what": "asking"} | changes)
         finally:
@@ -93,8 +93,8 @@ def test_an_engine_that_does_not_answer_in_time_is_an_error(tmp_path: Path) -> N
         await asyncio.sleep(3)
         return web.json_response({})
 
-    with pytest.raises(EngineError, match=r"asking: no answer within 0.3 s \(engine.request_seconds\)"):
-        ask(tmp_path / "log", never, request_seconds=0.3)
+    with pytest.raises(EngineError, match=r"asking: no answer within 0.3 s \(engine.stall_seconds\)"):
+        ask(tmp_path / "log", never, answer_seconds=0.3)
 
 
 def test_a_failure_tells_how_the_process_ended(tmp_path: Path) -> None:
