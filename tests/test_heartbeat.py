@@ -79,7 +79,7 @@ def test_the_others_wait_for_the_leader_longer_than_the_time_after_which_a_rank_
         peers.after_leader("bucket")
         came.put(Failure("came", 0))
 
-    threads = [threading.Thread(target=follow, args=(peers,)) for peers in others]
+    threads = [threading.Thread(target=follow, args=(peers,), daemon=True) for peers in others]
     for thread in threads:
         thread.start()
     leader.after_leader("rollout")  # it may be ahead, too
