@@ -100,7 +100,7 @@ def test_other_calls_than_the_leaders_are_an_error(three: Three) -> None:
 
 def test_a_failure_reaches_the_leader_with_its_reason_and_the_others_without(three: Three) -> None:
     (leader, first, second), (at_leader, at_first, at_second) = three
-    long = "error: " + "\ud83d\n" * 20_000
+    long = "error: " + "\ud83d\n" * 60_000
     threading.Thread(target=first.tell, args=(Failure(long, 7),), daemon=True).start()
     heard = at_leader.get(timeout=10)
     assert heard.exit_code == 7
@@ -146,12 +146,14 @@ def test_a_stranger_is_not_let_in(tmp_path: Path) -> None:
 
 
 def test_ranks_of_several_machines_find_the_leader_by_its_address_and_wait_for_the_last(tmp_path: Path) -> None:
+    failures: Failures = queue.SimpleQueue()
     with ThreadPoolExecutor(3) as pool:
-        early = [pool.submit(joined, tmp_path, rank, 3, pytest.fail, address="localhost") for rank in range(2)]
-        time.sleep(2 * LOST_SECONDS)
+        early = [pool.submit(joined, tmp_path, rank, 3, failures.put, address="localhost") for rank in range(2)]
+        time.sleep(2 * LOST_SECONDS + SETTLE_SECONDS)
         assert not early[0].done() and early[1].done()
-        for member in (*early, pool.submit(joined, tmp_path, 2, 3, pytest.fail)):
+        for member in (*early, pool.submit(joined, tmp_path, 2, 3, failures.put)):
             member.result(10).close()
+    assert failures.empty()
 
 
 def test_ranks_that_do_not_come_are_named(tmp_path: Path) -> None:
