@@ -101,9 +101,7 @@ class _Rank:
         for number in (signal.SIGTERM, signal.SIGINT):  # nothing replaces the reason
             signal.signal(number, signal.SIG_IGN)
         failure = self._cause(error)
-        deadline = threading.Timer(_CLOSE_SECONDS, leave, [failure.exit_code])
-        deadline.daemon = True
-        deadline.start()
+        _leave_within(_CLOSE_SECONDS, failure.exit_code)
         self._say(failure)
         try:
             self._opened.close()
@@ -152,14 +150,23 @@ class _Rank:
         self._ended_by_peer = True
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
         if not self._said.wait(_UNWIND_SECONDS):
+            _leave_within(_UNWIND_SECONDS, failure.exit_code)
             self._say(failure)
             leave(failure.exit_code)
 
     def _follow(self, failure: Failure) -> None:
         """On another rank, in a thread: the leader has ended, or is lost. There is nothing to close here."""
+        _leave_within(_UNWIND_SECONDS, failure.exit_code)
         if failure.reason:
             self._print(f"dapo-megatron: rank {self._rank}: {failure.reason}")
         leave(failure.exit_code)
+
+
+def _leave_within(seconds: float, exit_code: int) -> None:
+    """Leave after so long at the latest, whatever hangs meanwhile: a terminal that takes no more, a server."""
+    deadline = threading.Timer(seconds, os._exit, [exit_code])
+    deadline.daemon = True
+    deadline.start()
 
 
 def _terminate(signum: int, frame: FrameType | None) -> None:

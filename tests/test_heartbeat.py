@@ -41,6 +41,9 @@ class Board:
         return (self._folder / key).read_bytes()
 
 
+def ignore(failure: Failure) -> None: ...
+
+
 def joined(
     folder: Path, rank: int, ranks: int, on_failure: Callable[[Failure], None], *, address: str | None = None
 ) -> Peers:
@@ -63,7 +66,7 @@ Three = tuple[list[Peers], list[Failures]]
 
 
 def test_a_run_of_one_process_waits_for_nobody() -> None:
-    peers = join(Board(Path()), 0, 1, pytest.fail, address=None, lost_seconds=1, join_seconds=1)
+    peers = join(Board(Path()), 0, 1, ignore, address=None, lost_seconds=1, join_seconds=1)
     peers.after_leader("rollout")
     assert peers.failure() is None
     assert not peers.tell(Failure("error: x", 1))
@@ -79,7 +82,7 @@ def test_the_others_wait_for_the_leader_longer_than_the_time_after_which_a_rank_
         peers.after_leader("bucket")
         came.put(Failure("came", 0))
 
-    threads = [threading.Thread(target=follow, args=(peers,)) for peers in others]
+    threads = [threading.Thread(target=follow, args=(peers,), daemon=True) for peers in others]
     for thread in threads:
         thread.start()
     leader.after_leader("rollout")  # it may be ahead, too
@@ -100,7 +103,7 @@ def test_other_calls_than_the_leaders_are_an_error(three: Three) -> None:
 
 def test_a_failure_reaches_the_leader_with_its_reason_and_the_others_without(three: Three) -> None:
     (leader, first, second), (at_leader, at_first, at_second) = three
-    long = "error: " + "\ud83d\n" * 20_000
+    long = "error: " + "\ud83d\n" * 60_000
     threading.Thread(target=first.tell, args=(Failure(long, 7),), daemon=True).start()
     heard = at_leader.get(timeout=10)
     assert heard.exit_code == 7
@@ -132,7 +135,7 @@ def test_ranks_that_leave_are_not_missed(three: Three) -> None:
 
 def test_a_stranger_is_not_let_in(tmp_path: Path) -> None:
     with ThreadPoolExecutor(2) as pool:
-        leader = pool.submit(joined, tmp_path, 0, 2, pytest.fail)
+        leader = pool.submit(joined, tmp_path, 0, 2, ignore)
         place = json.loads(Board(tmp_path).get("heartbeat"))
         for hello in ({"rank": 1, "host": "x", "token": "x"}, {"rank": 1}, [], "x" * 300_000):
             with socket.create_connection((place["host"], place["port"]), timeout=5) as stranger:
@@ -140,23 +143,25 @@ def test_a_stranger_is_not_let_in(tmp_path: Path) -> None:
                 with suppress(ConnectionResetError):
                     assert stranger.recv(100) == b""
         assert not leader.done()
-        member = pool.submit(joined, tmp_path, 1, 2, pytest.fail)
+        member = pool.submit(joined, tmp_path, 1, 2, ignore)
         for peers in (member, leader):
             peers.result(10).close()
 
 
 def test_ranks_of_several_machines_find_the_leader_by_its_address_and_wait_for_the_last(tmp_path: Path) -> None:
+    failures: Failures = queue.SimpleQueue()
     with ThreadPoolExecutor(3) as pool:
-        early = [pool.submit(joined, tmp_path, rank, 3, pytest.fail, address="localhost") for rank in range(2)]
-        time.sleep(2 * LOST_SECONDS)
+        early = [pool.submit(joined, tmp_path, rank, 3, failures.put, address="localhost") for rank in range(2)]
+        time.sleep(2 * LOST_SECONDS + SETTLE_SECONDS)
         assert not early[0].done() and early[1].done()
-        for member in (*early, pool.submit(joined, tmp_path, 2, 3, pytest.fail)):
+        for member in (*early, pool.submit(joined, tmp_path, 2, 3, failures.put)):
             member.result(10).close()
+    assert failures.empty()
 
 
 def test_ranks_that_do_not_come_are_named(tmp_path: Path) -> None:
     with pytest.raises(DapoError, match=r"ranks \[1, 2\] of 3 did not come within launch.collective_seconds\(0.2\)"):
-        join(Board(tmp_path), 0, 3, pytest.fail, address=None, lost_seconds=1, join_seconds=0.2)
+        join(Board(tmp_path), 0, 3, ignore, address=None, lost_seconds=1, join_seconds=0.2)
 
 
 def member(folder: str, rank: str) -> None:

@@ -48,6 +48,8 @@ def _left_alone(leaves: bool) -> tuple[bool, str]:
     import time
     from datetime import timedelta
 
+    from megatron.core import parallel_state as mpu
+
     from dapo_megatron.actor import topology
 
     topo = topology.initialize(ParallelConfig(), timeout=timedelta(seconds=2))
@@ -61,6 +63,7 @@ def _left_alone(leaves: bool) -> tuple[bool, str]:
     else:
         topo.broadcast(None)
         time.sleep(0 if leaves else 4)
+    mpu.destroy_model_parallel()
     dist.destroy_process_group()
     return seen
 
