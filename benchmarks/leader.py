@@ -84,12 +84,12 @@ def ranks() -> Iterator[Topology]:
         process.start()
     try:
         yield join(0, port)
+        topology.shutdown()
         for process in others:
             process.join()
     finally:
         for process in others:
             process.kill()
-        topology.shutdown()
 
 
 def configuration(responses: int, folder: Path) -> Config:
