@@ -84,12 +84,12 @@ def ranks() -> Iterator[Topology]:
         process.start()
     try:
         yield join(0, port)
+        topology.shutdown()
         for process in others:
             process.join()
     finally:
         for process in others:
             process.kill()
-        topology.shutdown()
 
 
 def configuration(responses: int, folder: Path) -> Config:
@@ -108,9 +108,15 @@ def configuration(responses: int, folder: Path) -> Config:
 def checked(prompts: int) -> Checked:
     """Return what `preflight` would read: the sizes of Qwen2.5-32B, and prompts."""
     rng = random.Random(0)
-    sizes = {"hidden_size": 5_120, "num_hidden_layers": 64, "num_attention_heads": 40, "num_key_value_heads": 8}
     return Checked(
-        hf_config=Qwen2Config(**sizes, intermediate_size=27_648, vocab_size=152_064),
+        hf_config=Qwen2Config(
+            vocab_size=152_064,
+            hidden_size=5_120,
+            intermediate_size=27_648,
+            num_hidden_layers=64,
+            num_attention_heads=40,
+            num_key_value_heads=8,
+        ),
         tokenizer=canned.tokenizer(),
         stop_token_ids=(0,),
         train=[

@@ -110,7 +110,7 @@ def rollout(size: Size, seed: int) -> list[TrainSample]:
         length = prompt + min(RESPONSE_CAP, max(1, round(rng.lognormvariate(mu, RESPONSE_SIGMA))))
         samples.append(
             TrainSample(
-                token_ids=torch.randint(size.vocabulary, (length,), generator=generator),
+                token_ids=torch.randint(size.vocabulary, (length,), generator=generator).int(),
                 loss_mask=torch.arange(length) >= prompt,
                 rollout_logprobs=0.2 * torch.randn(length, generator=generator) - math.log(size.vocabulary),
                 advantage=rng.gauss(0, 1),
@@ -140,9 +140,10 @@ def settings(folder: Path, dtype: str, size: Size) -> Config:
 def ours(config: Config, topo: topology.Topology, samples: Sequence[TrainSample]) -> Step:
     actor = Actor(config, topo, HfCheckpoint(config.model.path))
     loss = Objective(config.algo)
-    ((packed,),) = pack(samples, mini_batch=len(samples), micro_batch_tokens=BUDGET, replicas=1, seed=0)
-    batches = tuple(replace(batch, old_logprobs_T=batch.rollout_logprobs_T) for batch in packed.micro_batches)
-    mini_batch = replace(packed, micro_batches=batches)
+    packed = pack(samples, mini_batch=len(samples), micro_batch_tokens=BUDGET, replicas=1, seed=0)
+    (mini_batch,) = packed.share(0).mini_batches()
+    batches = tuple(replace(batch, old_logprobs_T=batch.rollout_logprobs_T) for batch in mini_batch.micro_batches)
+    mini_batch = replace(mini_batch, micro_batches=batches)
 
     def step() -> tuple[float, float]:
         result = actor.update(mini_batch, loss, lr=config.optimizer.lr)
@@ -169,8 +170,8 @@ def padded_rows(batch: Sequence[TrainSample]) -> Rows:
         return pad_sequence(rows, batch_first=True)
 
     return Rows(
-        tokens_BW=pad([sample.token_ids[:-1] for sample in batch]),
-        labels_BW=pad([sample.token_ids[1:] for sample in batch]),
+        tokens_BW=pad([sample.token_ids[:-1] for sample in batch]).long(),
+        labels_BW=pad([sample.token_ids[1:] for sample in batch]).long(),
         loss_mask_BW=pad([sample.loss_mask[1:] for sample in batch]),
         old_logprobs_BW=pad([sample.rollout_logprobs[1:] for sample in batch]),
         advantages_BW=pad([torch.full((sample.length - 1,), sample.advantage) for sample in batch]),

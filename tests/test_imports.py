@@ -99,6 +99,7 @@ def test_imports_keep_to_the_rooms(path: Path) -> None:
         ("algo.loss", "def f():\n    from torch import distributed"),
         ("pack.bins", "import torch.distributed as dist"),
         ("rollout.adapters.vllm", "import vllm"),
+        ("rollout.endpoints.vllm", "from dapo_megatron.weights.buckets import flatten"),
         ("rollout.adapters.vllm", "from dapo_megatron.weights.gloo import BACKEND"),
         ("weights.gloo", "from vllm import LLM"),
         ("actor.actor", "from dapo_megatron.rollout import engine"),

@@ -88,6 +88,6 @@ class Share(NamedTuple):
         return list(map(TrainSample, *columns, self.advantages.tolist(), self.groups.tolist()))
 
 
-def _flat(rows: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+def _flat(rows: list[Tensor], dtype: torch.dtype) -> Tensor:
     """Join rows; none at all have their type too, for receivers go by it."""
     return torch.cat(rows).to(dtype) if rows else torch.empty(0, dtype=dtype)

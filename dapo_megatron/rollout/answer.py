@@ -55,4 +55,7 @@ def decode(content: bytes) -> list[Completion]:
     for index, *span in arrays["versions"].tolist():
         spans[index].append(VersionSpan(*span))
     finish = [_FINISH[index] for index in arrays["finish"].tolist()]
-    return [Completion(*parts, tuple(own)) for *parts, own in zip(tokens, logprobs, finish, spans, strict=True)]
+    return [
+        Completion(token_ids, values, reason, tuple(own))
+        for token_ids, values, reason, own in zip(tokens, logprobs, finish, spans, strict=True)
+    ]

@@ -4,13 +4,12 @@ import torch
 from dapo_megatron.algo.advantage import group_advantages
 from dapo_megatron.algo.samples import to_samples
 from dapo_megatron.config import AlgoConfig
-from dapo_megatron.types import Completion, FinishReason, Group, Prompt, VersionSpan
+from dapo_megatron.types import FinishReason, Group, Prompt
+from tests.helpers.completions import completion as made
 
 
-def completion(tokens, finish=FinishReason.STOP, versions=(4,)):
-    logprobs = tuple(-0.5 - index for index in range(len(tokens)))
-    spans = tuple(VersionSpan(version, 0, len(tokens)) for version in versions)
-    return Completion(tuple(tokens), logprobs, finish, "", spans)
+def completion(tokens, finish=FinishReason.STOP):
+    return made(tokens, [-0.5 - index for index in range(len(tokens))], finish)
 
 
 def group(*completions, rewards, prompt=(7, 8)):
@@ -20,7 +19,7 @@ def group(*completions, rewards, prompt=(7, 8)):
 
 GROUPS = [
     group(completion([1, 2]), completion([3], FinishReason.LENGTH), rewards=(1.0, -1.0)),
-    group(completion([4, 5, 6], versions=(5, 3)), completion([9]), rewards=(-0.5, 1.0), prompt=(1,)),
+    group(completion([4, 5, 6]), completion([9]), rewards=(-0.5, 1.0), prompt=(1,)),
 ]
 
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import sys
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from dapo_megatron.config import Config
 from dapo_megatron.config_file import parse
-from dapo_megatron.errors import ConfigError
+from dapo_megatron.errors import ConfigError, EngineError
 from dapo_megatron.rollout.adapter import EngineAdapter, adapter_for
 from dapo_megatron.rollout.adapters.vllm import Adapter
 from dapo_megatron.rollout.client import Client
@@ -71,6 +73,7 @@ class GreeterEngine:
         return [written(f"{greeting} from {number}")] * n
 
     async def progress(self) -> Progress:
+        await self.http.call("GET", "/")
         return Progress(0, 0)
 
     async def join_group(self, info: dict[str, Any]) -> None: ...
@@ -107,15 +110,50 @@ def test_an_adapter_from_elsewhere_runs_and_load_is_spread(tmp_path: Path) -> No
     assert (tmp_path / "engine1.log").exists()
 
 
-class Silent:
+class Spelled:
+    times = 0
+
     def __repr__(self) -> str:
-        raise AssertionError("spelled")
+        self.times += 1
+        return "spelled"
 
 
 def test_the_result_of_a_run_is_not_spelled_on_its_way(tmp_path: Path) -> None:
     """asyncio does that with a task's result, and a rollout holds millions of tokens."""
     with closing(Engines(config(f"{__name__}:Greeter"), tmp_path, ranks=0)) as engines:
-        assert isinstance(engines.run(asyncio.sleep(0, Silent())), Silent)
+        assert engines.run(asyncio.sleep(0, Spelled())).times == 0
+
+
+@pytest.mark.parametrize(
+    ("number", "says"), [(signal.SIGSTOP, "engine 1 does not answer"), (signal.SIGKILL, "engine 1, /: ")]
+)
+def test_an_engine_that_hangs_or_dies_ends_whatever_is_being_done(
+    tmp_path: Path, number: signal.Signals, says: str
+) -> None:
+    """Its guard, which is to end it, hangs as well."""
+    cancelled = False
+
+    async def work() -> None:
+        nonlocal cancelled
+        try:
+            await asyncio.sleep(0.3)
+            for process in reversed(family):
+                process.send_signal(number)
+            await asyncio.sleep(60)
+        finally:
+            cancelled = True
+
+    engines = Engines(config(f"{__name__}:Greeter", count=2, stall_seconds=1.5), tmp_path, ranks=0)
+    try:
+        engines.wait_ready()
+        guards = [p for p in psutil.Process().children() if "dapo_megatron.rollout.guard" in p.cmdline()]
+        family = [guards[1], *guards[1].children(recursive=True)]
+        with pytest.raises(EngineError, match=says):
+            engines.run(work())
+        assert cancelled
+    finally:
+        engines.close()
+    assert not [process for process in family if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
 
 
 def test_the_kind_is_the_name_of_a_module() -> None:
