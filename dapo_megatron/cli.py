@@ -189,6 +189,8 @@ def _launch(ranks: int, module: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     logging.disable(logging.ERROR)
+    # Ranks close within 10 seconds; what is left is stopped, and only SIGKILL ends it.
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "12")
     options = ["--standalone", "--nproc-per-node", str(ranks), "--signals-to-handle", ",".join(_heeded()), "--module"]
     try:
         torchrun.run(torchrun.parse_args([*options, *module]))

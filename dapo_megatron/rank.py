@@ -33,8 +33,9 @@ from dapo_megatron.train import train
 
 log = logging.getLogger(__name__)
 
-_CLOSE_SECONDS = 20.0
-"""For closing everything after a failure; torchrun kills ranks 30 seconds after the first one has ended."""
+_CLOSE_SECONDS = 10.0
+"""For closing everything after a failure; torchrun kills what is left of a run, 30 seconds after its first rank ended, or
+12 where `dapo-megatron train` has started it."""
 _UNWIND_SECONDS = 5.0
 """For the main thread to hear that another rank failed. In a collective it hears nothing."""
 

@@ -88,6 +88,6 @@ class LaunchConfig(Section):
     collective_seconds: PositiveFloat = 600.0
     """How long ranks wait for one another in a collective. What the leader does alone, a rollout for example, has no
     limit here."""
-    lost_seconds: PositiveFloat = 45.0
+    lost_seconds: PositiveFloat = 30.0
     """A rank from which nothing was heard for so long counts as lost and ends the run; every fifth of it, ranks send a
     sign of life."""

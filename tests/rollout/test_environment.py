@@ -29,12 +29,12 @@ def test_what_torchrun_told_the_ranks_is_not_told_to_engines(place: Place) -> No
     assert (env["PATH"], env["NCCL_DEBUG"]) == ("/bin", "INFO")
 
 
-def test_engines_on_cpu_share_the_cores_and_leave_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engines_on_cpu_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     def threads(cores: int, **engine: Any) -> str:
         monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
         return environment(EngineConfig(**engine), CPU, {"OMP_NUM_THREADS": "64"})["OMP_NUM_THREADS"]
 
-    assert (threads(9), threads(9, count=2), threads(1)) == ("8", "4", "1")
+    assert (threads(9), threads(9, count=2), threads(1)) == ("9", "4", "1")
 
 
 def test_engines_on_gpus_see_theirs() -> None:
