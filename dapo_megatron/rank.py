@@ -34,7 +34,7 @@ from dapo_megatron.train import train
 log = logging.getLogger(__name__)
 
 _CLOSE_SECONDS = 10.0
-"""For closing everything after a failure; torchrun kills what is left of a run, 30 seconds after its first rank ended, or
+"""For closing everything after a failure. torchrun kills what is left of a run 30 seconds after its first rank ended,
 12 where `dapo-megatron train` has started it."""
 _UNWIND_SECONDS = 5.0
 """For the main thread to hear that another rank failed. In a collective it hears nothing."""
