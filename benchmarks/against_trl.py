@@ -76,7 +76,7 @@ def trl(problem: str, peer: str, steps: int, seed: int) -> Measured:
         "PYTHONPATH": str(ROOT),
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
-        # vLLM as our engines run it (rollout/adapters/vllm.py). Compiling, or Intel's OpenMP, made it no faster here.
+        # vLLM as our engines run it (rollout/adapters/vllm.py).
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_NO_USAGE_STATS": "1",
