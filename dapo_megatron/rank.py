@@ -14,7 +14,7 @@ import threading
 import traceback
 import warnings
 from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -144,7 +144,8 @@ class _Rank:
         if self._obs:
             self._obs.last_words(printable(text))
         else:
-            print(printable(text), file=sys.stderr, flush=True)
+            with suppress(OSError):  # the others are to be told all the same
+                print(printable(text), file=sys.stderr, flush=True)
 
     def _heard_of(self, failure: Failure) -> None:
         """On the leader, in a thread: another rank failed. Unwind the main thread, or end without it."""

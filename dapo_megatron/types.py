@@ -92,6 +92,7 @@ class Completion:
     """float32 [L], nats: log-probability of each token under the distribution it was sampled from."""
     finish: FinishReason
     versions: tuple[VersionSpan, ...]
+    """Which weights wrote it, at least one span."""
 
     def __post_init__(self) -> None:
         if self.token_ids.shape != self.logprobs.shape or self.token_ids.ndim != 1:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
-from dapo_megatron.config.section import PositiveFloat, PositiveInt, Section
+from dapo_megatron.config.section import PositiveInt, Section
 from dapo_megatron.errors import ConfigError
 
 
@@ -85,9 +85,9 @@ class LaunchConfig(Section):
     """Ranks that `dapo-megatron train` starts on this machine. Under torchrun, torchrun decides."""
     threads: PositiveInt = 1
     """CPU threads of each rank that `dapo-megatron train` starts, whatever OMP_NUM_THREADS it was started with."""
-    collective_seconds: PositiveFloat = 600.0
+    collective_seconds: Annotated[float, Field(ge=1, le=1e9)] = 600.0
     """How long ranks wait for one another in a collective. What the leader does alone, a rollout for example, has no
     limit here."""
-    lost_seconds: PositiveFloat = 30.0
+    lost_seconds: Annotated[float, Field(ge=1, le=1e6)] = 30.0
     """A rank from which nothing was heard for so long counts as lost and ends the run; every fifth of it, ranks send a
     sign of life."""

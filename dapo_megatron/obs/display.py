@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Protocol, TextIO
 
 from rich.console import Console, Group, RenderableType
@@ -84,10 +85,13 @@ class PlainDisplay:
         self.show("  ".join([f"step {done}/{self._steps}", *parts, f"{seconds:.1f} s", f"left {left}"]))
 
     def show(self, text: str | Text) -> None:
-        print(text.plain if isinstance(text, Text) else printable(text), file=self._file, flush=True)
+        # A log on a full disk, a terminal that went away: the run goes on without it.
+        with suppress(OSError):
+            print(text.plain if isinstance(text, Text) else printable(text), file=self._file, flush=True)
 
     def close(self) -> None:
-        self._file.flush()
+        with suppress(OSError):
+            self._file.flush()
 
 
 class LiveDisplay:
@@ -126,10 +130,12 @@ class LiveDisplay:
                 self._trends[name] = [*self._trends.get(name, []), metrics[name]][-_TREND_STEPS:]
 
     def show(self, text: str | Text) -> None:
-        self._console.print(Text(printable(text)) if isinstance(text, str) else text)
+        with suppress(OSError):
+            self._console.print(Text(printable(text)) if isinstance(text, str) else text)
 
     def close(self) -> None:
-        self._live.stop()
+        with suppress(OSError):
+            self._live.stop()
 
     def _panel(self) -> RenderableType:
         metrics, now = self._metrics, time.monotonic()

@@ -6,7 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext, suppress
 from typing import Protocol
 
 from rich.text import Text
@@ -189,7 +189,8 @@ class RunObserver:
 
     def last_words(self, text: str) -> None:
         """Take the display off the terminal and print `text`, the last that is seen of this run."""
-        self._shown.close()
+        with suppress(OSError):
+            self._shown.close()
         self._output.last_words(text)
 
     def close(self) -> None:

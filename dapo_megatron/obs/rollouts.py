@@ -28,7 +28,7 @@ class RolloutWriter:
         Raises:
             OSError: where it cannot be written.
         """
-        size = self._path.stat().st_size
+        size = self._path.stat().st_size if self._path.exists() else 0
         try:
             # Model output may hold halves of surrogate pairs, which have no bytes in UTF-8: JSON spells them \ud83d.
             with self._path.open("a", encoding="utf-8", errors="backslashreplace") as file:

@@ -61,7 +61,8 @@ def text_end(completion: Completion, decode: Decode, characters: int) -> str:
     tokens = characters // 2
     while tokens < completion.length:
         text = decode(completion.token_ids[-tokens:])
-        if len(text) >= characters + _CUT:
+        # Cut bytes of a character become U+FFFD, and with them the bytes that follow in one go.
+        if len(text.lstrip("\ufffd")) >= characters + _CUT:
             return text
         tokens *= 2
     return decode(completion.token_ids)

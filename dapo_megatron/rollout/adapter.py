@@ -61,4 +61,9 @@ def adapter_for(config: Config) -> EngineAdapter:
         make = named.find(config.engine.kind, adapters.__name__, "Adapter", type)
     except ValueError as error:
         raise ConfigError(f"engine.kind: {error}") from error
+    members = {*EngineAdapter.__annotations__, "check", "command", "environment", "connect"}
+    if missing := sorted(name for name in members if not hasattr(make, name)):
+        raise ConfigError(
+            f"engine.kind: {config.engine.kind} lacks {', '.join(missing)}; rollout/adapter.py says what an adapter has"
+        )
     return make(config)

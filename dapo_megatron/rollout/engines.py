@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dapo_megatron.config import Config
+from dapo_megatron.errors import EngineError
 from dapo_megatron.rollout.adapter import adapter_for
 from dapo_megatron.rollout.admission import Admission
 from dapo_megatron.rollout.engine import Engine, Sampling
@@ -86,7 +87,14 @@ class Engines:
     async def generate(self, prompt: Prompt, sampling: Sampling, n: int) -> list[Completion]:
         """Sample `n` responses as soon as an engine can take them, on the one with the least to do."""
         async with self._admission.place(n) as index:
-            return await self._engines[index].generate(prompt, sampling, n)
+            engine = self._engines[index]
+            completions = await engine.generate(prompt, sampling, n)
+            if len(completions) != n or not all(completion.versions for completion in completions):
+                raise EngineError(
+                    f"{engine.name}: asked for {n} responses to prompt {prompt.uid}, each with the versions that wrote "
+                    f"it, got {len(completions)}, {sum(not c.versions for c in completions)} of them without versions"
+                )
+            return completions
 
     def run(self, work: Coroutine[Any, Any, T], /) -> T:
         """Run a coroutine to its end. What interrupts it, Ctrl-C for example, cancels the requests in flight.

@@ -207,3 +207,26 @@ def test_other_ranks_show_and_write_nothing(tmp_path: Path, capfd: pytest.Captur
     observer.close()
     assert capfd.readouterr() == ("", "")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_log_that_takes_no_more_does_not_end_a_run(
+    config: Config, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with capfd.disabled():
+        saved = os.dup(1), os.dup(2)
+        full = os.open("/dev/full", os.O_WRONLY)
+        try:
+            os.dup2(full, 1)
+            os.dup2(full, 2)
+            observer = RunObserver(config, read)
+            observer.message("going on")
+            observer.step(0, {"reward": 1.0}, [GROUP])
+            observer.last_words("error: the engine died")
+            observer.close()
+        finally:
+            for number, descriptor in enumerate(saved, 1):
+                os.dup2(descriptor, number)
+                os.close(descriptor)
+            os.close(full)
+    assert "going on" in (tmp_path / "test/log.txt").read_text()
+    assert "error: the engine died" in (tmp_path / "test/log.txt").read_text()
