@@ -82,3 +82,18 @@ def test_the_end_of_a_text_is_that_of_the_whole():
         whole = beginning_differently(make(tokens).token_ids)
         assert text_end(make(tokens), beginning_differently, characters)[-characters:] == whole[-characters:]
     assert text_end(make([]), read, 10) == ""
+
+
+def test_characters_whose_bytes_were_cut_do_not_count():
+    """A run of bytes without its beginning is no text at all, as in tokenizers' byte fallback."""
+
+    def bytes_together(token_ids: NDArray[np.int32]) -> str:
+        run = bytes(token_ids[token_ids < 256].astype(np.uint8))
+        try:
+            text = run.decode()
+        except UnicodeDecodeError:
+            text = "\ufffd" * len(run)
+        return text + read(token_ids[token_ids >= 256])
+
+    response = make([*("\u63a8" * 1001).encode(), *map(ord, "\u7b54" * 10)])
+    assert text_end(response, bytes_together, 100)[-100:] == bytes_together(response.token_ids)[-100:]

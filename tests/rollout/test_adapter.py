@@ -6,6 +6,7 @@ import asyncio
 import signal
 import sys
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,20 @@ def test_an_engine_that_hangs_or_dies_ends_whatever_is_being_done(
     assert not [process for process in family if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
 
 
+@pytest.mark.parametrize("answer", [[], [written("a"), replace(written("b"), versions=())]])
+def test_an_engine_that_answers_too_little_is_told_from_a_small_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: list[Completion]
+) -> None:
+    async def generate(*_: object) -> list[Completion]:
+        return answer
+
+    monkeypatch.setattr(GreeterEngine, "generate", generate)
+    with closing(Engines(config(f"{__name__}:Greeter"), tmp_path, ranks=0)) as engines:
+        engines.wait_ready()
+        with pytest.raises(EngineError, match="engine 0: asked for 2 responses to prompt p"):
+            engines.run(engines.generate(PROMPT, SAMPLING, 2))
+
+
 def test_the_kind_is_the_name_of_a_module() -> None:
     assert isinstance(adapter_for(config("vllm")), Adapter)
 
@@ -170,6 +185,7 @@ def test_the_kind_is_the_name_of_a_module() -> None:
         ),
         ("json:Adapter", "module 'json' has no attribute 'Adapter'"),
         (":Adapter", "Empty module name"),
+        ("json:JSONDecoder", "json:JSONDecoder lacks check, command, connect, environment, health, packages"),
     ],
 )
 def test_a_kind_that_is_not_there(kind: str, message: str) -> None:
