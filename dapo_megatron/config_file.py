@@ -120,7 +120,7 @@ def _unknown_key(location: list[str]) -> str:
         return f"{message}; data parallel is what is left: ranks / (tp x pp x cp). Choose the ranks (launch.processes)"
     if place := _all_keys().get(last):
         return f"{message}; did you mean {place}?"
-    if near := difflib.get_close_matches(last, known, n=1, cutoff=0.6):
+    if near := difflib.get_close_matches(last, known, n=1, cutoff=0.75):
         return f"{message}; did you mean {'.'.join([*parents, near[0]])}?"
     if elsewhere := difflib.get_close_matches(last, _all_keys(), n=1, cutoff=0.85):
         return f"{message}; did you mean {_all_keys()[elsewhere[0]]}?"

@@ -15,14 +15,17 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from dapo_megatron.actor.architecture import check_layout
 from dapo_megatron.config import Config, EngineConfig, EvalConfig, RewardConfig, RunConfig
 from dapo_megatron.data.prompts import load_prompts
-from dapo_megatron.data.tokenizer import end_token_ids, load_tokenizer
+from dapo_megatron.data.tokenizer import decoder, end_token_ids, load_tokenizer
 from dapo_megatron.errors import ConfigError
 from dapo_megatron.hf_folder import read_hf_config
 from dapo_megatron.obs.run_folder import check_run_folder
 from dapo_megatron.obs.sinks import check_sinks
+from dapo_megatron.reward.format import TAGS
 from dapo_megatron.reward.math import PACKAGES
 from dapo_megatron.rollout.adapter import adapter_for
 from dapo_megatron.rollout.place import check_gpus
@@ -103,6 +106,7 @@ def _check_sampling(config: Config) -> Any:
 def _read(config: Config, hf_config: Any, train: str | None) -> Checked:
     tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
     ends = end_token_ids(tokenizer, config.rollout.stop_token_ids)
+    _check_format(config.reward, tokenizer)
     _check_vocabulary("the end tokens hold", ends, hf_config)
     warnings = [*_exposure(config.engine), *_idle(config)]
 
@@ -113,6 +117,19 @@ def _read(config: Config, hf_config: Any, train: str | None) -> Checked:
     for prompt in (*checked.train, *checked.held_out):
         _check_vocabulary(f"{prompt.uid} holds", prompt.token_ids, hf_config)
     return checked
+
+
+def _check_format(reward: RewardConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a format whose tags cannot be seen in a response's text: special tokens are left out of that."""
+    decode = decoder(tokenizer)
+    for tag in TAGS if reward.format == "r1" else ():
+        token_ids = tokenizer.encode(tag, add_special_tokens=False)
+        if tag not in (text := decode(np.array(token_ids, np.int32))):
+            raise ConfigError(
+                f"reward.format=r1 looks for {tag} in the text of a response, but this tokenizer writes it as tokens "
+                f"{token_ids} and reads {text!r} from them: no response could keep the format. Where it is a special "
+                f"token, set special to false in tokenizer.json (added_tokens), or set reward.format=none"
+            )
 
 
 def _idle(config: Config) -> Iterable[str]:

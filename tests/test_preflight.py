@@ -156,6 +156,7 @@ def test_it_imports_no_heavy_library(tmp_path: Path) -> None:
         ({"engine": {"port": 65_535, "count": 2}}, 1, r"65535\) \+ engine.count\(2\) - 1 = 65536"),
         ({"run": {"wandb_project": "x"}}, 1, r"wandb is not installed, .*\[wandb\].*run.wandb_project=null"),
         ({"rollout": {"stop_token_ids": [99]}}, 1, r"\[99\] are not among the tokenizer's \d+ tokens"),
+        ({"reward": {"format": "r1"}}, 1, r"looks for <think> .* no response could keep the format"),
     ],
 )
 def test_settings_that_cannot_work(

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from dapo_megatron.config.section import Fraction, PositiveFloat, PositiveInt, Section
+from dapo_megatron.config.section import Fraction, PositiveFloat, PositiveInt, Section, Temperature
 
 
 class DataConfig(Section):
@@ -40,7 +40,7 @@ class RolloutConfig(Section):
     """Responses per prompt (G of the paper). An advantage compares responses, so one is not enough."""
     max_response_tokens: PositiveInt = 20_480
     """Cap on generated tokens, the end token included."""
-    temperature: PositiveFloat = 1.0
+    temperature: Annotated[Temperature, Field(gt=0)] = 1.0
     """Sampling temperature; the trainer computes its log-probs at the same."""
     top_p: Fraction = 1.0
     """Nucleus sampling; 1 is off. The trainer's log-probs are those of the full distribution."""
@@ -100,7 +100,7 @@ class EngineConfig(Section):
     cpu_kv_gib: PositiveInt = 1
     """GiB for the KV cache on CPU."""
     startup_seconds: PositiveFloat = 600.0
-    """How long an engine may take until it answers."""
+    """How long an engine may take until it answers, and then until its first token."""
     stall_seconds: PositiveFloat = 45.0
     """How long an engine may go without a sign of life, an answer or, while it writes responses, a new token."""
     extra_args: list[str] = []

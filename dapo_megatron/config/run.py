@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from dapo_megatron.config.section import Fraction, NonNegativeFloat, NonNegativeInt, PositiveInt, Section
+from dapo_megatron.config.section import Fraction, NonNegativeInt, PositiveInt, Section, Temperature
 
 
 class EvalConfig(Section):
@@ -17,8 +17,8 @@ class EvalConfig(Section):
     """Rollout steps between evaluations; 0 evaluates only before the first step and after the last."""
     samples: PositiveInt = 1
     """Responses per prompt; the accuracy is their mean."""
-    temperature: NonNegativeFloat = 1.0
-    """Sampling temperature; 0 is greedy."""
+    temperature: Temperature = 1.0
+    """Sampling temperature; 0 is greedy, and what lies between 0 and 0.01 is not to be had."""
     top_p: Fraction = 1.0
     """Nucleus sampling; 1 is off. The paper's evaluation used 0.7."""
 

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
+
+
+def _warm_or_greedy(temperature: float) -> float:
+    if 0 < temperature < 0.01:
+        raise ValueError(f"{temperature:g} is between 0 and 0.01, and vLLM would sample at 0.01 without a word")
+    return temperature
+
+
+Temperature = Annotated[float, Field(ge=0), AfterValidator(_warm_or_greedy)]
 
 
 class Section(BaseModel):

@@ -72,6 +72,10 @@ def decoder(tokenizer: PreTrainedTokenizerBase) -> Decode:
         # What its own decode comes to, which first walks over the ids in Python.
         backend = tokenizer.backend_tokenizer
         return lambda token_ids: backend.decode(token_ids.tolist(), skip_special_tokens=True)
+    # Models have padded vocabularies. The tokenizers library passes over ids that no token has; others may raise.
+    known = len(tokenizer)
     return lambda token_ids: str(
-        tokenizer.decode(token_ids.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        tokenizer.decode(
+            token_ids[token_ids < known].tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
     )

@@ -59,10 +59,10 @@ def open_run_folder(config: Config) -> Path:
         if folder.exists():
             folder.rename(_aside(folder))
         folder.mkdir(parents=True)
+        (folder / "config.yaml").write_text(config_file.dump(config), encoding="utf-8")
+        (folder / "versions.json").write_text(json.dumps(versions(), indent=1) + "\n")
     except OSError as error:
         raise ConfigError(f"run: cannot make the folder {folder}: {error.strerror}") from error
-    (folder / "config.yaml").write_text(config_file.dump(config), encoding="utf-8")
-    (folder / "versions.json").write_text(json.dumps(versions(), indent=1) + "\n")
     return folder
 
 

@@ -75,7 +75,7 @@ class Engines:
         return min(engine.version for engine in self)
 
     def wait_ready(self) -> None:
-        """Block until every engine answers.
+        """Block until every engine has written a token: some compile kernels when they are first asked for one.
 
         Raises:
             EngineError: when one dies, or is not there within engine.startup_seconds.
@@ -83,6 +83,7 @@ class Engines:
         for server in self._servers:
             server.wait_ready(self._startup_seconds)
         self._release_ports()
+        self._run(self._write_a_token())
 
     async def generate(self, prompt: Prompt, sampling: Sampling, n: int) -> list[Completion]:
         """Sample `n` responses as soon as an engine can take them, on the one with the least to do."""
@@ -102,10 +103,13 @@ class Engines:
         Raises:
             EngineError: also when an engine hangs (`watch`), whatever the coroutine waits for.
         """
+        return self._run(self._watched(work))
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
         results: list[T] = []
 
         async def keep() -> None:
-            results.append(await self._watched(work))
+            results.append(await work)
 
         try:
             # Not as the task's own result: on its way out the runner spells that, a rollout's tokens one by one.
@@ -115,6 +119,19 @@ class Engines:
             # An exception out of a signal handler leaves the loop, but not the tasks on it.
             self._runner.run(_cancel_others())
             raise
+
+    async def _write_a_token(self) -> None:
+        prompt = Prompt("start", token_ids=(0,), text="", answer="")
+        sampling = Sampling(temperature=1.0, top_p=1.0, max_tokens=1, stop_token_ids=())
+        try:
+            async with asyncio.timeout(self._startup_seconds):
+                await asyncio.gather(*(engine.generate(prompt, sampling, 1) for engine in self))
+        except TimeoutError:
+            states = "\n".join(server.describe() for server in self._servers)
+            raise EngineError(
+                f"the engines answer, but not all have written a token within {self._startup_seconds:g} s "
+                f"(engine.startup_seconds)\n{states}"
+            ) from None
 
     async def _watched(self, work: Coroutine[Any, Any, T]) -> T:
         main = asyncio.ensure_future(work)

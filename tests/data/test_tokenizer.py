@@ -2,7 +2,7 @@ import json
 
 import numpy as np
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PythonBackend
 
 from dapo_megatron.data.tokenizer import decoder, end_token_ids, load_tokenizer
 from dapo_megatron.errors import ConfigError
@@ -54,6 +54,29 @@ def test_tokenizers_of_any_kind_are_decoded_alike(tokenizer):
     ids = np.array([tokenizer.eos_token_id, *tokenizer("is 1 ?")["input_ids"]], np.int32)
     loud = Shouts(tokenizer_object=tokenizer.backend_tokenizer, eos_token=tokenizer.eos_token)
     assert decoder(loud)(ids) == "IS 1 ?"
+
+
+def test_ids_beyond_the_vocabulary_are_passed_over(tokenizer):
+    """A model's vocabulary is padded, and a random or young one may well write what no token has."""
+
+    class Letters(PythonBackend):
+        def get_vocab(self):
+            return {"a": 0, "b": 1}
+
+        @property
+        def vocab_size(self):
+            return 2
+
+        def _convert_id_to_token(self, index):
+            return "ab"[index]
+
+        def convert_tokens_to_string(self, tokens):
+            return "".join(tokens)
+
+    ids = np.array([0, 1, 2, 99], np.int32)
+    assert decoder(Letters())(ids) == "ab"
+    known = tokenizer("ab")["input_ids"]
+    assert decoder(tokenizer)(np.array([*known, len(tokenizer), 999], np.int32)) == "ab"
 
 
 def test_folder_without_tokenizer(tmp_path):

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
 import platform
 from pathlib import Path
 
@@ -39,6 +41,15 @@ def test_older_runs_are_moved_aside(tmp_path: Path) -> None:
         (folder / "metrics.jsonl").write_text(str(number))
     found = {path.parent.name: path.read_text() for path in tmp_path.glob("runs/*/metrics.jsonl")}
     assert found == {"test": "2", "test.1": "0", "test.2": "1"}
+
+
+def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(ConfigError, match=r"cannot make the folder .*: No space left on device"):
+        open_run_folder(config(tmp_path))
 
 
 def test_a_file_in_the_way(tmp_path: Path) -> None:

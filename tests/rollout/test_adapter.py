@@ -171,6 +171,22 @@ def test_an_engine_that_answers_too_little_is_told_from_a_small_group(
             engines.run(engines.generate(PROMPT, SAMPLING, 2))
 
 
+def test_an_engine_may_take_its_time_for_the_first_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It compiles kernels, longer than it may ever stall later; but not for ever."""
+
+    async def compiles(*_: object) -> list[Completion]:
+        await asyncio.sleep(1.0)
+        return []
+
+    monkeypatch.setattr(GreeterEngine, "generate", compiles)
+    with closing(Engines(config(f"{__name__}:Greeter", stall_seconds=0.3), tmp_path, ranks=0)) as engines:
+        engines.wait_ready()
+    slow = config(f"{__name__}:Greeter", startup_seconds=0.9)
+    says = r"written a token within 0.9 s \(engine.startup_seconds\)\nengine 0 is"
+    with closing(Engines(slow, tmp_path, ranks=0)) as engines, pytest.raises(EngineError, match=says):
+        engines.wait_ready()
+
+
 def test_the_kind_is_the_name_of_a_module() -> None:
     assert isinstance(adapter_for(config("vllm")), Adapter)
 
