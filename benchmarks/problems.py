@@ -28,6 +28,8 @@ class Problem:
     lr: float
     micro_batch_tokens: int
     """Ours: packed tokens of a forward pass."""
+    engines: int
+    """Ours: engine.count. With a tiny model an engine is busy with its own Python, and two use two cores."""
     trl_batch: int
     """TRL's per_device_train_batch_size: responses of a forward pass. TRL pads all responses of a step to the longest
     of them, so this does not change how much is padding; on `ragged`, 8 were faster than 32, and 2 no faster than 8."""
@@ -59,6 +61,7 @@ PROBLEMS = {
         cache=16,
         lr=1e-4,
         micro_batch_tokens=16_384,
+        engines=2,
         trl_batch=128,
         continuous_batching=False,
         steps=12,
@@ -76,6 +79,7 @@ PROBLEMS = {
         cache=511,
         lr=1e-6,
         micro_batch_tokens=4_096,
+        engines=1,
         trl_batch=8,
         continuous_batching=True,
         steps=4,
