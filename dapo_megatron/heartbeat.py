@@ -33,7 +33,8 @@ SETTLE_SECONDS = 1.0
 other one die, can say more."""
 _BEATS = 5
 """Beats in the time after which a silent rank counts as lost."""
-_ANSWER_SECONDS = 10.0
+_ANSWER_SECONDS = 7.0
+"""For the leader to unwind and say the reason of another rank; then that rank says it itself, before it must leave."""
 _SEND_SECONDS = 2.0
 _REASON_CHARACTERS = 16_000
 _LINE_BYTES = 1 << 18
@@ -98,7 +99,7 @@ def join(
         store: has the same content on every rank. It takes the place and the token of this connection.
         on_failure: called once, in a thread of its own, when another rank failed or is lost, or the leader says to
             leave. On the leader the reason names the rank; elsewhere it is empty unless the leader is lost.
-        address: under which the others reach the leader; None where all ranks are on this machine.
+        address: under which this machine knows the leader's; None where all ranks are on this machine.
         lost_seconds: without a beat after which a rank counts as lost.
         join_seconds: limit on this call.
 
@@ -109,7 +110,7 @@ def join(
         return Peers()
     if rank == 0:
         return _Leader(store, world_size, on_failure, address, lost_seconds, join_seconds)
-    return _Follower(store, rank, on_failure, lost_seconds, join_seconds)
+    return _Follower(store, rank, on_failure, address, lost_seconds, join_seconds)
 
 
 @dataclass(slots=True)
@@ -245,12 +246,16 @@ class _Leader(_Watch):
         self._missing = set(range(1, world_size))
         self._complete = asyncio.Event()
         listener = socket.create_server(("127.0.0.1", 0)) if address is None else _listen_everywhere()
-        place = {"host": address or "127.0.0.1", "port": listener.getsockname()[1], "token": self._token}
-        store.set("heartbeat", json.dumps(place | {"name": socket.gethostname()}))
+        place = {"port": listener.getsockname()[1], "token": self._token, "name": socket.gethostname()}
+        store.set("heartbeat", json.dumps(place))
         try:
             self._run(self._gather(listener), join_seconds)
-        except TimeoutError as error:
+        except BaseException as error:
+            # Those that are there already would wait for the checks for ever.
+            self.tell(self._failure or Failure("", 1))
             self.close()
+            if not isinstance(error, TimeoutError):
+                raise
             raise DapoError(
                 f"ranks {sorted(self._missing)} of {world_size} did not come within launch.collective_seconds"
                 f"({join_seconds:g}): look at what they or their machines say"
@@ -304,6 +309,7 @@ class _Follower(_Watch):
         store: Store,
         rank: int,
         on_failure: Callable[[Failure], None],
+        address: str | None,
         lost_seconds: float,
         join_seconds: float,
     ) -> None:
@@ -311,11 +317,13 @@ class _Follower(_Watch):
         self._went: queue.SimpleQueue[str] = queue.SimpleQueue()
         place = json.loads(store.get("heartbeat"))
         try:
-            self._run(self._connect(rank, place), join_seconds)
+            self._run(self._connect(rank, address or "127.0.0.1", place), join_seconds)
         except OSError as error:  # TimeoutError included
             self.close()
-            where = f"{place['host']}:{place['port']}"
-            raise DapoError(f"rank {rank} cannot reach the leader on {place['name']}, {where}: {error!r}") from error
+            raise DapoError(
+                f"rank {rank} cannot reach the leader on {place['name']}, {address or '127.0.0.1'}:{place['port']}: "
+                f"{error!r}; the port is any free one, so that machines of a run must let one another through"
+            ) from error
 
     def after_leader(self, what: str) -> None:
         self._doing = f"waiting for the leader's {what}"
@@ -329,8 +337,10 @@ class _Follower(_Watch):
         # Not to leave before the leader has spoken: whoever sees this process end may end the leader.
         return self._failed.wait(_ANSWER_SECONDS)
 
-    async def _connect(self, rank: int, place: dict[str, Any]) -> None:
-        reader, writer = await asyncio.open_connection(place["host"], place["port"], limit=_LINE_BYTES)
+    async def _connect(self, rank: int, address: str, place: dict[str, Any]) -> None:
+        reader, writer = await asyncio.open_connection(
+            address, place["port"], limit=_LINE_BYTES, happy_eyeballs_delay=0.25
+        )
         link = _Link(f"the leader, rank 0 on {place['name']},", writer, self._loop.time())
         self._links.append(link)
         self._send({"token": place["token"], "rank": rank, "host": socket.gethostname()})

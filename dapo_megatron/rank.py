@@ -9,11 +9,12 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -23,7 +24,7 @@ from typing import NoReturn
 from dapo_megatron import config_file
 from dapo_megatron.actor import topology
 from dapo_megatron.data.tokenizer import decoder
-from dapo_megatron.errors import DapoError
+from dapo_megatron.errors import ConfigError, DapoError
 from dapo_megatron.heartbeat import Failure, Peers, join
 from dapo_megatron.obs.observer import NullObserver, RunObserver
 from dapo_megatron.obs.terminal import printable
@@ -54,13 +55,20 @@ class _Rank:
         self._peers = Peers()
         self._obs: RunObserver | None = None
         self._opened = ExitStack()
-        self._ended_by_peer = False
+        self._heard: Failure | None = None
+        """What the heartbeat has said before this rank failed itself."""
+        self._signals, self._woken = socket.socketpair()
         self._saying, self._said = threading.Lock(), threading.Event()
 
     def run(self, path: Path, overrides: Sequence[str]) -> int:
         # Only the leader has something to end. The others may be in a call that no Python handler interrupts.
         signal.signal(signal.SIGTERM, _terminate if self._is_leader else signal.SIG_DFL)
-        if not self._is_leader:
+        if self._is_leader:
+            for end in (self._signals, self._woken):
+                end.setblocking(False)
+            # Tells of signals also while the main thread is in a call that no Python handler interrupts.
+            signal.set_wakeup_fd(self._woken.fileno(), warn_on_full_buffer=False)
+        else:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             warnings.simplefilter("ignore")  # the leader's go to its log, and say the same
         end_with_parent()
@@ -73,7 +81,9 @@ class _Rank:
 
     def _train(self, path: Path, overrides: Sequence[str]) -> None:
         config = config_file.load(path, overrides)
+        _check_launch(os.environ)
         limit = timedelta(seconds=config.launch.collective_seconds)
+        topology.prepare()  # before anybody counts the seconds that this rank is silent
         store = topology.rendezvous(limit)
         peers = join(
             store,
@@ -112,8 +122,8 @@ class _Rank:
 
     def _cause(self, error: BaseException) -> Failure:
         match error:
-            case SystemExit() if self._ended_by_peer:
-                return self._peers.failure() or Failure("", 1)
+            case SystemExit() if self._heard:
+                return self._heard
             case SystemExit(code=int(code)):  # a signal, whose sender knows why
                 return Failure("", code)
             case KeyboardInterrupt():
@@ -149,12 +159,22 @@ class _Rank:
 
     def _heard_of(self, failure: Failure) -> None:
         """On the leader, in a thread: another rank failed. Unwind the main thread, or end without it."""
-        self._ended_by_peer = True
+        if signal.SIGTERM in self._signalled():
+            # Whoever ends a job ends all of its ranks, and this one is missed because it was quicker.
+            failure = Failure(f"ended by SIGTERM; meanwhile: {failure.reason}", 128 + signal.SIGTERM)
+        self._heard = failure
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
         if not self._said.wait(_UNWIND_SECONDS):
             _leave_within(_UNWIND_SECONDS, failure.exit_code)
             self._say(failure)
             leave(failure.exit_code)
+
+    def _signalled(self) -> bytes:
+        """Return the numbers of the signals that have come since this was asked last."""
+        try:
+            return self._signals.recv(4096)
+        except BlockingIOError:
+            return b""
 
     def _follow(self, failure: Failure) -> None:
         """On another rank, in a thread: the leader has ended, or is lost. There is nothing to close here."""
@@ -162,6 +182,26 @@ class _Rank:
         if failure.reason:
             self._print(f"dapo-megatron: rank {self._rank}: {failure.reason}")
         leave(failure.exit_code)
+
+
+def _check_launch(environ: Mapping[str, str]) -> None:
+    """
+    Raises:
+        ConfigError: where ranks were not started by torchrun, or it is to start them again.
+    """
+    tasks = int(environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    advice = "start one task per machine that runs torchrun, for example srun --ntasks-per-node=1 torchrun ..."
+    if "RANK" not in environ and tasks > 1:
+        raise ConfigError(f"srun started {tasks} tasks, each of them a run of its own: RANK is not set; {advice}")
+    needed = ("MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    missing = [name for name in needed if name not in environ]
+    if int(environ.get("WORLD_SIZE", "1")) > 1 and missing:
+        raise ConfigError(f"WORLD_SIZE is {environ['WORLD_SIZE']}, but {', '.join(missing)} is not set; {advice}")
+    if (restarts := int(environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))) > 0:
+        raise ConfigError(
+            f"torchrun --max-restarts={restarts} would start the run again from its first step, in the same folder; "
+            f"leave it at 0"
+        )
 
 
 def _leave_within(seconds: float, exit_code: int) -> None:

@@ -138,7 +138,7 @@ def test_a_stranger_is_not_let_in(tmp_path: Path) -> None:
         leader = pool.submit(joined, tmp_path, 0, 2, ignore)
         place = json.loads(Board(tmp_path).get("heartbeat"))
         for hello in ({"rank": 1, "host": "x", "token": "x"}, {"rank": 1}, [], "x" * 300_000):
-            with socket.create_connection((place["host"], place["port"]), timeout=5) as stranger:
+            with socket.create_connection(("127.0.0.1", place["port"]), timeout=5) as stranger:
                 stranger.sendall(json.dumps(hello).encode() + b"\n")
                 with suppress(ConnectionResetError):
                     assert stranger.recv(100) == b""
@@ -160,8 +160,13 @@ def test_ranks_of_several_machines_find_the_leader_by_its_address_and_wait_for_t
 
 
 def test_ranks_that_do_not_come_are_named(tmp_path: Path) -> None:
-    with pytest.raises(DapoError, match=r"ranks \[1, 2\] of 3 did not come within launch.collective_seconds\(0.2\)"):
-        join(Board(tmp_path), 0, 3, ignore, address=None, lost_seconds=1, join_seconds=0.2)
+    failures: Failures = queue.SimpleQueue()
+    with ThreadPoolExecutor(1) as pool:
+        early = pool.submit(joined, tmp_path, 1, 3, failures.put)
+        with pytest.raises(DapoError, match=r"ranks \[2\] of 3 did not come within launch.collective_seconds\(1\)"):
+            join(Board(tmp_path), 0, 3, ignore, address=None, lost_seconds=1, join_seconds=1)
+        with closing(early.result()):
+            assert failures.get(timeout=5) == Failure("", 1), "it does not wait for ever"
 
 
 def member(folder: str, rank: str) -> None:

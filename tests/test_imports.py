@@ -34,7 +34,10 @@ ROOMS: dict[str, set[str]] = {
     "actor": VOCABULARY,
     "weights": VOCABULARY,
     "eval": {*VOCABULARY, "rollout.collect", "rollout.engine"},
-    "preflight": {*VOCABULARY, "actor.architecture", "data", "obs.run_folder", "obs.sinks", "reward.math", "rollout"},
+    "preflight": {
+        *(*VOCABULARY, "actor.architecture", "data", "obs.run_folder", "obs.sinks"),
+        *("reward.format", "reward.math", "rollout"),
+    },
 }
 """Room -> modules of this package that it may import besides its own. Other rooms may import everything."""
 

@@ -16,6 +16,9 @@ import psutil
 import pytest
 import yaml
 
+from dapo_megatron.errors import ConfigError
+from dapo_megatron.heartbeat import Failure
+from dapo_megatron.rank import _check_launch, _Rank
 from tests.helpers.checkpoint import values, write_tokenizer
 from tests.helpers.models import save_qwen2
 
@@ -133,6 +136,37 @@ def test_a_collective_that_takes_too_long_ends_the_run(config: Path) -> None:
     assert process.returncode == 1
     assert "rank 1 on " in output and "Timed out" in output
     assert "launch.collective_seconds" in output.splitlines()[-1]
+
+
+def test_a_job_that_is_ended_while_the_leader_waits_for_its_gpu(config: Path) -> None:
+    with job(config, "native,native") as process:
+        family = ranks_of(process, config)
+        process.terminate()
+        output = ended(process, family, timeout=20)
+    assert process.returncode == 128 + signal.SIGTERM, output
+    assert "dapo-megatron: ended by SIGTERM; meanwhile: error: rank 1 on " in output
+
+
+def test_a_rank_that_is_lost_before_all_have_come_is_named() -> None:
+    """There are no peers yet that could be asked."""
+    lost = Failure("error: rank 1 on node7 is lost", 1)
+    rank = _Rank()
+    rank._heard = lost
+    assert rank._cause(SystemExit(143)) is lost
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        ({"SLURM_STEP_NUM_TASKS": "16"}, "srun started 16 tasks"),
+        ({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "but LOCAL_RANK, LOCAL_WORLD_SIZE"),
+        ({"TORCHELASTIC_MAX_RESTARTS": "3"}, "--max-restarts=3"),
+    ],
+)
+def test_ranks_that_nobody_started_properly(environ: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        _check_launch(environ)
+    _check_launch({})
 
 
 def test_input_that_only_the_leader_sees_to_be_wrong_ends_the_run_at_once(config: Path) -> None:

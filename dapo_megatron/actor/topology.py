@@ -9,6 +9,7 @@ rank, which speaks for it where all ranks of a replica hold the same.
 
 from __future__ import annotations
 
+import importlib
 import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,7 @@ from torch._C._distributed_c10d import HashStore, Store
 from torch.distributed.rendezvous import rendezvous as torch_rendezvous
 
 from dapo_megatron.config import ParallelConfig
+from dapo_megatron.errors import ConfigError
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -129,6 +131,26 @@ def on_one_machine() -> bool:
     return os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE", "1")
 
 
+def prepare() -> None:
+    """Load Megatron and choose the device. Both hold the interpreter's lock, on cold machines for many seconds.
+
+    Raises:
+        ConfigError: where there is no GPU for this rank.
+    """
+    importlib.import_module("megatron.core.tensor_parallel")
+    if not torch.cuda.is_available():
+        from dapo_megatron.actor import cpu
+
+        cpu.enable()
+        return
+    local_rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local_rank >= count > 1:
+        raise ConfigError(f"local rank {local_rank} has no GPU: {count} are visible; start at most {count} ranks here")
+    # Where a task sees one GPU only, it is its own.
+    torch.cuda.set_device(local_rank % count)
+    torch.cuda.init()
+
+
 def rendezvous(timeout: timedelta = TIMEOUT) -> Store:
     """Return what torchrun's ranks find one another by; without torchrun, this is a run of one process.
 
@@ -204,19 +226,13 @@ def initialize(
     Raises:
         ConfigError: where tp x pp x cp does not divide the number of ranks.
     """
+    prepare()
     from megatron.core import parallel_state as mpu
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     dp = parallel.data_parallel(world_size)
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        backend = "nccl"
-    else:
-        from dapo_megatron.actor import cpu
-
-        cpu.enable()
-        backend = "gloo"
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
     if on_one_machine() and _LOOPBACK in dict(socket.if_nameindex()).values():
         # Ranks of one machine have no business on its network.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", _LOOPBACK)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 from collections.abc import Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -42,6 +43,7 @@ class Engines:
 
     def __init__(self, config: Config, folder: Path, *, ranks: int | None = None) -> None:
         engine, adapter = config.engine, adapter_for(config)
+        _allow_connections()
         self._startup_seconds, self._stall_seconds = engine.startup_seconds, engine.stall_seconds
         self._runner = asyncio.Runner()
         self._engines: list[Engine] = []
@@ -174,6 +176,12 @@ class Engines:
     def _release_ports(self) -> None:
         for reserved in self._ports:
             reserved.close()
+
+
+def _allow_connections() -> None:
+    """Let this process have as many files as it may: every prompt that an engine works on has a connection."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 async def _close(engines: Sequence[Engine], servers: Sequence[Server]) -> None:

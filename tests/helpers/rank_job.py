@@ -1,11 +1,12 @@
 """A rank under torchrun that does something else than training: `-m tests.helpers.rank_job SCENE CONFIG ...`.
 
 SCENE says what each rank does once all of them are there: leader,other[,closing]. `collective` waits in one for the
-others, `python` sleeps, `waiting` waits for the leader, `raise` fails. With `hang` or `fail`, closing does that.
+others, `python` sleeps, `native` hears no signal, `waiting` waits for the leader, `raise` fails. With `hang` or `fail`, closing does that.
 """
 
 from __future__ import annotations
 
+import ctypes
 import sys
 import time
 from contextlib import ExitStack
@@ -31,6 +32,10 @@ def act(config: Config, topo: Topology, peers: Peers, obs: Observer, checked: ob
     match SCENE[min(topo.rank, 1)]:
         case "collective":
             dist.barrier(group=topo.host_world)
+        case "native":  # a call that hears no signal, as a wait for the GPU is
+            lock, libc = ctypes.create_string_buffer(64), ctypes.CDLL(None)
+            libc.pthread_mutex_lock(lock)
+            libc.pthread_mutex_lock(lock)
         case "python":
             time.sleep(600)
         case "waiting":
