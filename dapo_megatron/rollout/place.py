@@ -77,8 +77,8 @@ def check_gpus(engine: EngineConfig, ranks: int) -> int:
         raise ConfigError(
             f"engine: ranks({ranks}) + engine.count({engine.count}) x engine.tensor_parallel"
             f"({engine.tensor_parallel}) = {needed} GPUs, but {count} are visible on this machine; ranks and engines "
-            f"do not share GPUs, and all engines run on the machine of rank 0: start fewer ranks there, or fewer or smaller "
-            f"engines"
+            f"do not share GPUs, and all engines run on the machine of rank 0: start fewer ranks there, or fewer or "
+            f"smaller engines"
         )
     return count
 

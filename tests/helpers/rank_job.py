@@ -1,7 +1,8 @@
 """A rank under torchrun that does something else than training: `-m tests.helpers.rank_job SCENE CONFIG ...`.
 
 SCENE says what each rank does once all of them are there: leader,other[,closing]. `collective` waits in one for the
-others, `python` sleeps, `native` hears no signal, `waiting` waits for the leader, `raise` fails. With `hang` or `fail`, closing does that.
+others, `python` sleeps, `native` hears no signal, `waiting` waits for the leader, `raise` fails. With `hang` or `fail`,
+closing does that.
 """
 
 from __future__ import annotations
