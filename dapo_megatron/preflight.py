@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dapo_megatron.actor.architecture import check_layout
-from dapo_megatron.config import Config, EngineConfig, EvalConfig, RewardConfig, RunConfig
+from dapo_megatron.actor.architecture import check_layout, uses_transformer_engine
+from dapo_megatron.config import Config, EngineConfig, EvalConfig, ModelConfig, RewardConfig, RunConfig
 from dapo_megatron.data.prompts import load_prompts
 from dapo_megatron.data.tokenizer import decoder, end_token_ids, load_tokenizer
 from dapo_megatron.errors import ConfigError
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _EXTRAS = "pip install -e '.[cpu]' or '.[gpu]' in the checkout"
+_TRANSFORMER_ENGINE = "pip install -e '.[gpu]', or set model.layers=torch, which is slower"
 _MISSING = "import sys, importlib.util as u; print(*(name for name in sys.argv[1:] if u.find_spec(name) is None))"
 """Python that prints those of its arguments that are not installed."""
 
@@ -67,7 +68,7 @@ def preflight(config: Config, world_size: int, local_ranks: int | None = None) -
         ConfigError: for the first thing that cannot work. Cheap checks come first.
     """
     config.parallel.data_parallel(world_size)
-    _check_packages({"megatron.core": _EXTRAS} | _sink_packages(config.run))
+    _check_packages({"megatron.core": _EXTRAS} | _layer_packages(config.model) | _sink_packages(config.run))
     check_run_folder(config.run)
     hf_config = _check_sampling(config)
     check_layout(hf_config, config.parallel)
@@ -142,6 +143,10 @@ def _grading_packages(reward: RewardConfig) -> dict[str, str]:
     """What grading imports: package -> how to come by it."""
     package = PACKAGES.get(reward.rule)
     return {package: "pip install math-verify, or set reward.rule=dapo"} if package else {}
+
+
+def _layer_packages(model: ModelConfig) -> dict[str, str]:
+    return {"transformer_engine": _TRANSFORMER_ENGINE} if uses_transformer_engine(model) else {}
 
 
 def _sink_packages(run: RunConfig) -> dict[str, str]:

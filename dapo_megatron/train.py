@@ -53,7 +53,7 @@ def train(
     if leader and not state.steps_done.value:
         leader.evaluate("before")
     for step in range(state.steps_done.value, config.train.steps):
-        with obs.phase("rollout"):
+        with obs.phase("rollout"), actor.away():
             batch = make_batch(leader, topo.dp, step) if leader else None
             peers.after_leader("rollout")
             mini_batches = receive(topo, batch, config.parallel)

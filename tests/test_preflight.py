@@ -156,6 +156,7 @@ def test_it_imports_no_heavy_library(tmp_path: Path) -> None:
         ({"engine": {"port": 65_535, "count": 2}}, 1, r"65535\) \+ engine.count\(2\) - 1 = 65536"),
         ({"run": {"wandb_project": "x"}}, 1, r"wandb is not installed, .*\[wandb\].*run.wandb_project=null"),
         ({"rollout": {"stop_token_ids": [99]}}, 1, r"\[99\] are not among the tokenizer's \d+ tokens"),
+        ({"model": {"layers": "transformer_engine"}}, 1, r"transformer_engine is not installed, .* model.layers=torch"),
         ({"reward": {"format": "r1"}}, 1, r"looks for <think> .* no response could keep the format"),
     ],
 )

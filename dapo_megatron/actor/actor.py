@@ -27,14 +27,17 @@ from torch import Tensor
 from dapo_megatron.actor.architecture import check_layout
 from dapo_megatron.actor.head import RowSelection
 from dapo_megatron.actor.logprobs import TokenLogprobs, vocab_parallel_logprobs
-from dapo_megatron.actor.model import DTYPES, build_chunks, transformer_config
+from dapo_megatron.actor.model import DTYPES, accumulate_in_main_grad, build_chunks, transformer_config
 from dapo_megatron.actor.norms import ParameterNorms
+from dapo_megatron.actor.offload import Offload
 from dapo_megatron.actor.optimizer import (
     apply_gradient,
     build_optimizer,
     data_parallel,
+    gradient_buffers,
     gradient_norm,
     gradients_as_weights,
+    optimizer_state,
 )
 from dapo_megatron.actor.reduce import SumOverRanks, over_ranks
 from dapo_megatron.actor.shard import LayoutError, Shard, concatenated, make_shard, runs_of, slots_of
@@ -88,8 +91,8 @@ class Actor:
         check_layout(hf_config, config.parallel)
         self._vocab_size: int = hf_config.vocab_size
         self._temperature = config.rollout.temperature
-        self._megatron_config: Any = transformer_config(hf_config, config.model, config.parallel)
-        chunks = build_chunks(hf_config, self._megatron_config, self._groups)
+        self._megatron_config: Any = transformer_config(hf_config, config.model, config.parallel, config.memory)
+        chunks = build_chunks(hf_config, config.model, self._megatron_config, self._groups)
         self.chunks: list[torch.nn.Module] = list(chunks)
         """The bare GPTModels of this rank: several where pipeline stages are virtual."""
         checkpoint.load(self.chunks)
@@ -104,6 +107,7 @@ class Actor:
         """Megatron's optimizer, for checkpoints; None where not trainable."""
         self._divisor: Tensor | None = None
         if trainable:
+            accumulate_in_main_grad(chunks)
             modules = data_parallel(self._megatron_config, config.parallel, modules, self._groups)
             self.optimizer = build_optimizer(config.optimizer, config.parallel, dtype, modules, self._groups)
             self._norms = ParameterNorms(self.optimizer, self.chunks)
@@ -112,9 +116,24 @@ class Actor:
             for module in modules:
                 module.requires_grad_(False)
         self._modules = modules
-        self._offloaded = not trainable and config.algo.kl.offload_reference
-        if self._offloaded:
-            self._move(torch.device("cpu"))
+        kinds = {
+            "parameters": Offload(self._parameters),
+            "optimizer": Offload(lambda: optimizer_state(self.optimizer, besides=self._parameters())),
+            "gradients": Offload(lambda: gradient_buffers(self._modules), contents=False),
+        }
+        self._offloads = [kinds[name] for name in config.memory.offload] if trainable else []
+        self._reference = Offload(self._parameters) if not trainable and config.memory.offload_reference else None
+        if self._reference:
+            self._reference.park()
+
+    @contextmanager
+    def away(self) -> Iterator[None]:
+        """Leave the device's memory to others, inside, as far as memory.offload says."""
+        for offload in self._offloads:
+            offload.park()
+        yield
+        for offload in self._offloads:
+            offload.fetch()
 
     def with_old_logprobs(self, mini_batches: Sequence[MiniBatch]) -> tuple[list[MiniBatch], Measures]:
         """Fill old_logprobs_T, by the same micro-batches and kernels as `update`, so that the first ratio is exactly 1.
@@ -241,19 +260,18 @@ class Actor:
 
     @contextmanager
     def _at_hand(self) -> Iterator[None]:
-        """Bring a model that is kept in host memory to the device for as long as it is used."""
-        if not self._offloaded:
+        """Bring a reference that is kept in host memory to the device for as long as it is used."""
+        if self._reference is None:
             yield
             return
-        self._move(self._topology.device)
+        self._reference.fetch()
         try:
             yield
         finally:
-            self._move(torch.device("cpu"))
+            self._reference.park()
 
-    def _move(self, device: torch.device) -> None:
-        for chunk in self.chunks:
-            chunk.to(device)
+    def _parameters(self) -> Iterator[Tensor]:
+        return (param for chunk in self.chunks for param in chunk.parameters())
 
     def _run(self, batches: Sequence[MicroBatch], on_output: Callable[..., Any], *, forward_only: bool) -> list[Any]:
         """Send micro-batches through the pipeline; on the last stage, return what `on_output` gave for each."""

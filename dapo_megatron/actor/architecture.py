@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dapo_megatron.config import ParallelConfig
+from dapo_megatron.config import ModelConfig, ParallelConfig
 from dapo_megatron.errors import ConfigError
 
 SUPPORTED = ("qwen2",)
@@ -15,6 +15,13 @@ SUPPORTED = ("qwen2",)
 
 _VOCAB_MULTIPLE = 16
 """Rows of the vocabulary per rank are a multiple of this, which FP8 and tensor cores want."""
+
+
+def uses_transformer_engine(model: ModelConfig) -> bool:
+    """Return whether the layers are Transformer Engine's."""
+    import torch
+
+    return (model.layers or ("transformer_engine" if torch.cuda.is_available() else "torch")) == "transformer_engine"
 
 
 def attention_tokens(hf_config: Any) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,13 +11,15 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from dapo_megatron.actor import cpu
-from dapo_megatron.actor.architecture import head_size, padded_vocab, rope_parameters
-from dapo_megatron.config import ModelConfig, ParallelConfig
+from dapo_megatron.actor.architecture import head_size, padded_vocab, rope_parameters, uses_transformer_engine
+from dapo_megatron.config import MemoryConfig, ModelConfig, ParallelConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def transformer_config(hf_config: Any, model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
+def transformer_config(
+    hf_config: Any, model: ModelConfig, parallel: ParallelConfig, memory: MemoryConfig
+) -> TransformerConfig:
     """Return Megatron's config for this model, which `architecture.check_layout` accepts, and layout."""
     dtype = DTYPES[model.dtype]
     virtual = parallel.vpp > 1
@@ -55,34 +58,65 @@ def transformer_config(hf_config: Any, model: ModelConfig, parallel: ParallelCon
         "output_layer_init_method": _leave,
         "embedding_init_method": _leave,
         "apply_rope_fusion": True,
+        # SwiGLU in one kernel that keeps its input only.
+        "bias_activation_fusion": True,
         # With several chunks per stage, any other combination gives wrong gradients without a word.
         "overlap_p2p_comm": virtual,
         "batch_p2p_comm": not virtual,
         "deallocate_pipeline_outputs": not virtual,
     }
-    if model.recompute == "full":
-        settings |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    if not torch.cuda.is_available():
+    if not uses_transformer_engine(model):
         settings |= cpu.CONFIG
-    return TransformerConfig(**settings)
+    return TransformerConfig(**settings, **_recompute(memory))
+
+
+def _recompute(memory: MemoryConfig) -> dict[str, Any]:
+    match memory.recompute, memory.recompute_layers:
+        case "none", _:
+            return {}
+        case "selective", _:
+            return {"recompute_granularity": "selective", "recompute_modules": list(memory.recompute_modules)}
+        case _, None:
+            return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+        case _, layers:
+            return {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": layers}
 
 
 def _leave(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def build_chunks(hf_config: Any, config: TransformerConfig, groups: ProcessGroupCollection) -> list[GPTModel]:
+def build_chunks(
+    hf_config: Any, model: ModelConfig, config: TransformerConfig, groups: ProcessGroupCollection
+) -> list[GPTModel]:
     """Build the chunks of the model that this rank holds (one, unless stages are virtual), not initialised."""
     stages = config.virtual_pipeline_model_parallel_size
-    return [_build_chunk(hf_config, config, groups, stage) for stage in ([None] if stages is None else range(stages))]
+    fused = uses_transformer_engine(model)
+    if not fused and torch.cuda.is_available():
+        cpu.enable_on_cuda()
+    return [
+        _build_chunk(hf_config, config, groups, stage, fused=fused)
+        for stage in ([None] if stages is None else range(stages))
+    ]
+
+
+def accumulate_in_main_grad(chunks: Sequence[torch.nn.Module]) -> None:
+    """Let Transformer Engine's modules add weight gradients to Megatron's float32 buffers inside the product itself.
+
+    Otherwise each micro-batch's gradient is rounded to the dtype of the weights before it is added. Megatron's own
+    switch, gradient_accumulation_fusion, would demand Apex for the layers that are not Transformer Engine's.
+    """
+    for module in (module for chunk in chunks for module in chunk.modules()):
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = True  # type: ignore[assignment]
 
 
 def _build_chunk(
-    hf_config: Any, config: TransformerConfig, groups: ProcessGroupCollection, stage: int | None
+    hf_config: Any, config: TransformerConfig, groups: ProcessGroupCollection, stage: int | None, *, fused: bool
 ) -> GPTModel:
     pp_rank, last = groups.pp.rank(), groups.pp.size() - 1
     last_stage = (config.virtual_pipeline_model_parallel_size or 1) - 1
-    if torch.cuda.is_available():
+    if fused:
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
         spec: Any = get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=stage, pp_rank=pp_rank)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -67,6 +67,23 @@ def build_optimizer(
     )
     modules: Any = chunks
     return get_megatron_optimizer(config, modules, use_gloo_process_groups=False, pg_collection=groups)
+
+
+def gradient_buffers(modules: Sequence[Any]) -> Iterator[torch.Tensor]:
+    """Yield the buffers of these DDP modules in which gradients are summed."""
+    return (buffer.grad_data for module in modules for buffer in module.buffers)
+
+
+def optimizer_state(optimizer: Any, besides: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Yield moments and main parameters, except those that lie in the memory of `besides`, the model's own."""
+    model = {tensor.untyped_storage()._cdata for tensor in besides}
+    for part in optimizer.chained_optimizers:
+        if part.is_stub_optimizer:
+            continue
+        states = part.optimizer.state.values()
+        moments = (value for state in states for value in state.values() if isinstance(value, torch.Tensor))
+        params = (param for group in part.optimizer.param_groups for param in group["params"])
+        yield from (tensor for tensor in (*moments, *params) if tensor.untyped_storage()._cdata not in model)
 
 
 @contextmanager

@@ -74,8 +74,10 @@ def make_shard(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_kv=cu_seqlens,
-        cu_seqlens_q_padded=cu_seqlens,
-        cu_seqlens_kv_padded=cu_seqlens,
+        # Where these differ from those above, or Transformer Engine has to compare them, fast kernels are lost or the
+        # host waits for the GPU: none without context parallel, which alone wants them, and the same tensor with it.
+        cu_seqlens_q_padded=cu_seqlens if cp > 1 else None,
+        cu_seqlens_kv_padded=cu_seqlens if cp > 1 else None,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pydantic import Field, model_validator
 
 from dapo_megatron.config.algo import AlgoConfig, CorrectionConfig, KlConfig, OptimizerConfig, TrainConfig
-from dapo_megatron.config.model import LaunchConfig, ModelConfig, ParallelConfig
+from dapo_megatron.config.model import LaunchConfig, MemoryConfig, ModelConfig, ParallelConfig
 from dapo_megatron.config.reward import OverlongConfig, RewardConfig
 from dapo_megatron.config.rollout import DataConfig, EngineConfig, RolloutConfig, WeightsConfig
 from dapo_megatron.config.run import EvalConfig, RunConfig
@@ -23,6 +23,7 @@ __all__ = [
     "EvalConfig",
     "KlConfig",
     "LaunchConfig",
+    "MemoryConfig",
     "ModelConfig",
     "OptimizerConfig",
     "OverlongConfig",
@@ -41,6 +42,7 @@ class Config(Section):
     model: ModelConfig
     data: DataConfig
     parallel: ParallelConfig = ParallelConfig()
+    memory: MemoryConfig = MemoryConfig()
     launch: LaunchConfig = LaunchConfig()
     rollout: RolloutConfig = RolloutConfig()
     engine: EngineConfig = EngineConfig()

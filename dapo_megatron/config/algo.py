@@ -22,8 +22,6 @@ class KlConfig(Section):
     estimator: Literal["k2", "k3"] = "k3"
     """Estimator of KL(policy || reference) from the sampled tokens (Schulman, 2020). k1 is no choice: on the policy's
     own samples its gradient is 0 on average, and the term would only add noise."""
-    offload_reference: bool = False
-    """Keep the reference in host memory between its uses, one per rollout."""
 
 
 class CorrectionConfig(Section):

@@ -18,8 +18,32 @@ class ModelConfig(Section):
     """Type of the parameters and activations of the actor and of the engine."""
     trust_remote_code: bool = False
     """Run Python code that a checkpoint brings along. Off unless you wrote that code."""
-    recompute: Literal["none", "full"] = "none"
-    """Recompute each layer's activations in the backward pass to save memory."""
+    layers: Literal["transformer_engine", "torch"] | None = None
+    """What layers are made of: Transformer Engine's fused modules, or torch's own functions, which run anywhere and are
+    slower. Null takes Transformer Engine where there are GPUs, and torch on CPU."""
+
+
+class MemoryConfig(Section):
+    recompute: Literal["none", "selective", "full"] = "none"
+    """What the backward pass computes again instead of keeping it: `recompute_modules`, or whole layers."""
+    recompute_modules: list[Literal["core_attn", "mlp"]] = ["mlp"]
+    """With recompute=selective. Transformer Engine's attention keeps little anyway; there, `mlp` saves memory."""
+    recompute_layers: PositiveInt | None = None
+    """With recompute=full, how many layers of each model chunk; null is all of them."""
+    offload: list[Literal["optimizer", "gradients", "parameters"]] = []
+    """What lies in (pinned) host memory during rollouts: optimizer state, or parameters; gradients are only let go."""
+    offload_reference: bool = False
+    """Keep the reference model in host memory between its uses, one per rollout."""
+
+    @model_validator(mode="after")
+    def _every_setting_does_something(self) -> MemoryConfig:
+        if self.recompute_layers is not None and self.recompute != "full":
+            raise ValueError(f"recompute_layers is for recompute=full, but recompute is {self.recompute}")
+        if self.recompute != "selective" and self.recompute_modules != ["mlp"]:
+            raise ValueError(f"recompute_modules is for recompute=selective, but recompute is {self.recompute}")
+        if self.recompute == "selective" and not self.recompute_modules:
+            raise ValueError("recompute=selective recomputes recompute_modules, and there are none; set recompute=none")
+        return self
 
 
 class ParallelConfig(Section):

@@ -1,11 +1,13 @@
-"""Makes Megatron-core run without CUDA. Everything that differs from the GPU path is in this folder.
+"""Makes Megatron-core run without CUDA, or on it without Transformer Engine.
 
-`enable()` is called once per process, before any model is built; the rest is chosen by `model.py`:
-`block_spec` for the layers, `CONFIG` for the switches of kernels that exist on CUDA only.
+Without CUDA, `enable()` is called once per process, before any model is built. The rest is chosen by `model.py`, where
+model.layers is torch: `block_spec` for the layers, `CONFIG` for the switches of kernels that others have.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -36,6 +38,17 @@ def enable() -> None:
     adam.install()
     rope.install()
     _enabled = True
+
+
+def enable_on_cuda() -> None:
+    """Give Megatron what `block_spec` needs on a GPU. Later calls change nothing."""
+    from dapo_megatron.actor.cpu import adam, rope
+
+    import_module("megatron.core.models.common.embeddings.rope_utils")
+    rope.install()
+    import_module("megatron.core.optimizer")
+    if find_spec("transformer_engine") is None:
+        adam.install()
 
 
 def block_spec(config: TransformerConfig, vp_stage: int | None, pp_rank: int) -> TransformerBlockSubmodules:

@@ -57,6 +57,8 @@ def plan_of(cu_seqlens: Tensor, cp_size: int, cp_rank: int) -> Plan:
 
 
 def _make_plan(cu_seqlens: Tensor, cp_size: int, cp_rank: int) -> Plan:
+    device = cu_seqlens.device
+    cu_seqlens = cu_seqlens.cpu()
     lengths = cu_seqlens.diff().long()
     local = lengths // cp_size
     slots_rt = [slots_of(cu_seqlens, cp_size, rank) for rank in range(cp_size)]
@@ -72,16 +74,16 @@ def _make_plan(cu_seqlens: Tensor, cp_size: int, cp_rank: int) -> Plan:
             visible = torch.zeros(count, queries, dtype=torch.int64)
             for row, member in zip(visible, members, strict=True):
                 row[: local[member]] = positions_t.split(local.tolist())[member]
-            mask = (torch.arange(keys) <= visible[..., None])[:, None]
+            mask = (torch.arange(keys) <= visible[..., None])[:, None].to(device)
         query_starts[members] = query_end + torch.arange(count) * queries
         key_starts[members] = key_end + torch.arange(count) * keys
         query_end += count * queries
         key_end += count * keys
         buckets.append(Bucket(count, queries, keys, mask))
     return Plan(
-        positions_t=positions_t,
-        query_places_t=query_starts.repeat_interleave(local) + _counted(local),
-        key_places_T=(key_starts.repeat_interleave(lengths) + positions_T)[torch.cat(slots_rt)],
+        positions_t=positions_t.to(device),
+        query_places_t=(query_starts.repeat_interleave(local) + _counted(local)).to(device),
+        key_places_T=(key_starts.repeat_interleave(lengths) + positions_T)[torch.cat(slots_rt)].to(device),
         buckets=tuple(buckets),
     )
 
