@@ -8,7 +8,8 @@
 # `transformer_engine_cu13`, so nvcc is only asked for its version, and headers come from the wheels torch brings along.
 #
 # PYTHON must be the version that will run it, with its headers (Python.h); g++ must know C++17. BUILD is where the
-# environment is made, a new folder under /tmp by default, which may be removed afterwards. MAX_JOBS compilers run at once.
+# environment is made, a new folder under /tmp by default, which may be removed afterwards. MAX_JOBS compilers run at
+# once.
 #
 # Run with Python 3.12.1 and g++ 12.2: 10 minutes for all of it with one compiler on a shared machine. The wheel wants
 # glibc 2.34, and imports with torch 2.11.0+cu130 and with Megatron-core 0.16.1. Nothing of it was run on a GPU.
@@ -34,4 +35,5 @@ export NVTE_PYTORCH_FORCE_BUILD=TRUE
 
 mkdir -p "$OUT"
 "$PY" -m pip wheel --no-deps --no-build-isolation --wheel-dir "$OUT" "transformer_engine_torch==$TE"
-"$PY" -m pip download --no-deps --only-binary=:all: --dest "$OUT" "transformer_engine==$TE" "transformer_engine_cu13==$TE"
+"$PY" -m pip download --no-deps --only-binary=:all: --dest "$OUT" \
+    "transformer_engine==$TE" "transformer_engine_cu13==$TE"
