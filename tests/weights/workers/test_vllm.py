@@ -13,7 +13,8 @@ import pytest
 from dapo_megatron.weights import workers
 
 NAME = f"{workers.__name__}.vllm"
-Init, Update = TypeVar("Init"), TypeVar("Update")
+Init = TypeVar("Init")
+Update = TypeVar("Update")
 
 
 class Base25(ABC, Generic[Init, Update]):
