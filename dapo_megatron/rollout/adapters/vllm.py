@@ -1,8 +1,13 @@
 """vLLM as an engine, over HTTP.
 
-Run against 0.32. Earlier versions down to 0.25 speak the same requests, except that they neither report which weights
-wrote a token nor keep a version number; both are then taken from the transfers. Responses come from an endpoint of
-ours in its server (`rollout.endpoints.vllm`).
+Run against 0.25.1 and 0.32. They speak the same requests; what 0.25 lacks is
+
+- which weights wrote a token, and a version number of them: both are then taken from the transfers,
+- an answer to whether the prefix cache was emptied: it is, as no request runs then,
+- a process group whose ranks meet at a file: theirs meet at a port that is open on every interface,
+- `VLLMClientError` (see `rollout.endpoints.vllm`, the endpoint of ours in its server that responses come from),
+
+and what it wants besides is `trainer_send_weights` (see `weights.workers.vllm`).
 """
 
 from __future__ import annotations
@@ -84,7 +89,7 @@ class Adapter(EngineAdapter):
             "VLLM_NO_USAGE_STATS": "1",
             # Serves the requests that change weights.
             "VLLM_SERVER_DEV_MODE": "1",
-            # An engine's processes are all on this machine: they need not listen to others.
+            # An engine's processes are all on this machine: they need not listen to others. (Those of 0.25 do.)
             "VLLM_HOST_IP": "127.0.0.1",
         }
         if place.gpus:

@@ -1,0 +1,83 @@
+"""The transport as vLLM's versions see it: nothing that they want of it may be missing, else they cannot make it."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from abc import ABC, abstractmethod
+from types import ModuleType
+from typing import Any, Generic, TypeVar
+
+import pytest
+
+from dapo_megatron.weights import workers
+
+NAME = f"{workers.__name__}.vllm"
+Init = TypeVar("Init")
+Update = TypeVar("Update")
+
+
+class Base25(ABC, Generic[Init, Update]):
+    """The abstract methods of `WeightTransferEngine` in vLLM 0.25.1, from its
+    vllm/distributed/weight_transfer/base.py.
+    """
+
+    @abstractmethod
+    def init_transfer_engine(self, init_info: Any) -> None: ...
+
+    @abstractmethod
+    def start_weight_update(self) -> None: ...
+
+    @abstractmethod
+    def finish_weight_update(self) -> None: ...
+
+    @abstractmethod
+    def receive_weights(self, update_info: Any) -> None: ...
+
+    @abstractmethod
+    def shutdown(self) -> None: ...
+
+    @staticmethod
+    @abstractmethod
+    def trainer_send_weights(iterator: Any, trainer_args: Any) -> None: ...
+
+
+class Registry:
+    """`WeightTransferEngineFactory` as far as it is used."""
+
+    engines: dict[str, Any]
+
+    def __init__(self) -> None:
+        self.engines = {}
+
+    def register_engine(self, name: str, engine: Any) -> None:
+        self.engines[name] = engine
+
+
+def test_nothing_abstract_is_left_for_vllm_25(monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = Registry()
+    base, factory = ModuleType("base"), ModuleType("factory")
+    base.__dict__.update(WeightTransferEngine=Base25, WeightTransferInitInfo=object, WeightTransferUpdateInfo=object)
+    factory.__dict__.update(WeightTransferEngineFactory=registry)
+    for package in ("vllm", "vllm.distributed", "vllm.distributed.weight_transfer"):
+        monkeypatch.setitem(sys.modules, package, ModuleType(package))
+    monkeypatch.setitem(sys.modules, "vllm.distributed.weight_transfer.base", base)
+    monkeypatch.setitem(sys.modules, "vllm.distributed.weight_transfer.factory", factory)
+    spec = importlib.util.find_spec(NAME)
+    assert spec and spec.loader
+    # Dataclasses look their module up. An import would keep it for the tests after this one.
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, NAME, module)
+    spec.loader.exec_module(module)
+    assert [engine.__abstractmethods__ for engine in registry.engines.values()] == [frozenset()]
+    assert registry.engines["gloo"]()
+
+
+def test_nothing_abstract_is_left_for_the_vllm_that_is_installed() -> None:
+    pytest.importorskip("vllm")
+    from dapo_megatron.weights.workers.vllm import GlooWeightTransfer, WeightTransferEngine
+
+    wanted: frozenset[str] = WeightTransferEngine.__abstractmethods__  # type: ignore[attr-defined]
+    assert "receive_weights" in wanted
+    left: frozenset[str] = GlooWeightTransfer.__abstractmethods__  # type: ignore[attr-defined]
+    assert left == frozenset()
