@@ -70,14 +70,15 @@ def make_shard(
         )
     cu_seqlens = batch.cu_seqlens.to(device)
     longest = max(lengths, default=0)
+    # Only context parallel wants these. Where they differ from the others, fast kernels are lost; where Transformer
+    # Engine has to compare them, the host waits for the GPU.
+    padded: Any = cu_seqlens if cp > 1 else None
     packed = PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_kv=cu_seqlens,
-        # Where these differ from those above, or Transformer Engine has to compare them, fast kernels are lost or the
-        # host waits for the GPU: none without context parallel, which alone wants them, and the same tensor with it.
-        cu_seqlens_q_padded=cu_seqlens if cp > 1 else None,
-        cu_seqlens_kv_padded=cu_seqlens if cp > 1 else None,
+        cu_seqlens_q_padded=padded,
+        cu_seqlens_kv_padded=padded,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
     )

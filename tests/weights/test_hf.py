@@ -41,8 +41,8 @@ def _load_and_save(path: Path, parallel: dict[str, Any], saved: Path) -> Iterato
 
     config = make_config(path, model={"dtype": "bfloat16"}, parallel=parallel)
     hf_config = read_hf_config(path)
-    settings = transformer_config(hf_config, config.model, config.parallel)
-    chunks = build_chunks(hf_config, settings, process_groups())
+    settings = transformer_config(hf_config, config.model, config.parallel, config.memory)
+    chunks = build_chunks(hf_config, config.model, settings, process_groups())
     checkpoint = HfCheckpoint(path)
     checkpoint.load(chunks)
     checkpoint.save(chunks, saved)
@@ -83,8 +83,8 @@ def build(path: Path) -> tuple[Any, Any]:
 
     config = make_config(path)
     hf_config = read_hf_config(path)
-    settings = transformer_config(hf_config, config.model, config.parallel)
-    return HfCheckpoint(path), build_chunks(hf_config, settings, process_groups())
+    settings = transformer_config(hf_config, config.model, config.parallel, config.memory)
+    return HfCheckpoint(path), build_chunks(hf_config, config.model, settings, process_groups())
 
 
 @pytest.mark.usefixtures("alone")

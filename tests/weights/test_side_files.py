@@ -71,8 +71,8 @@ def test_a_checkpoint_saved_by_the_actor(tmp_path: Path) -> None:
     topology.initialize(config.parallel)
     try:
         hf_config = read_hf_config(source)
-        settings = transformer_config(hf_config, config.model, config.parallel)
-        chunks = build_chunks(hf_config, settings, process_groups())
+        settings = transformer_config(hf_config, config.model, config.parallel, config.memory)
+        chunks = build_chunks(hf_config, config.model, settings, process_groups())
         checkpoint = HfCheckpoint(source)
         checkpoint.load(chunks)
         checkpoint.save(chunks, target)
