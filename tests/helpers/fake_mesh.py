@@ -5,27 +5,27 @@ collective ends at once and moves nothing. The rest is the real thing: `Actor.gr
 data-parallel wrapper and optimizer. A tracker below autograd sees every operation, so it knows which storages are
 alive, what matrix products cost and which collectives this rank takes part in.
 
-What runs is the CPU layer spec, because Transformer Engine is neither installed nor able to run on fake tensors. Against
-Transformer Engine's layers on a GPU:
+The layers are those of the CPU layer spec: Transformer Engine's want a GPU. What is different with Transformer Engine:
 
-- SwiGLU is not fused: silu, its product and their inputs are saved one by one.
-- Norms are not fused with the linear layer that follows: their output is saved once more.
-- The rotary embedding is not fused: turned halves and products are temporaries.
-- Attention lays packed sequences into padded batches, which is a copy of queries, keys and values, also where no
-  padding is needed, and goes through torch's flash attention for CPU: in float32 where sequences have up to 512 slots.
-- Context parallel gathers all keys and values of the group, and keeps a mask [queries, keys] for each length of
-  sequences; Transformer Engine sends them round a ring and needs no mask.
-- A weight's gradient comes in the dtype of the weight and is then added to the float32 buffer; with Transformer Engine
-  it may be added by the matrix product itself.
-- Logits become log-probs in smaller chunks.
+- SwiGLU is one kernel and saves its input, [t, 2 f]. Here silu(a), b + 0 and their product are kept as well as a and b.
+- RMSNorm saves its input in the dtype of the model, and what comes out goes into the next matrix product, which may
+  compute it again. Here float32 copies of input and result are kept, too.
+- The rotary embedding is one kernel. Here the turned halves are kept.
+- Attention reads packed sequences where they lie. Here queries, keys and values are copied into padded batches, in
+  float32 where sequences have up to 512 slots.
+- Context parallel sends keys and values round a ring. Here they are gathered, whole, and kept so, and there is a mask
+  [queries, keys] for each length of sequences.
+- A weight's gradient may be added to the float32 buffer by the matrix product. Here it exists once in the dtype of the
+  weight.
+- On a GPU logits become log-probs in larger chunks (`actor.logprobs`).
 
-So memory is an upper bound in everything but communication buffers, workspaces and fragmentation, which are not seen.
+So activations are more than with Transformer Engine. What neither side of the comparison shows: workspaces of kernels,
+NCCL's buffers, the CUDA context and fragmentation.
 """
 
 from __future__ import annotations
 
 import os
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -35,111 +35,17 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.distributed._meta_registrations import create_fakework
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import flop_registry
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from transformers import AutoConfig
 
 from dapo_megatron.algo.objective import Objective
 from dapo_megatron.config import Config
 from dapo_megatron.pack.microbatch import build
 from dapo_megatron.types import MicroBatch, MiniBatch, TrainSample
+from tests.helpers.tracker import Collective, Tracker
 
 if TYPE_CHECKING:
     from dapo_megatron.actor.topology import Topology
-
-_MATRIX_PRODUCTS = {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm}
-_WITHOUT_META = {
-    torch.ops.c10d.allreduce_coalesced_.default,
-    torch.ops.c10d.allgather_into_tensor_coalesced_.default,
-    torch.ops.c10d.reduce_scatter_tensor_coalesced_.default,
-}
-"""Collectives for which torch has no implementation on fake tensors."""
-
-
-@dataclass(frozen=True, slots=True)
-class Collective:
-    """A call by this rank.
-
-    >>> Collective("allreduce", "TENSOR_MODEL_PARALLEL_GROUP", (0, 1), 4096).bytes
-    4096
-    """
-
-    kind: str
-    """torch's name of the operation: allreduce, _allgather_base, _reduce_scatter_base, broadcast, send, recv, ..."""
-    group: str
-    """Megatron's name of the group; "default_pg" is all ranks."""
-    ranks: tuple[int, ...]
-    bytes: int
-    """The tensor on this rank; where input and output differ in size, the larger, which all ranks share."""
-
-
-class Tracker(TorchDispatchMode):
-    """Follows what the operations inside do, on real and on fake tensors alike.
-
-    A storage counts from the operation that first returned it to its end, with its nominal size: what an allocator
-    adds, and what an operation allocates for itself, stays unseen.
-    """
-
-    def __init__(self, number: int) -> None:
-        super().__init__()
-        self.number = number
-        """What is read from a fake tensor that is to give a number."""
-        self.live = 0
-        """Bytes of all storages that are alive."""
-        self.peak = 0
-        """The most that `live` was since the last `restart`."""
-        self.flops = 0
-        """Of matrix products without attention, 2 for a multiplication with its addition, since the last `restart`."""
-        self.collectives: list[Collective] = []
-        """Since the last `restart`."""
-        self._known: set[int] = set()
-
-    def restart(self) -> None:
-        self.peak, self.flops, self.collectives = self.live, 0, []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
-            # It has none to give, but Megatron and the actor read some: the count of tokens, which they compare with
-            # the mini-batch's, and measures.
-            return self.number
-        if func in _WITHOUT_META and any(isinstance(leaf, FakeTensor) for leaf in tree_iter(args)):
-            result = create_fakework(args, return_first_arg=False)
-        else:
-            result = func(*args, **(kwargs or {}))
-        for leaf in tree_iter(result):
-            if isinstance(leaf, Tensor):
-                self._follow(leaf.untyped_storage())
-        if func._overloadpacket in _MATRIX_PRODUCTS:
-            self.flops += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=result)
-        elif func.namespace == "c10d":
-            self._record(func, args)
-        return result
-
-    def _follow(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._known:
-            return
-        self._known.add(key)
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._forget, key, size)
-
-    def _forget(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.live -= size
-
-    def _record(self, func: Any, args: Sequence[Any]) -> None:
-        boxed = next((arg for arg in args if isinstance(arg, torch.ScriptObject)), None)
-        if boxed is None:
-            return
-        group = dist.ProcessGroup.unbox(boxed)
-        sizes = [sum(leaf.nbytes for leaf in tree_iter(arg) if isinstance(leaf, Tensor)) for arg in args]
-        kind, ranks = func._opname.removesuffix("_"), tuple(dist.get_process_group_ranks(group))
-        self.collectives.append(Collective(kind, group.group_desc, ranks, max(sizes)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,9 +59,8 @@ class RankCost:
     gradient_bytes: int
     """Of the float32 buffers that gradients are added up in."""
     optimizer_bytes: int
-    """This rank's share of float32 parameters, as it was built, and of Adam's two moments, by formula, for they are made
-    in the first step: two float32 for each number that this rank steps. Without bfloat16, the parameters themselves
-    are stepped, and only the moments count."""
+    """This rank's share of Adam's two moments and, in bfloat16, of float32 copies of the parameters. By formula, for the
+    moments are made in the first step: 4 bytes for each of them and every number that this rank steps."""
     state_bytes: int
     """What was alive once the actor was built: the above without the moments, and some small tensors."""
     activation_bytes: int
@@ -250,7 +155,8 @@ def _rank_cost(
     from dapo_megatron.actor.actor import Actor
 
     mini_batch = MiniBatch(tuple(batches), topo.dp * sum(batch.loss_tokens for batch in batches))
-    with mode, Tracker(mini_batch.loss_tokens) as tracker:
+    # The actor compares the number of tokens that it divided by, which it reads from a tensor, with the mini-batch's.
+    with mode, Tracker(number=mini_batch.loss_tokens) as tracker:
         actor = Actor(config, topo, _Unloaded(hf_config))
         state = tracker.live
         tracker.restart()
