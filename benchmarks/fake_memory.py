@@ -7,8 +7,9 @@ in bfloat16 with float32 gradients and Adam's state split over the replicas. The
 under fake tensors (`tests.helpers.fake_mesh`), with the CPU layer spec: activations without recompute are more than
 Transformer Engine's fused layers keep, and that module's docstring says by what. The optimizer is computed by formula.
 
-A configuration fits where the sum leaves 6 GiB of a card's 80 GB (80e9 bytes, 74.5 GiB) for what is not seen here: NCCL's
-buffers, the CUDA context, workspaces of kernels and fragmentation. FLOPs are those of matrix products without attention.
+A choice fits where the sum leaves 6 GiB of a card's 80 GB (80e9 bytes, 74.5 GiB) for what is not seen here: NCCL's
+buffers, the CUDA context, workspaces of kernels and fragmentation. FLOPs are those of matrix products, without
+attention.
 """
 
 from __future__ import annotations

@@ -59,8 +59,8 @@ class RankCost:
     gradient_bytes: int
     """Of the float32 buffers that gradients are added up in."""
     optimizer_bytes: int
-    """This rank's share of Adam's two moments and, in bfloat16, of float32 copies of the parameters. By formula, for the
-    moments are made in the first step: 4 bytes for each of them and every number that this rank steps."""
+    """This rank's share of Adam's two moments and, in bfloat16, of float32 copies of the parameters. By formula, for
+    the moments are made in the first step: 4 bytes for each of them and every number that this rank steps."""
     state_bytes: int
     """What was alive once the actor was built: the above without the moments, and some small tensors."""
     activation_bytes: int
