@@ -31,6 +31,14 @@ _COMMON = {"model_type": "qwen2", "max_position_embeddings": 131_072, "rms_norm_
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": {"model_type": "qwen2", **TINY, "tie_word_embeddings": False},
     "tiny-tied": {"model_type": "qwen2", **TINY},
+    "larger": {
+        "model_type": "qwen2",
+        **TINY,
+        "hidden_size": 256,
+        "intermediate_size": 768,
+        "num_hidden_layers": 6,
+        "tie_word_embeddings": False,
+    },
     "7B": {
         **_COMMON,
         "hidden_size": 3_584,
@@ -298,9 +306,12 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 def without_pickles(cost: RankCost) -> list[Collective]:
-    """All but the measures that a stage's last rank sends on, whose pickled size depends on their values."""
-    pickled = [one for one in cost.collectives if one.kind == "broadcast"][2:]
-    return [one for one in cost.collectives if one not in pickled]
+    """All but the measures that the last stage broadcasts, whose pickled size depends on their values."""
+    if not any(one.kind in ("send", "recv") for one in cost.collectives):
+        return list(cost.collectives)
+    *collectives, length, _ = cost.collectives
+    assert (length.kind, length.bytes) == ("broadcast", 8)
+    return collectives
 
 
 @pytest.mark.multiproc
@@ -313,8 +324,9 @@ def test_real_ranks_do_the_same(size: str, layout: str, dtype: str) -> None:
     config, lengths = tiny_config(parallel, dtype), (64, 24, 60, 1)
     for rank, cost in enumerate(real(size, config, world_size, lengths, micro_batches=3)):
         expected = fake(size, config, world_size, rank, lengths, micro_batches=3)
-        assert expected.activation_bytes == pytest.approx(cost.activation_bytes, rel=0.02)
-        assert expected.state_bytes == pytest.approx(cost.state_bytes, rel=0.01)
+        # Equal to the byte, except where a thread of gloo lets go of a tensor late: here one is up to 2%.
+        assert expected.activation_bytes == pytest.approx(cost.activation_bytes, rel=0.05)
+        assert expected.state_bytes == cost.state_bytes
         assert expected.flops == cost.flops
         assert without_pickles(expected) == without_pickles(cost)
 
@@ -323,11 +335,10 @@ def test_real_ranks_do_the_same(size: str, layout: str, dtype: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_real_peak_of_a_larger_model(recompute: str) -> None:
-    SIZES["larger"] = SIZES["tiny"] | {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6}
     config, lengths = tiny_config({}, recompute=recompute), (700, 600)
     (cost,) = real("larger", config, 1, lengths)
     expected = fake("larger", config, 1, 0, lengths)
-    assert expected.activation_bytes == pytest.approx(cost.activation_bytes, rel=0.02)
+    assert expected.activation_bytes == pytest.approx(cost.activation_bytes, rel=0.005)
 
 
 # --- the tracker, and what is left behind -----------------------------------------------------------------------------
