@@ -35,6 +35,7 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from transformers import AutoConfig
 
@@ -202,7 +203,7 @@ def fake_ranks(config: Config, *, world_size: int, rank: int) -> Iterator[Topolo
         for patched in _patches_for_groups(world_size, rank):
             stack.enter_context(patched)
         try:
-            yield topology.initialize(config.parallel, store=dist.HashStore())
+            yield topology.initialize(config.parallel, store=HashStore())
         finally:
             parallel_state.destroy_model_parallel()
             if dist.is_initialized():
