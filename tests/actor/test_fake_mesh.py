@@ -341,6 +341,16 @@ def test_real_peak_of_a_larger_model(recompute: str) -> None:
     assert expected.activation_bytes == pytest.approx(cost.activation_bytes, rel=0.005)
 
 
+@pytest.mark.multiproc
+@pytest.mark.slow
+def test_real_ranks_of_a_virtual_pipeline_do_the_same() -> None:
+    config, lengths = tiny_config({"pp": 2, "vpp": 3}), (64, 24, 60, 1)
+    for rank, cost in enumerate(real("larger", config, 2, lengths, micro_batches=4)):
+        expected = fake("larger", config, 2, rank, lengths, micro_batches=4)
+        assert expected.activation_bytes == pytest.approx(cost.activation_bytes, rel=0.05)
+        assert without_pickles(expected) == without_pickles(cost)
+
+
 # --- the tracker, and what is left behind -----------------------------------------------------------------------------
 
 
