@@ -42,8 +42,10 @@ GIB = 2**30
 CARD, RESERVE = 80e9, 6 * GIB
 
 CHOICES: dict[str, dict[str, dict[str, Any]]] = {
-    "none": {"model": {"recompute": "none"}},
-    "full": {"model": {"recompute": "full"}},
+    "none": {"memory": {"recompute": "none"}},
+    "mlp": {"memory": {"recompute": "selective"}},
+    "48 layers": {"memory": {"recompute": "full", "recompute_layers": 48}},
+    "full": {"memory": {"recompute": "full"}},
 }
 """Name of a row -> the sections of the configuration that make it."""
 

@@ -17,7 +17,7 @@ import torch
 
 from dapo_megatron import config_file
 from dapo_megatron.check_reduction.pool import RankPool
-from dapo_megatron.config import Config, ParallelConfig
+from dapo_megatron.config import Config, MemoryConfig, ParallelConfig
 from tests.helpers.checkpoint import TINY
 from tests.helpers.fake_mesh import RankCost, fake_rank_cost, real_rank_cost
 from tests.helpers.models import make_config
@@ -71,8 +71,8 @@ def ranks() -> Iterator[None]:
 
 
 def tiny_config(parallel: dict[str, Any], dtype: str = "bfloat16", recompute: str = "none") -> Config:
-    model = {"dtype": dtype, "recompute": recompute}
-    return make_config(Path("unused"), model=model, parallel=parallel, train={"mini_batch": 8})
+    model, memory = {"dtype": dtype}, {"recompute": recompute}
+    return make_config(Path("unused"), model=model, memory=memory, parallel=parallel, train={"mini_batch": 8})
 
 
 def fake(size: str, config: Config, world_size: int, rank: int, lengths: tuple[int, ...], **more: int) -> RankCost:
@@ -142,7 +142,7 @@ def check_formulas(size: str, config: Config, world_size: int, lengths: tuple[in
         held = cost.parameter_bytes + cost.gradient_bytes + cost.optimizer_bytes // 3
         assert cost.state_bytes == pytest.approx(held, rel=1e-3)
         in_layers, in_head = matrices(SIZES[size], parallel, stage)
-        passes = 8 if config.model.recompute == "full" else 6
+        passes = 8 if config.memory.recompute == "full" else 6
         assert cost.flops == (passes * in_layers + 6 * in_head) * sum(lengths) // parallel.cp
 
 
@@ -182,7 +182,7 @@ def test_shipped_configs_of_a_gpu_size(path: Path) -> None:
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_32b_at_tp8_with_32k_tokens(recompute: str) -> None:
     config = gpu_config(tp=8)
-    config = config.model_copy(update={"model": config.model.model_copy(update={"recompute": recompute})})
+    config = config.model_copy(update={"memory": MemoryConfig.model_validate({"recompute": recompute})})
     check_formulas("32B", config, 128, (4_096,) * 8)
     cost = fake("32B", config, 128, 0, (4_096,) * 8)
     hidden, width, layers, slots = 5_120, 27_648, 64, 32_768
