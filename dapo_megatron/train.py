@@ -53,7 +53,7 @@ def train(
     if leader and not state.steps_done.value:
         leader.evaluate("before")
     for step in range(state.steps_done.value, config.train.steps):
-        with obs.phase("rollout"), actor.away():
+        with actor.away(obs.phase), obs.phase("rollout"):
             batch = make_batch(leader, topo.dp, step) if leader else None
             peers.after_leader("rollout")
             mini_batches = receive(topo, batch, config.parallel)
@@ -70,9 +70,11 @@ def train(
             ]
         with obs.phase("publish"):
             publisher.push(checkpoint.export(actor.chunks), version=step + 1)
+        peers.after_leader("publish")
+        memory = obs.memory.take(topo.max)
         state.steps_done.value = step + 1
         if leader and batch:
-            leader.log(step, batch, {**policy, **weighing}, results)
+            leader.log(step, batch, {**policy, **weighing, **memory}, results)
             if config.eval.due(step + 1) and step + 1 < config.train.steps:
                 leader.evaluate(f"step {step + 1}")
 

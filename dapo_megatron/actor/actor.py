@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
@@ -127,13 +127,22 @@ class Actor:
             self._reference.park()
 
     @contextmanager
-    def away(self) -> Iterator[None]:
-        """Leave the device's memory to others, inside, as far as memory.offload says."""
-        for offload in self._offloads:
-            offload.park()
+    def away(self, phase: Callable[[str], AbstractContextManager[None]] = nullcontext) -> Iterator[None]:
+        """Leave the device's memory to others, inside, as far as memory.offload says.
+
+        Args:
+            phase: entered with "offload" around what moves, if anything does.
+        """
+        if not self._offloads:
+            yield
+            return
+        with phase("offload"):
+            for offload in self._offloads:
+                offload.park()
         yield
-        for offload in self._offloads:
-            offload.fetch()
+        with phase("offload"):
+            for offload in self._offloads:
+                offload.fetch()
 
     def with_old_logprobs(self, mini_batches: Sequence[MiniBatch]) -> tuple[list[MiniBatch], Measures]:
         """Fill old_logprobs_T, by the same micro-batches and kernels as `update`, so that the first ratio is exactly 1.

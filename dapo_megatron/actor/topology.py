@@ -114,15 +114,17 @@ class Topology:
         Returns:
             A new tensor in host memory.
         """
-        return self._reduce(values, dist.ReduceOp.SUM, 0)
+        own = values.clone() if self.is_replica_leader else torch.zeros_like(values)
+        dist.all_reduce(own, group=self.host_world)
+        return own
 
     def max(self, values: Tensor) -> Tensor:
-        """Take the largest of each entry, as `sum` adds. Floating only; nan counts as inf, which no backend drops."""
-        return self._reduce(torch.where(values.isnan(), torch.inf, values), dist.ReduceOp.MAX, -torch.inf)
+        """Take the largest of each entry over all ranks; otherwise as `sum`.
 
-    def _reduce(self, values: Tensor, operation: Any, neutral: float) -> Tensor:
-        own = values.clone() if self.is_replica_leader else torch.full_like(values, neutral)
-        dist.all_reduce(own, op=operation, group=self.host_world)
+        Floating only; nan counts as inf, which no backend drops.
+        """
+        own = torch.where(values.isnan(), torch.inf, values)
+        dist.all_reduce(own, op=dist.ReduceOp.MAX, group=self.host_world)
         return own
 
 

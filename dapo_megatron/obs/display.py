@@ -149,8 +149,10 @@ class LiveDisplay:
             trend = self._trends.get("response_length" if name == "length" else name)
             rows.add_row(name, Text(f"{value:<8}").append(sparkline(trend), style="cyan") if trend else Text(value))
         if "seconds/step" in metrics:
-            parts = [f"{phase} {metrics.get(f'seconds/{phase}', 0):.2f}" for phase in PHASES]
-            rows.add_row("last step", Text(f"{metrics['seconds/step']:.2f} s  ({', '.join(parts)})"))
+            parts = _by_phase(metrics, "seconds", "{:.2f}")
+            rows.add_row("last step", Text(f"{metrics['seconds/step']:.2f} s  ({parts})"))
+        if parts := _by_phase(metrics, "memory", "{:.1f}"):
+            rows.add_row("peak GiB", Text(parts))
         left = ""
         if self._done:
             left = f"  {clock(self._pace.left(self._done, metrics.get('seconds/step', 0)))} left"
@@ -172,6 +174,11 @@ def facts(metrics: Mapping[str, float]) -> dict[str, str]:
         "tokens/s": _spell(metrics, "{tokens_per_second:,.0f}"),
     }
     return {name: value for name, value in found.items() if value}
+
+
+def _by_phase(metrics: Mapping[str, float], kind: str, form: str) -> str:
+    found = {phase: metrics[name] for phase in PHASES if (name := f"{kind}/{phase}") in metrics}
+    return ", ".join(f"{phase} {form.format(value)}" for phase, value in found.items())
 
 
 def _spell(metrics: Mapping[str, float], template: str) -> str:

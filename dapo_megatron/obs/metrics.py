@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dapo_megatron.measures import Measures, reduce, values
 from dapo_megatron.types import UpdateResult
 
-PHASES = ("rollout", "logprobs", "update", "publish")
-"""What a step does, in order. Phases of other names belong to no step."""
+PHASES = ("offload", "rollout", "logprobs", "update", "publish")
+"""What a step does, in order; offload comes before and after the rollout, where memory.offload names something. Phases
+of other names belong to no step."""
 
 _KINDS = {
     "embedding": "the embedding",
@@ -67,11 +68,25 @@ METRICS = {
     "ratio/first_max": "the same in the first update, where policy and old policy are one: 1, unless rounding differs",
     "kl/old": "KL(old policy || policy), k3 estimate, nats per token",
     "kl/ref": "KL(policy || reference) by algo.kl.estimator, nats per token",
+    "seconds/offload": "moving what memory.offload names to host memory and back",
     "seconds/rollout": "sampling and grading, and waiting for both",
     "seconds/logprobs": "log-probs of the old policy, and of the reference where there is one",
     "seconds/update": "all optimizer steps",
     "seconds/publish": "sending the weights to the engines",
-    "seconds/step": "from the start of the rollout until the weights are published",
+    "seconds/step": "from the start of the rollout, or of the offload before it, until the weights are published",
+    **{
+        f"memory/{phase}": f"peak of {what}, GiB, on the rank that has most: what torch allocated on its GPU, or on "
+        f"CPU what is resident"
+        for phase, what in {
+            "offload": "moving to host memory and back",
+            "rollout": "the rollout, on ranks; engines are not in it",
+            "logprobs": "the log-prob passes",
+            "update": "the optimizer steps",
+            "publish": "sending the weights",
+        }.items()
+    },
+    "memory/reserved": "the most that torch's allocator held of a GPU during the step, GiB, on the rank that has most",
+    "memory/device": "the most that was in use on a GPU at the end of a phase, GiB, by whatever process",
     "eval/accuracy": "share of right responses to held-out prompts",
     "eval/accuracy_low": "lower end of its 95% interval",
     "eval/accuracy_high": "upper end of its 95% interval",

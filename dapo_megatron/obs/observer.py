@@ -6,13 +6,14 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from typing import Protocol
 
 from rich.text import Text
 
 from dapo_megatron.config import Config
 from dapo_megatron.obs.display import open_display
+from dapo_megatron.obs.memory import PeakMemory
 from dapo_megatron.obs.metrics import PHASES
 from dapo_megatron.obs.rollouts import RolloutWriter
 from dapo_megatron.obs.run_folder import LOG, open_run_folder
@@ -51,6 +52,11 @@ class Evaluation(Protocol):
 
 
 class Observer(Protocol):
+    @property
+    def memory(self) -> PeakMemory:
+        """What the phases of the step took at their peak on this rank."""
+        ...
+
     def phase(self, name: str) -> AbstractContextManager[None]:
         """Measure and show what goes on inside. The phases of a step (`metrics.PHASES`) count towards its time."""
         ...
@@ -73,10 +79,13 @@ class Observer(Protocol):
 
 
 class NullObserver:
-    """For ranks other than the leader: does nothing."""
+    """For ranks other than the leader: measures memory, and shows nothing."""
+
+    def __init__(self) -> None:
+        self.memory = PeakMemory()
 
     def phase(self, name: str) -> AbstractContextManager[None]:
-        return nullcontext()
+        return self.memory.phase(name)
 
     def step(self, step: int, metrics: Mapping[str, float], groups: Sequence[Group]) -> None: ...
 
@@ -104,6 +113,7 @@ class RunObserver:
 
     def __init__(self, config: Config, decode: Decode) -> None:
         self._folder = open_run_folder(config)
+        self.memory = PeakMemory()
         self._done = 0
         self._seconds: dict[str, float] = {}
         self._step_started = 0.0
@@ -130,7 +140,8 @@ class RunObserver:
         if name in PHASES and not self._seconds:
             self._step_started = started
         self._display.begin(name)
-        yield
+        with self.memory.phase(name):
+            yield
         seconds = time.monotonic() - started
         self._output.note(f"phase {printable(name)}: {seconds:.3f} s")
         self._display.end(name, seconds)

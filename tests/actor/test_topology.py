@@ -38,7 +38,7 @@ def _join() -> Any:
     word = topo.broadcast("hello" if topo.is_leader else None)
     value = torch.tensor([10.0**topo.dp_rank, -1.0 - topo.dp_rank])
     sums = topo.sum(value).tolist(), topo.sum(torch.tensor(3 + topo.dp_rank)).tolist()
-    largest = topo.max(value).tolist()
+    largest = topo.max(torch.cat([value, torch.tensor([float(topo.rank)])])).tolist()
     topology.shutdown()
     return (topo.rank, topo.dp_rank), back, word, sums, largest, os.environ.get("GLOO_SOCKET_IFNAME")
 
@@ -98,7 +98,7 @@ def test_each_replica_counts_once_and_speaks_through_its_first_rank() -> None:
         assert own_rank == rank
         assert word == "hello"
         assert sums == ([11.0, -3.0], 7)
-        assert largest == [10.0, -1.0]
+        assert largest == [10.0, -1.0, 3.0], "of all ranks, those of one replica as well"
         assert interface == "lo", "ranks of one machine stay off its network"
         assert back == (["replica 0, rank 0", "replica 1, rank 2"] if rank == 0 else None)
 
