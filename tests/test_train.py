@@ -63,8 +63,10 @@ def run(material: Path, folder: Path, *overrides: str) -> subprocess.CompletedPr
     )
 
 
-OPTIONAL = {"kl/ref", "correction/weight", "correction/truncated", "correction/masked"} | {
-    f"{norm}/{kind}" for norm in ("grad_norm", "weight_norm", "update_ratio") for kind in ("output", "other")
+OPTIONAL = {
+    *("kl/ref", "correction/weight", "correction/truncated", "correction/masked"),
+    *("memory/offload", "memory/reserved", "memory/device", "seconds/offload"),
+    *(f"{norm}/{kind}" for norm in ("grad_norm", "weight_norm", "update_ratio") for kind in ("output", "other")),
 }
 """Metrics that depend on the configuration or the model."""
 
