@@ -2,9 +2,9 @@
 
     python -m benchmarks.gpu_rollout
 
-A model of Qwen2.5-0.5B's shape with random weights answers sums: 512 responses of 512 tokens a step, as it knows no end.
-Rollout, log-probs, four updates, and the weights' way back to the engine are a run of `dapo-megatron train`; what it
-measured is read from its metrics, without the first step. Half of the step's time is the most that anything but the
+A model of Qwen2.5-0.5B's shape with random weights answers sums: 512 responses of 512 tokens a step, as it knows no
+end. Rollout, log-probs, four updates, and the weights' way back to the engine are a run of `dapo-megatron train`; what
+it measured is read from its metrics, without the first step. Half of the step's time is the most that anything but the
 rollout should take (target).
 
 On a machine without a GPU, `--shape tiny` shows that it runs.
@@ -87,9 +87,8 @@ def report(rows: Sequence[dict[str, float]]) -> bool:
     print(f"rollout: {middle('tokens_per_second'):,.0f} tokens/s; peak GiB of the rank: {by_phase('memory', '{:.2f}')}")
     if "memory/device" in rows[0]:
         print(f"in use on the card, the engine included: at most {middle('memory/device'):.1f} GiB")
-    print(
-        f"engine and trainer differ by {middle('mismatch/abs'):.1e} nats a token, at most {middle('mismatch/abs_max'):.1e}"
-    )
+    mean, largest = middle("mismatch/abs"), middle("mismatch/abs_max")
+    print(f"engine and trainer differ by {mean:.1e} nats a token, at most {largest:.1e}")
     if not torch.cuda.is_available():
         print("(targets are for GPUs)")
         return True
