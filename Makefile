@@ -1,6 +1,7 @@
 # make quickstart   learn to add by DAPO, on this machine's CPU
 # make test         all tests that this machine can run
 # make check        ruff, pyright and the import rule
+# make coverage     the tests once more, and every line that none of them reaches
 # Each makes .venv when it is not there yet. PYTHON=... chooses the interpreter (3.11 or 3.12).
 #
 # On a machine with an NVIDIA GPU and Python 3.12:
@@ -22,7 +23,7 @@ GPU_PYTHON ?= python3
 GPU_RUN = PYTHONPATH=$(CURDIR)/.gpu/$(1):$(CURDIR) $(GPU_PYTHON) -m benchmarks.gpu_report $(1) $(ARGS)
 GPU_PACKAGES = $(GPU_PYTHON) tools/gpu_packages.py
 
-.PHONY: quickstart test check gpu gpu-smoke gpu-wheels
+.PHONY: quickstart test check coverage gpu gpu-smoke gpu-wheels
 .DELETE_ON_ERROR:
 
 quickstart: $(READY)
@@ -36,6 +37,12 @@ check: $(READY)
 	@$(BIN)/ruff format --check .
 	@$(BIN)/pyright
 	@$(BIN)/python -m pytest --quiet tests/test_imports.py
+
+coverage: $(READY)
+	@rm -f .coverage .coverage.*
+	@$(BIN)/coverage run -m pytest $(ARGS)
+	@$(BIN)/coverage combine --quiet
+	@$(BIN)/coverage report --show-missing --skip-covered
 
 gpu-smoke:
 	@$(GPU_PACKAGES) requirements/gpu-smoke.txt --into .gpu/smoke $(if $(WHEELS),--wheels $(WHEELS))

@@ -48,7 +48,7 @@ setup(
         "sglang": ["sglang>=0.5.9"],
         "wandb": ["wandb>=0.31"],
         "mlflow": ["mlflow-skinny>=3.17", "sqlalchemy>=2", "alembic>=1.20"],
-        "dev": ["hypothesis", "pre-commit", "pyright[nodejs]", "pytest", "pytest-timeout", "ruff"],
+        "dev": ["coverage>=7.10", "hypothesis", "pre-commit", "pyright[nodejs]", "pytest", "pytest-timeout", "ruff"],
     },
     entry_points={"console_scripts": ["dapo-megatron = dapo_megatron.cli:main"]},
     classifiers=[
