@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 from dapo_megatron import config_file
 from examples.quickstart.recipe import RECIPE
 
@@ -48,7 +50,8 @@ def make_base(folder: Path, seed: int) -> float:
         if made_from == {**RECIPE, "seed": seed}:
             print(f"Base model: {folder / 'base'}, made earlier in {seconds:.0f} s")
             return seconds
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    ranks = min(2, torch.cuda.device_count()) if torch.cuda.is_available() else 2
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     command = [sys.executable, *launch, "-m", "examples.quickstart.base", str(folder), str(seed)]
     subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
     return json.loads(record.read_text())["seconds"]
