@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -135,7 +137,70 @@ def test_a_collective_that_takes_too_long_ends_the_run(config: Path) -> None:
         output = ended(process, family, timeout=40)
     assert process.returncode == 1
     assert "rank 1 on " in output and "Timed out" in output
-    assert "launch.collective_seconds" in output.splitlines()[-1]
+    assert "launch.collective_seconds" in output.splitlines()[-3]
+
+
+@pytest.mark.parametrize("scene", ["collective,collective,python", "python,collective,python"])
+def test_who_does_not_come_to_a_collective_is_named_by_the_leader(config: Path, scene: str) -> None:
+    with job(config, scene, "launch.collective_seconds=3", "parallel.tp=1", ranks=3) as process:
+        family = ranks_of(process, config, 3)
+        output = ended(process, family, timeout=40)
+    assert process.returncode == 1, output
+    assert output.count("Traceback") == 1 and "Timed out" in output, "one rank reports it"
+    head, *where = output.splitlines()[-3:]
+    assert head == "ranks had come to:"
+    met, late = sorted(where, key=lambda line: "rank 2 on " in line)
+    assert re.fullmatch(r"  checks, in a collective that failed, at dapo_megatron\.rank:\d+: rank 1 on .*", met)
+    assert re.fullmatch(r"  checks, at dapo_megatron\.rank:\d+: rank 2 on .*", late)
+
+
+def test_one_rank_of_a_machine_says_that_the_leader_is_lost(config: Path) -> None:
+    with job(config, "python,waiting", "parallel.tp=1", ranks=4) as process:
+        leader, *others = ranks_of(process, config, 4)
+        leader.send_signal(signal.SIGSTOP)
+        deadline = time.monotonic() + 20
+        while any(rank.status() != psutil.STATUS_ZOMBIE for rank in others):  # the launcher looks after the leader
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        leader.kill()
+        output = ended(process)
+    (line,) = (line for line in output.splitlines() if "the leader, rank 0 on " in line)
+    assert line.startswith("dapo-megatron: rank 1: error: the leader, rank 0 on ")
+
+
+@pytest.mark.parametrize(
+    ("rank", "local_rank", "speaks"), [(1, 1, True), (2, 2, False), (8, 0, True), (9, 1, False), (3, 0, True)]
+)
+def test_the_first_rank_of_a_machine_speaks(
+    monkeypatch: pytest.MonkeyPatch, rank: int, local_rank: int, speaks: bool
+) -> None:
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    assert _Rank()._speaks == speaks
+
+
+def test_ranks_may_come_later_than_a_collective_may_take(config: Path) -> None:
+    with job(config, "end,end,slow", "launch.collective_seconds=3") as process:
+        output = ended(process)
+    assert process.returncode == 0, output
+
+
+def test_ranks_that_come_too_late(config: Path) -> None:
+    with job(config, "end,end,slow", "launch.join_seconds=3") as process:
+        output = ended(process)
+    assert process.returncode == 1, output
+    assert "launch.join_seconds(3)" in output.splitlines()[-1]
+    assert "Traceback" not in output
+
+
+def test_a_port_that_is_in_use_is_told_once(config: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as used:
+        port = used.getsockname()[1]
+        with job(config, "end,end", f"launch.heartbeat_port={port}", ranks=2) as process:
+            output = ended(process)
+    assert process.returncode == 2, output
+    (line,) = output.splitlines()
+    assert line.startswith("dapo-megatron: error: launch.heartbeat_port: the leader, on ")
 
 
 def test_a_job_that_is_ended_while_the_leader_waits_for_its_gpu(config: Path) -> None:
@@ -200,7 +265,10 @@ def trains(config: Path) -> Path:
 
 @pytest.mark.timeout(300)
 def test_nothing_that_the_leader_does_alone_has_a_limit(trains: Path) -> None:
-    """Start-up, evaluation, rollout, each bucket of a push and each shard take longer than every limit."""
+    """Start-up, evaluation, rollout, each bucket of a push and each shard take longer than every limit.
+
+    So does reading the checkpoint, where any rank may be the last.
+    """
     limits = ["launch.lost_seconds=3", "launch.collective_seconds=3", "train.steps=2", "eval.every=1"]
     with job(trains, "4", *limits, module="slow_leader") as process:
         output = ended(process, timeout=250)

@@ -29,7 +29,13 @@ class Follower(Watch):
         lost_seconds: float,
         join_seconds: float,
     ) -> None:
-        place = json.loads(store.get("heartbeat"))
+        try:
+            place = json.loads(store.get("heartbeat"))
+        except RuntimeError as error:  # torch's for a limit that is over, and for a store that is gone
+            raise DapoError(
+                f"rank {rank} has heard nothing of the leader within launch.join_seconds({join_seconds:g}): look at "
+                f"what rank 0 or its machine says; {str(error).splitlines()[0]}"
+            ) from error
         if "end" in place:  # the leader says why
             sys.exit(int(place["end"]))
         super().__init__(on_failure, lost_seconds)
