@@ -18,6 +18,7 @@ import psutil
 import pytest
 import yaml
 
+from dapo_megatron import rank
 from dapo_megatron.errors import ConfigError
 from dapo_megatron.heartbeat import Failure
 from dapo_megatron.rank import _check_launch, _Rank
@@ -147,6 +148,7 @@ def test_who_does_not_come_to_a_collective_is_named_by_the_leader(config: Path, 
         output = ended(process, family, timeout=40)
     assert process.returncode == 1, output
     assert output.count("Traceback") == 1 and "Timed out" in output, "one rank reports it"
+    assert "dapo-megatron: rank 1 on " in output, "the leader has more patience, to say so"
     head, *where = output.splitlines()[-3:]
     assert head == "ranks had come to:"
     met, late = sorted(where, key=lambda line: "rank 2 on " in line)
@@ -177,14 +179,29 @@ def has_ended(rank: psutil.Process) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("rank", "local_rank", "speaks"), [(1, 1, True), (2, 2, False), (8, 0, True), (9, 1, False), (3, 0, True)]
+    ("number", "local_rank", "speaks"), [(1, 1, True), (2, 2, False), (8, 0, True), (9, 1, False), (3, 0, True)]
 )
 def test_the_first_rank_of_a_machine_speaks(
-    monkeypatch: pytest.MonkeyPatch, rank: int, local_rank: int, speaks: bool
+    monkeypatch: pytest.MonkeyPatch, number: int, local_rank: int, speaks: bool
 ) -> None:
-    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("RANK", str(number))
     monkeypatch.setenv("LOCAL_RANK", str(local_rank))
     assert _Rank()._speaks == speaks
+
+
+def test_the_quiet_ranks_of_a_machine_do_not_end_the_one_that_speaks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    quiet, slept = _Rank(), []
+    quiet._quiet_seconds = 15.0
+    monkeypatch.setattr(rank.time, "sleep", slept.append)
+    monkeypatch.setattr(rank, "leave", sys.exit)
+    with pytest.raises(SystemExit):
+        quiet._follow(Failure("error: the leader is lost", 1))
+    assert slept == [15.0]
+    assert capsys.readouterr().err == ""
 
 
 def test_ranks_may_come_later_than_a_collective_may_take(config: Path) -> None:
@@ -223,9 +240,9 @@ def test_a_job_that_is_ended_while_the_leader_waits_for_its_gpu(config: Path) ->
 def test_a_rank_that_is_lost_before_all_have_come_is_named() -> None:
     """There are no peers yet that could be asked."""
     lost = Failure("error: rank 1 on node7 is lost", 1)
-    rank = _Rank()
-    rank._heard = lost
-    assert rank._cause(SystemExit(143)) is lost
+    leader = _Rank()
+    leader._heard = lost
+    assert leader._cause(SystemExit(143)) is lost
 
 
 @pytest.mark.parametrize(
