@@ -12,10 +12,12 @@ import signal
 import socket
 import sys
 import threading
+import time
 import traceback
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -39,6 +41,9 @@ _CLOSE_SECONDS = 10.0
 12 where `dapo-megatron train` has started it."""
 _UNWIND_SECONDS = 5.0
 """For the main thread to hear that another rank failed. In a collective it hears nothing."""
+_LEADER_PATIENCE = timedelta(minutes=2)
+"""By how much longer the leader waits in a collective. It has to be there when the others give up, to say why: NCCL's
+watchdog ends a process a minute after the limit, with words of its own, and ranks come to a collective one by one."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,11 +57,15 @@ class _Rank:
         self._rank = int(os.environ.get("RANK", "0"))
         self._world_size = int(os.environ.get("WORLD_SIZE", "1"))
         self._is_leader = self._rank == 0
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        self._speaks = self._rank == max(1, self._rank - local_rank)
+        """Whether this rank says for its machine that the leader is lost: the first there that is not the leader."""
         self._peers = Peers()
         self._obs: RunObserver | None = None
         self._opened = ExitStack()
         self._heard: Failure | None = None
         """What the heartbeat has said before this rank failed itself."""
+        self._quiet_seconds = 0.0
         self._signals, self._woken = socket.socketpair()
         self._saying, self._said = threading.Lock(), threading.Event()
 
@@ -82,17 +91,19 @@ class _Rank:
     def _train(self, path: Path, overrides: Sequence[str]) -> None:
         config = config_file.load(path, overrides)
         _check_launch(os.environ)
-        limit = timedelta(seconds=config.launch.collective_seconds)
+        launch = config.launch
+        self._quiet_seconds = launch.lost_seconds / 2
         topology.prepare()  # before anybody counts the seconds that this rank is silent
-        store = topology.rendezvous(limit)
+        store = topology.rendezvous(timedelta(seconds=launch.join_seconds))
         peers = join(
             store,
             self._rank,
             self._world_size,
             self._heard_of if self._is_leader else self._follow,
             address=None if topology.on_one_machine() else os.environ.get("MASTER_ADDR"),
-            lost_seconds=config.launch.lost_seconds,
-            join_seconds=config.launch.collective_seconds,
+            lost_seconds=launch.lost_seconds,
+            join_seconds=launch.join_seconds,
+            port=launch.heartbeat_port,
         )
         self._peers = self._opened.enter_context(closing(peers))
         obs, checked = NullObserver(), None
@@ -102,6 +113,7 @@ class _Rank:
             for warning in checked.warnings:
                 obs.message(f"warning: {warning}")
         peers.after_leader("checks")
+        limit = timedelta(seconds=launch.collective_seconds) + (_LEADER_PATIENCE if self._is_leader else timedelta())
         topo = topology.initialize(config.parallel, timeout=limit, store=store)
         train(config, topo, peers, obs, checked, self._opened)
         peers.after_leader("end")
@@ -136,6 +148,7 @@ class _Rank:
             if failure := self._peers.failure():
                 return failure
             reason += "\n(every rank answers: the limit is launch.collective_seconds, or a connection broke)"
+            return Failure(reason, 1, late=True)
         return Failure(reason, 1)
 
     def _say(self, failure: Failure) -> None:
@@ -144,7 +157,7 @@ class _Rank:
             if self._said.is_set():
                 return
             if self._is_leader and failure.reason:
-                self._print(f"dapo-megatron: {failure.reason}")
+                self._print(f"dapo-megatron: {failure.reason}{self._peers.whereabouts() if failure.late else ''}")
             told = self._peers.tell(failure)
             if not self._is_leader and not told and failure.reason:
                 self._print(f"dapo-megatron: rank {self._rank}: {failure.reason}")
@@ -161,7 +174,8 @@ class _Rank:
         """On the leader, in a thread: another rank failed. Unwind the main thread, or end without it."""
         if signal.SIGTERM in self._signalled():
             # Whoever ends a job ends all of its ranks, and this one is missed because it was quicker.
-            failure = Failure(f"ended by SIGTERM; meanwhile: {failure.reason}", 128 + signal.SIGTERM)
+            reason = f"ended by SIGTERM; meanwhile: {failure.reason}"
+            failure = replace(failure, reason=reason, exit_code=128 + signal.SIGTERM)
         self._heard = failure
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
         if not self._said.wait(_UNWIND_SECONDS):
@@ -178,6 +192,10 @@ class _Rank:
 
     def _follow(self, failure: Failure) -> None:
         """On another rank, in a thread: the leader has ended, or is lost. There is nothing to close here."""
+        if failure.reason and not self._speaks:
+            # Not before the one that speaks, whose beats may be later: torchrun ends all when the first has gone.
+            time.sleep(self._quiet_seconds)
+            leave(failure.exit_code)
         _leave_within(_UNWIND_SECONDS, failure.exit_code)
         if failure.reason:
             self._print(f"dapo-megatron: rank {self._rank}: {failure.reason}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack, closing
+from functools import partial
 
 from dapo_megatron.actor.actor import Actor
 from dapo_megatron.actor.topology import Topology
@@ -39,8 +40,9 @@ def train(
 
     with obs.phase("building the actor"):
         checkpoint = HfCheckpoint(config.model.path, trust_remote_code=config.model.trust_remote_code)
-        actor = Actor(config, topo, checkpoint)
-        reference = Actor(config, topo, checkpoint, trainable=False) if config.algo.kl.coef > 0 else None
+        build = partial(Actor, config, topo, checkpoint, together=peers.together)
+        actor = build()
+        reference = build(trainable=False) if config.algo.kl.coef > 0 else None
     objective = Objective(config.algo)
     skipped = SkippedUpdates(config, topo, obs, peers.after_leader)
     with obs.phase("starting engines"):

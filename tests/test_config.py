@@ -82,6 +82,8 @@ def load(folder: Path, text: str = MINIMAL, *overrides: str) -> Config:
         ),
         (["data.template=Solve this."], "data: template must hold {problem}"),
         (["reward.right=-1"], "reward: right (-1.0) must be more than wrong (-1.0)"),
+        (["launch.heartbeat_port=0"], "launch.heartbeat_port = 0: input should be greater than or equal to 1"),
+        (["launch.heartbeat_port=65536"], "launch.heartbeat_port = 65536: input should be less than or equal to 65535"),
         (["train.steps"], "override 'train.steps' is not of the form section.key=value"),
         (["model.path.x=1"], "override 'model.path.x=1': path is a value, not a section"),
         (["train.steps=[1"], "override 'train.steps=[1' is not YAML"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import queue
 import signal
 import socket
@@ -12,13 +13,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
-from dapo_megatron.errors import DapoError
-from dapo_megatron.heartbeat import SETTLE_SECONDS, Failure, Peers, join
+from dapo_megatron.errors import ConfigError, DapoError
+from dapo_megatron.heartbeat import SETTLE_SECONDS, Failure, Peers, join, leader
+from dapo_megatron.heartbeat.watch import _place
+from dapo_megatron.processes import leave
 
 LOST_SECONDS = 1.5
 HERE = socket.gethostname()
@@ -45,9 +48,16 @@ def ignore(failure: Failure) -> None: ...
 
 
 def joined(
-    folder: Path, rank: int, ranks: int, on_failure: Callable[[Failure], None], *, address: str | None = None
+    folder: Path,
+    rank: int,
+    ranks: int,
+    on_failure: Callable[[Failure], None],
+    *,
+    address: str | None = None,
+    port: int | None = None,
 ) -> Peers:
-    return join(Board(folder), rank, ranks, on_failure, address=address, lost_seconds=LOST_SECONDS, join_seconds=20.0)
+    limits = {"lost_seconds": LOST_SECONDS, "join_seconds": 20.0}
+    return join(Board(folder), rank, ranks, on_failure, address=address, port=port, **limits)
 
 
 @pytest.fixture
@@ -68,7 +78,8 @@ Three = tuple[list[Peers], list[Failures]]
 def test_a_run_of_one_process_waits_for_nobody() -> None:
     peers = join(Board(Path()), 0, 1, ignore, address=None, lost_seconds=1, join_seconds=1)
     peers.after_leader("rollout")
-    assert peers.failure() is None
+    peers.together("weights")
+    assert peers.failure() is None and peers.whereabouts() == ""
     assert not peers.tell(Failure("error: x", 1))
     peers.close()
 
@@ -99,6 +110,53 @@ def test_other_calls_than_the_leaders_are_an_error(three: Three) -> None:
     leader.after_leader("rollout")
     with pytest.raises(RuntimeError, match="the leader has come to 'rollout', this one to 'bucket'"):
         first.after_leader("bucket")
+
+
+def test_all_ranks_wait_for_the_last_and_the_log_says_for_whom(
+    three: Three, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(leader, "_REMIND_SECONDS", 0.5)
+    caplog.set_level(logging.WARNING)
+    everyone, failures = three
+    with ThreadPoolExecutor(3) as pool:
+        for turn in range(2):
+            early = [pool.submit(peers.together, f"weights {turn}") for peers in everyone[:2]]
+            time.sleep(2 * LOST_SECONDS)  # it has no limit
+            assert not any(call.done() for call in early)
+            for call in (*early, pool.submit(everyone[2].together, f"weights {turn}")):
+                call.result(5)
+        # In between, the others may go on to wait for the leader.
+        for call in [pool.submit(peers.after_leader, "rollout") for peers in everyone]:
+            call.result(5)
+    assert all(failure.empty() for failure in failures)
+    assert caplog.messages[-1] == f"1 of 2 ranks have yet to come to: weights 1: rank 2 on {HERE}"
+    assert len(caplog.messages) == 4, "after 0.5 and 1.5 of 3 seconds each"
+
+
+def test_a_leader_that_waits_for_all_hears_of_a_failure(tmp_path: Path) -> None:
+    """Its main thread is woken up by a signal, as `rank` sends it."""
+    program = "from tests.test_heartbeat import wait_for_all; wait_for_all(__import__('sys').argv[1])"
+    with subprocess.Popen([sys.executable, "-c", program, tmp_path], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout and process.stdout.readline() == "joined\n"
+        process.terminate()
+        assert process.wait(5) == 128 + signal.SIGTERM
+
+
+def wait_for_all(folder: str) -> None:
+    signal.signal(signal.SIGTERM, lambda number, frame: leave(128 + number))
+    with ThreadPoolExecutor(2) as pool:
+        peers, _ = (pool.submit(joined, Path(folder), rank, 2, ignore) for rank in range(2))
+        first = peers.result()
+    print("joined", flush=True)
+    first.together("weights")
+
+
+def test_other_calls_than_the_leaders_are_an_error_where_all_wait(three: Three) -> None:
+    (leader, first, _), _ = three
+    threading.Thread(target=first.together, args=("weights",), daemon=True).start()
+    with pytest.raises(RuntimeError, match=r"rank 1 on .* has come to 'weights', the leader to 'end'"):
+        leader.together("end")
+    leader.after_leader("weights")  # lets it go
 
 
 def test_a_failure_reaches_the_leader_with_its_reason_and_the_others_without(three: Three) -> None:
@@ -159,34 +217,61 @@ def test_ranks_of_several_machines_find_the_leader_by_its_address_and_wait_for_t
     assert failures.empty()
 
 
+def test_a_port_can_be_chosen(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(joined, tmp_path, 1, 2, ignore)
+            message = rf"^launch\.heartbeat_port: the leader, on {HERE}, cannot listen on port {port}: Address already"
+            with pytest.raises(ConfigError, match=message):
+                joined(tmp_path, 0, 2, ignore, port=port)
+            with pytest.raises(SystemExit) as left:
+                waiting.result(5)
+            assert left.value.code == 2, "the leader says why"
+    (tmp_path / "heartbeat").unlink()
+    with ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(joined, tmp_path, rank, 2, ignore, address="localhost", port=port) for rank in range(2)]
+        assert json.loads(Board(tmp_path).get("heartbeat"))["port"] == port
+        for member in both:
+            member.result(10).close()
+
+
 def test_ranks_that_do_not_come_are_named(tmp_path: Path) -> None:
     failures: Failures = queue.SimpleQueue()
     with ThreadPoolExecutor(1) as pool:
         early = pool.submit(joined, tmp_path, 1, 3, failures.put)
-        with pytest.raises(DapoError, match=r"ranks \[2\] of 3 did not come within launch.collective_seconds\(1\)"):
+        with pytest.raises(DapoError, match=r"ranks \[2\] of 3 did not come within launch.join_seconds\(1\)"):
             join(Board(tmp_path), 0, 3, ignore, address=None, lost_seconds=1, join_seconds=1)
         with closing(early.result()):
             assert failures.get(timeout=5) == Failure("", 1), "it does not wait for ever"
 
 
-def member(folder: str, rank: str) -> None:
-    """A rank of two in a process: it prints a line once it has joined, and the failure that it hears of."""
+def member(folder: str, rank: str, ranks: str) -> None:
+    """A rank in a process: it prints a line once it has joined, and the failure that it hears of.
+
+    Those after the second wait for all others, in vain.
+    """
 
     def say(failure: Failure) -> None:
-        print(json.dumps([failure.reason, failure.exit_code]), flush=True)
+        where = peers.whereabouts() if failure.late else ""
+        print(json.dumps([failure.reason + where, failure.exit_code, failure.late]), flush=True)
 
-    joined(Path(folder), int(rank), 2, say).after_leader("rollout")
+    peers = joined(Path(folder), int(rank), int(ranks), say)
+    peers.after_leader("rollout")
     print("joined", flush=True)
+    if int(rank) >= 2:
+        peers.together("weights")
     time.sleep(60)
 
 
-@pytest.fixture
-def pair(tmp_path: Path) -> Iterator[Sequence[subprocess.Popen[str]]]:
-    """Two ranks in processes."""
+@contextmanager
+def processes(folder: Path, count: int) -> Iterator[Sequence[subprocess.Popen[str]]]:
     program = "import sys; from tests.test_heartbeat import member; member(*sys.argv[1:])"
     ranks = [
-        subprocess.Popen([sys.executable, "-c", program, tmp_path, str(rank)], stdout=subprocess.PIPE, text=True)
-        for rank in range(2)
+        subprocess.Popen(
+            [sys.executable, "-c", program, folder, str(rank), str(count)], stdout=subprocess.PIPE, text=True
+        )
+        for rank in range(count)
     ]
     try:
         for rank in ranks:
@@ -199,9 +284,40 @@ def pair(tmp_path: Path) -> Iterator[Sequence[subprocess.Popen[str]]]:
             rank.wait()
 
 
+@pytest.fixture
+def pair(tmp_path: Path) -> Iterator[Sequence[subprocess.Popen[str]]]:
+    """Two ranks in processes."""
+    with processes(tmp_path, 2) as ranks:
+        yield ranks
+
+
 def heard(rank: subprocess.Popen[str]) -> Failure:
     assert rank.stdout
     return Failure(*json.loads(rank.stdout.readline()))
+
+
+def test_ranks_that_are_lost_together_are_all_named_and_who_is_late_stands_out(tmp_path: Path) -> None:
+    """As when a collective is given up by all but the rank that never came to it."""
+    with processes(tmp_path, 5) as ranks:
+        for lost in (3, 4, 2):
+            ranks[lost].kill()
+            time.sleep(SETTLE_SECONDS / 8)
+        failure = heard(ranks[0])
+    first, had, late, waiting = failure.reason.splitlines()
+    in_order = ", ".join(f"rank {rank} on {HERE} (its connection broke off)" for rank in (3, 4, 2))
+    assert first == f"error: 3 ranks are lost, in this order: {in_order}"
+    assert (had, late) == ("ranks had come to:", f"  rollout: rank 1 on {HERE}")
+    assert waiting.startswith("  waiting for all ranks to come to: weights: rank ") and waiting.count(HERE) == 3
+    assert failure.exit_code == 1
+
+
+def test_a_beat_says_where_in_this_package_the_main_thread_is() -> None:
+    """Not in which wait of the heartbeat's own, or of a library's."""
+    assert _place() == ""
+    below = {"__name__": "torch.distributed", "place": _place}
+    above = {"__name__": "dapo_megatron.actor.reduce", "below": below, "call": "seen = place()"}
+    exec("\n\nexec(call, below)", above)
+    assert below["seen"] == ", at dapo_megatron.actor.reduce:3"
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,6 +18,7 @@ import psutil
 import pytest
 import yaml
 
+from dapo_megatron import rank
 from dapo_megatron.errors import ConfigError
 from dapo_megatron.heartbeat import Failure
 from dapo_megatron.rank import _check_launch, _Rank
@@ -135,7 +138,94 @@ def test_a_collective_that_takes_too_long_ends_the_run(config: Path) -> None:
         output = ended(process, family, timeout=40)
     assert process.returncode == 1
     assert "rank 1 on " in output and "Timed out" in output
-    assert "launch.collective_seconds" in output.splitlines()[-1]
+    assert "launch.collective_seconds" in output.splitlines()[-3]
+
+
+@pytest.mark.parametrize("scene", ["collective,collective,python", "python,collective,python"])
+def test_who_does_not_come_to_a_collective_is_named_by_the_leader(config: Path, scene: str) -> None:
+    with job(config, scene, "launch.collective_seconds=3", "parallel.tp=1", ranks=3) as process:
+        family = ranks_of(process, config, 3)
+        output = ended(process, family, timeout=40)
+    assert process.returncode == 1, output
+    assert output.count("Traceback") == 1 and "Timed out" in output, "one rank reports it"
+    assert "dapo-megatron: rank 1 on " in output, "the leader has more patience, to say so"
+    head, *where = output.splitlines()[-3:]
+    assert head == "ranks had come to:"
+    met, late = sorted(where, key=lambda line: "rank 2 on " in line)
+    assert re.fullmatch(r"  checks, in a collective that failed, at dapo_megatron\.rank:\d+: rank 1 on .*", met)
+    assert re.fullmatch(r"  checks, at dapo_megatron\.rank:\d+: rank 2 on .*", late)
+
+
+def test_one_rank_of_a_machine_says_that_the_leader_is_lost(config: Path) -> None:
+    with job(config, "python,waiting", "parallel.tp=1", ranks=4) as process:
+        leader, *others = ranks_of(process, config, 4)
+        leader.send_signal(signal.SIGSTOP)
+        deadline = time.monotonic() + 20
+        while not all(map(has_ended, others)):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        leader.kill()
+        output = ended(process)
+    (line,) = (line for line in output.splitlines() if "the leader, rank 0 on " in line)
+    assert line.startswith("dapo-megatron: rank 1: error: the leader, rank 0 on ")
+
+
+def has_ended(rank: psutil.Process) -> bool:
+    """Also where the launcher, which waits for the leader, has not looked yet."""
+    try:
+        return rank.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("number", "local_rank", "speaks"), [(1, 1, True), (2, 2, False), (8, 0, True), (9, 1, False), (3, 0, True)]
+)
+def test_the_first_rank_of_a_machine_speaks(
+    monkeypatch: pytest.MonkeyPatch, number: int, local_rank: int, speaks: bool
+) -> None:
+    monkeypatch.setenv("RANK", str(number))
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    assert _Rank()._speaks == speaks
+
+
+def test_the_quiet_ranks_of_a_machine_do_not_end_the_one_that_speaks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    quiet, slept = _Rank(), []
+    quiet._quiet_seconds = 15.0
+    monkeypatch.setattr(rank.time, "sleep", slept.append)
+    monkeypatch.setattr(rank, "leave", sys.exit)
+    with pytest.raises(SystemExit):
+        quiet._follow(Failure("error: the leader is lost", 1))
+    assert slept == [15.0]
+    assert capsys.readouterr().err == ""
+
+
+def test_ranks_may_come_later_than_a_collective_may_take(config: Path) -> None:
+    with job(config, "end,end,slow", "launch.collective_seconds=3") as process:
+        output = ended(process)
+    assert process.returncode == 0, output
+
+
+def test_ranks_that_come_too_late(config: Path) -> None:
+    with job(config, "end,end,slow", "launch.join_seconds=3") as process:
+        output = ended(process)
+    assert process.returncode == 1, output
+    assert "launch.join_seconds(3)" in output.splitlines()[-1]
+    assert "Traceback" not in output
+
+
+def test_a_port_that_is_in_use_is_told_once(config: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as used:
+        port = used.getsockname()[1]
+        with job(config, "end,end", f"launch.heartbeat_port={port}", ranks=2) as process:
+            output = ended(process)
+    assert process.returncode == 2, output
+    (line,) = output.splitlines()
+    assert line.startswith("dapo-megatron: error: launch.heartbeat_port: the leader, on ")
 
 
 def test_a_job_that_is_ended_while_the_leader_waits_for_its_gpu(config: Path) -> None:
@@ -150,9 +240,9 @@ def test_a_job_that_is_ended_while_the_leader_waits_for_its_gpu(config: Path) ->
 def test_a_rank_that_is_lost_before_all_have_come_is_named() -> None:
     """There are no peers yet that could be asked."""
     lost = Failure("error: rank 1 on node7 is lost", 1)
-    rank = _Rank()
-    rank._heard = lost
-    assert rank._cause(SystemExit(143)) is lost
+    leader = _Rank()
+    leader._heard = lost
+    assert leader._cause(SystemExit(143)) is lost
 
 
 @pytest.mark.parametrize(
@@ -200,7 +290,10 @@ def trains(config: Path) -> Path:
 
 @pytest.mark.timeout(300)
 def test_nothing_that_the_leader_does_alone_has_a_limit(trains: Path) -> None:
-    """Start-up, evaluation, rollout, each bucket of a push and each shard take longer than every limit."""
+    """Start-up, evaluation, rollout, each bucket of a push and each shard take longer than every limit.
+
+    So does reading the checkpoint, where any rank may be the last.
+    """
     limits = ["launch.lost_seconds=3", "launch.collective_seconds=3", "train.steps=2", "eval.every=1"]
     with job(trains, "4", *limits, module="slow_leader") as process:
         output = ended(process, timeout=250)

@@ -72,6 +72,8 @@ class Actor:
 
     Args:
         trainable: False keeps neither gradients nor optimizer, for a frozen reference.
+        together: called once the weights are read, for which ranks take as long as their storage does; returns when
+            all have come there.
 
     Raises:
         ConfigError: where the model is not supported or does not split into the configured layout.
@@ -84,6 +86,7 @@ class Actor:
         checkpoint: Checkpoint,
         *,
         trainable: bool = True,
+        together: Callable[[str], object] = lambda what: None,
     ) -> None:
         self._config, self._topology = config, topology
         self._groups = process_groups()
@@ -96,6 +99,7 @@ class Actor:
         self.chunks: list[torch.nn.Module] = list(chunks)
         """The bare GPTModels of this rank: several where pipeline stages are virtual."""
         checkpoint.load(self.chunks)
+        together("weights read")
         self._heads = [RowSelection(chunk) for chunk in chunks if chunk.post_process]
         dtype = DTYPES[config.model.dtype]
         modules: list[Any] = list(chunks)

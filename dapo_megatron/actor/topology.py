@@ -23,8 +23,9 @@ from torch import Tensor
 from torch._C._distributed_c10d import HashStore, Store
 from torch.distributed.rendezvous import rendezvous as torch_rendezvous
 
+from dapo_megatron.actor.interface import find_interface
 from dapo_megatron.config import ParallelConfig
-from dapo_megatron.errors import ConfigError
+from dapo_megatron.errors import ConfigError, DapoError
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -157,12 +158,34 @@ def rendezvous(timeout: timedelta = TIMEOUT) -> Store:
     """Return what torchrun's ranks find one another by; without torchrun, this is a run of one process.
 
     Args:
-        timeout: how long ranks wait for one another there.
+        timeout: how long ranks wait for one another there (launch.join_seconds).
+
+    Raises:
+        DapoError: where they do so in vain.
     """
     if "MASTER_ADDR" not in os.environ:
         return HashStore()
-    store, _, _ = next(torch_rendezvous("env://", timeout=timeout))
+    try:
+        store, _, _ = next(torch_rendezvous("env://", timeout=timeout))
+    except dist.DistError as error:
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT')}"
+        raise DapoError(
+            f"rank {os.environ.get('RANK')} of {os.environ.get('WORLD_SIZE')} could not meet the others at {place} "
+            f"within launch.join_seconds({timeout.total_seconds():g}): {str(error).splitlines()[0]}"
+        ) from error
     return store
+
+
+def _choose_interface(rank: int, world_size: int, store: Store) -> None:
+    """Tell gloo where to listen, unless the user has."""
+    if "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    if on_one_machine():
+        # Ranks of one machine have no business on its network.
+        if _LOOPBACK in dict(socket.if_nameindex()).values():
+            os.environ["GLOO_SOCKET_IFNAME"] = _LOOPBACK
+    elif world_size > 1:
+        os.environ["GLOO_SOCKET_IFNAME"] = find_interface(os.environ["MASTER_ADDR"], rank, world_size, store)
 
 
 def is_lost_peer(error: BaseException) -> bool:
@@ -235,10 +258,9 @@ def initialize(
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     dp = parallel.data_parallel(world_size)
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    if on_one_machine() and _LOOPBACK in dict(socket.if_nameindex()).values():
-        # Ranks of one machine have no business on its network.
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", _LOOPBACK)
     store = store or rendezvous(timeout)
+    _choose_interface(rank, world_size, store)
+    store.set_timeout(timeout)  # ranks may have had longer to come to the rendezvous
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     mpu.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tp,

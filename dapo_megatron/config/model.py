@@ -111,7 +111,12 @@ class LaunchConfig(Section):
     """CPU threads of each rank that `dapo-megatron train` starts, whatever OMP_NUM_THREADS it was started with."""
     collective_seconds: Annotated[float, Field(ge=1, le=1e9)] = 600.0
     """How long ranks wait for one another in a collective. What the leader does alone, a rollout for example, has no
-    limit here."""
+    limit here, nor has the reading of the checkpoint."""
+    join_seconds: Annotated[float, Field(ge=1, le=1e9)] = 1800.0
+    """How long ranks wait for one another at the start, while machines pull images and read their software. How long
+    torchrun waits before it starts any is its own: `--rdzv-conf join_timeout=...`."""
     lost_seconds: Annotated[float, Field(ge=1, le=1e6)] = 30.0
     """A rank from which nothing was heard for so long counts as lost and ends the run; every fifth of it, ranks send a
     sign of life."""
+    heartbeat_port: Annotated[int, Field(ge=1, le=65_535)] | None = None
+    """Where the leader listens for these, for a firewall to let through; null is any free port."""

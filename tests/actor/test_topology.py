@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import socket
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dapo_megatron.config import ParallelConfig
-from dapo_megatron.errors import ConfigError
+from dapo_megatron.errors import ConfigError, DapoError
 from tests.helpers.distributed import run_distributed
 
 
@@ -26,6 +27,22 @@ def test_world_that_does_not_divide_is_refused(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("WORLD_SIZE", "12")
     with pytest.raises(ConfigError, match=r"tp\(4\) x pp\(2\) x cp\(1\) = 8 does not divide world size 12"):
         topology.initialize(ParallelConfig(tp=4, pp=2))
+
+
+def test_ranks_that_are_not_there_in_time_are_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the ranks were not started by torchrun, whose own store they would use."""
+    from datetime import timedelta
+
+    from dapo_megatron.actor import topology
+
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = str(probe.getsockname()[1])
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(
+        DapoError, match=rf"^rank 1 of 2 could not .* 127.0.0.1:{port} within launch.join_seconds\(1\): "
+    ):
+        topology.rendezvous(timedelta(seconds=1))
 
 
 def _join() -> Any:

@@ -1,13 +1,14 @@
 """A rank under torchrun that does something else than training: `-m tests.helpers.rank_job SCENE CONFIG ...`.
 
-SCENE says what each rank does once all of them are there: leader,other[,closing]. `collective` waits in one for the
-others, `python` sleeps, `native` hears no signal, `waiting` waits for the leader, `raise` fails. With `hang` or `fail`,
-closing does that.
+SCENE says what each rank does once all of them are there: leader,other[,other ...], the last one for all that follow.
+`collective` waits in one for the others, `python` sleeps, `native` hears no signal, `waiting` waits for the leader,
+`raise` fails. With `hang` or `fail`, closing does that; with `slow`, the leader starts 8 seconds after the others.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 import time
 from contextlib import ExitStack
@@ -22,6 +23,7 @@ from dapo_megatron.obs.observer import Observer
 from dapo_megatron.processes import leave
 
 SCENE = sys.argv[1].split(",")
+ACTS = [word for word in SCENE if word not in ("hang", "fail", "slow")]
 
 
 def act(config: Config, topo: Topology, peers: Peers, obs: Observer, checked: object, opened: ExitStack) -> None:
@@ -30,7 +32,7 @@ def act(config: Config, topo: Topology, peers: Peers, obs: Observer, checked: ob
     (config.run.dir / f"ready{topo.rank}").touch()
     while len(list(config.run.dir.glob("ready*"))) < topo.world_size:
         time.sleep(0.05)
-    match SCENE[min(topo.rank, 1)]:
+    match ACTS[min(topo.rank, len(ACTS) - 1)]:
         case "collective":
             dist.barrier(group=topo.host_world)
         case "native":  # a call that hears no signal, as a wait for the GPU is
@@ -59,4 +61,6 @@ def close() -> None:
 if __name__ == "__main__":
     rank.train = act  # pyright: ignore[reportAttributeAccessIssue]
     rank._CLOSE_SECONDS = 3.0
+    if "slow" in SCENE and os.environ["RANK"] == "0":
+        time.sleep(8)
     leave(rank.main(sys.argv[2:]))

@@ -1,4 +1,4 @@
-"""A rank under torchrun that trains for real, with a leader that takes SECONDS for whatever it does alone.
+"""A rank under torchrun that trains for real, with a leader that takes SECONDS for whatever it does alone, and to read.
 
 `-m tests.helpers.slow_leader SECONDS CONFIG ...`: engines live in the leader's process, answer at random and keep the
 weights. With SECONDS 0, one fails at the second bucket of a push.
@@ -10,8 +10,11 @@ import asyncio
 import random
 import sys
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine, Iterator, Sequence
 from typing import Any
+
+import torch
+import torch.distributed as dist
 
 from dapo_megatron import leader, rank, train
 from dapo_megatron.errors import EngineError
@@ -81,7 +84,15 @@ def save_slowly(tensors: dict[str, Any], *arguments: Any, **more: Any) -> None:
     save_file(tensors, *arguments, **more)
 
 
+class SlowCheckpoint(hf.HfCheckpoint):
+    def load(self, chunks: Sequence[torch.nn.Module]) -> None:
+        super().load(chunks)
+        if dist.get_rank() == 0:
+            time.sleep(SECONDS)
+
+
 if __name__ == "__main__":
+    train.HfCheckpoint = SlowCheckpoint
     save_file = hf.save_file
     hf.save_file, hf._SHARD_BYTES = save_slowly, BYTES
     leader.Engines = SlowEngines  # pyright: ignore[reportAttributeAccessIssue]
