@@ -38,7 +38,7 @@ class Batch:
 class Leader:
     """Holds the parts that sample and grade responses, packs them for the ranks, and keeps the record.
 
-    Engines start in the background while the ranks build the actor.
+    Engines start in the background.
 
     Args:
         checked: what `preflight` read: prompts, tokenizer and the model's configuration.

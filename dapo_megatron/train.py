@@ -36,6 +36,10 @@ def train(
         opened: takes what has to be closed. Whoever called closes it, after a failure once the reason has been told.
     """
     leader = opened.enter_context(closing(Leader(config, obs, checked))) if checked else None
+    if leader and config.engine.placement == "colocated":
+        with obs.phase("starting engines"):
+            # What the actor takes while an engine measures its GPU, the engine would count as its own.
+            leader.engines.wait_ready()
     peers.after_leader("start of the engines")
 
     with obs.phase("building the actor"):

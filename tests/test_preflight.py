@@ -93,6 +93,37 @@ def test_ranks_and_engines_have_gpus_of_their_own_where_there_are_any(
     assert_matches(message, str(error.value))
 
 
+@pytest.mark.parametrize(
+    ("ranks", "engine", "gpus", "message"),
+    [
+        (1, {}, 0, None),
+        (1, {}, 1, r"= 2 GPUs, but 1 are visible .*, or .* with engine.placement=colocated"),
+        (1, {"placement": "colocated"}, 1, None),
+        (1, {"placement": "colocated"}, 0, None),
+        (2, {"placement": "colocated"}, 1, r"2 ranks on this machine need a GPU each, but 1 are visible"),
+        (2, {"placement": "colocated", "count": 3}, 4, r"count\(3\) x engine.tensor_parallel\(1\) = 3 GPUs, .* are 2;"),
+    ],
+)
+def test_engines_on_the_gpus_of_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: int, engine: dict[str, Any], gpus: int, message: str | None
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    config = changed(tmp_path, engine=engine)
+    if message is None:
+        preflight(config, ranks)
+    else:
+        assert_matches(message, refused(config, ranks))
+
+
+def test_an_evaluation_has_the_gpus_to_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    two, three = (changed(tmp_path / str(count), engine={"placement": "colocated", "count": count}) for count in (2, 3))
+    preflight_eval(two)
+    message = refused(three, check=preflight_eval)
+    assert_matches(r"ranks\(0\) \+ .* = 3 GPUs, but 2 are visible", message)
+    assert "engine.placement=colocated" not in message, "no rank has a GPU to share"
+
+
 @pytest.mark.parametrize(("host", "exposed"), [("127.0.0.1", 0), ("localhost", 0), ("0.0.0.0", 1)])
 def test_engines_that_others_can_reach_are_warned_of(tmp_path: Path, host: str, exposed: int) -> None:
     config = changed(tmp_path, engine={"host": host})

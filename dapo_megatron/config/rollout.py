@@ -89,16 +89,21 @@ class EngineConfig(Section):
     """Engines, each with its own copy of the model; a request goes to the one with the least to do."""
     tensor_parallel: PositiveInt = 1
     """GPUs of each engine."""
+    placement: Literal["split", "colocated"] = "split"
+    """Engines run on the machine of rank 0: on the GPUs after those of its ranks (split), or on the ranks' own, from
+    the first on, with their share of memory taken before the actor's (colocated). On CPU, all share the machine."""
     host: str = "127.0.0.1"
     """Address that engines listen on. Anything but loopback lets others read prompts and change the weights."""
     port: Annotated[int, Field(ge=1, le=65_535)] | None = None
     """Port of the first engine, the next ones follow; null takes free ports."""
     max_sequences: PositiveInt = 512
     """Sequences that one engine decodes at once."""
-    memory_fraction: Fraction = 0.85
-    """Share of each GPU's memory for the engine."""
-    cpu_kv_gib: PositiveInt = 1
-    """GiB for the KV cache on CPU."""
+    memory_fraction: Fraction | None = None
+    """Share of each GPU's memory for the engine, which must be free when it starts; null is 0.85, or 0.4 of a GPU that
+    it has in common with a rank."""
+    kv_cache_gib: PositiveInt | None = None
+    """GiB for the KV cache, on each GPU or on CPU; null is what memory_fraction leaves, and 1 on CPU. An engine whose
+    cache has a size of its own is not kept within memory_fraction."""
     startup_seconds: PositiveFloat = 600.0
     """How long an engine may take until it answers, and then until its first token."""
     stall_seconds: PositiveFloat = 45.0
@@ -114,3 +119,5 @@ class WeightsConfig(Section):
     """How weights travel from the actor to the engines."""
     bucket_mib: PositiveInt = 64
     """Tensors are sent in buckets of about this size."""
+    push_seconds: PositiveFloat = 300.0
+    """How long an engine may take over each part of a push: to join, to get ready, for a bucket, to use the weights."""

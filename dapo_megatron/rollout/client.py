@@ -28,14 +28,23 @@ class Client:
         server: the engine's processes.
         url: where it answers.
         answer_seconds: limit on one request; None for requests that may take as long as they do.
+        limited_by: the key of the configuration that says so.
 
     Raises:
         EngineError: from `fetch`, `call` and `reading`, for whatever goes wrong.
     """
 
-    def __init__(self, server: Server, url: str, *, answer_seconds: float | None = None) -> None:
+    def __init__(
+        self,
+        server: Server,
+        url: str,
+        *,
+        answer_seconds: float | None = None,
+        limited_by: str = "engine.stall_seconds",
+    ) -> None:
         self.name = server.name
-        self._server, self._url, self._answer_seconds = server, url, answer_seconds
+        self._server, self._url = server, url
+        self._answer_seconds, self._limited_by = answer_seconds, limited_by
         self._session: aiohttp.ClientSession | None = None
 
     async def fetch(
@@ -65,7 +74,7 @@ class Client:
                     raise EngineError(await self._describe(failure, dying=response.status >= 500))
                 return await response.read()
         except TimeoutError as error:
-            failure = f"{what}: no answer within {self._answer_seconds:g} s (engine.stall_seconds)"
+            failure = f"{what}: no answer within {self._answer_seconds:g} s ({self._limited_by})"
             raise EngineError(await self._describe(failure)) from error
         except aiohttp.ClientError as error:
             raise EngineError(await self._describe(f"{what}: {error or type(error).__name__}", dying=True)) from error

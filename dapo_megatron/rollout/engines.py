@@ -79,6 +79,8 @@ class Engines:
     def wait_ready(self) -> None:
         """Block until every engine has written a token: some compile kernels when they are first asked for one.
 
+        Safe to call again.
+
         Raises:
             EngineError: when one dies, or is not there within engine.startup_seconds.
         """

@@ -10,12 +10,16 @@ from dataclasses import dataclass
 from dapo_megatron.config import Config, EngineConfig
 from dapo_megatron.errors import ConfigError
 
+_OF_ITS_OWN_GPU = 0.85
+_OF_A_SHARED_GPU = 0.4
+"""The share of a GPU's memory that an engine has where the configuration does not say."""
+
 
 @dataclass(frozen=True, slots=True)
 class Place:
     """What one engine has of this machine.
 
-    >>> place = Place(index=1, host="127.0.0.1", port=8001, gpus=("2", "3"), seed=1_846_271_305)
+    >>> place = Place(1, "127.0.0.1", port=8001, gpus=("2", "3"), memory_fraction=0.85, seed=1_846_271_305)
     >>> place.name, place.url
     ('engine 1', 'http://127.0.0.1:8001')
     """
@@ -26,6 +30,8 @@ class Place:
     port: int
     gpus: tuple[str, ...]
     """As CUDA_VISIBLE_DEVICES names them; none where the engine runs on CPU."""
+    memory_fraction: float
+    """Its share of the memory of each of them."""
     seed: int
     """For its sampling, below 2**31. Every engine has another."""
 
@@ -41,7 +47,7 @@ class Place:
 def place(
     config: Config, index: int, port: int, ranks: int | None = None, inherited: Mapping[str, str] = os.environ
 ) -> Place:
-    """The place of engine `index`, on the GPUs after those of the ranks and of the engines before it.
+    """The place of engine `index`: engines lie side by side on GPUs, from the first one on that is for engines.
 
     Args:
         ranks: ranks on this machine, each with a GPU of its own; None asks torchrun's variables in `inherited`.
@@ -51,36 +57,76 @@ def place(
     """
     engine = config.engine
     ranks = int(inherited.get("LOCAL_WORLD_SIZE", "1")) if ranks is None else ranks
-    count = check_gpus(engine, ranks)
+    count = check_gpus(engine, ranks, inherited)
     gpus = (inherited.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))).split(",") if count else []
-    first = ranks + index * engine.tensor_parallel
+    shared = _shared(engine, ranks)
+    first = (0 if shared else ranks) + index * engine.tensor_parallel
     seed = config.train.seed if engine.seed is None else engine.seed
-    return Place(index, engine.host, port, tuple(gpus[first : first + engine.tensor_parallel]), _seed(seed, index))
+    return Place(
+        index=index,
+        host=engine.host,
+        port=port,
+        gpus=tuple(gpu.strip() for gpu in gpus[first : first + engine.tensor_parallel]),
+        memory_fraction=engine.memory_fraction or (_OF_A_SHARED_GPU if shared else _OF_ITS_OWN_GPU),
+        seed=_seed(seed, index),
+    )
 
 
-def check_gpus(engine: EngineConfig, ranks: int) -> int:
+def check_gpus(engine: EngineConfig, ranks: int, inherited: Mapping[str, str] = os.environ) -> int:
     """The number of GPUs of this machine, as many as this process sees.
 
     Args:
-        ranks: on this machine, each with a GPU of its own.
+        ranks: on this machine, each with a GPU of its own; 0 where nothing is trained.
 
     Raises:
-        ConfigError: where there are GPUs, but fewer than ranks and engines together need.
+        ConfigError: where there are GPUs, but fewer than ranks and engines need, or engines need others than those of
+            the ranks that they are to share.
     """
     # torch is what ranks and engines count with: it heeds CUDA_VISIBLE_DEVICES and containers, which nvidia-smi does
     # not, finds none where its build has no use for them, and only asks the driver.
     import torch
 
     count = torch.cuda.device_count()
-    needed = ranks + engine.count * engine.tensor_parallel
-    if 0 < count < needed:
+    wanted = engine.count * engine.tensor_parallel
+    sizes = f"engine.count({engine.count}) x engine.tensor_parallel({engine.tensor_parallel})"
+    if not count:
+        return 0
+    if not _shared(engine, ranks):
+        if count < ranks + wanted:
+            share = ", or let engines run on the ranks' own GPUs with engine.placement=colocated" if ranks else ""
+            raise ConfigError(
+                f"engine: ranks({ranks}) + {sizes} = {ranks + wanted} GPUs, but {count} are visible on this machine; "
+                f"with engine.placement=split ranks and engines do not share GPUs, and all engines run on the machine "
+                f"of rank 0: start fewer ranks there, or fewer or smaller engines{share}"
+            )
+    elif wanted > ranks:
         raise ConfigError(
-            f"engine: ranks({ranks}) + engine.count({engine.count}) x engine.tensor_parallel"
-            f"({engine.tensor_parallel}) = {needed} GPUs, but {count} are visible on this machine; ranks and engines "
-            f"do not share GPUs, and all engines run on the machine of rank 0: start fewer ranks there, or fewer or "
-            f"smaller engines"
+            f"engine: {sizes} = {wanted} GPUs, but engine.placement=colocated puts engines on the GPUs of the ranks on "
+            f"the machine of rank 0, and there are {ranks}; start more ranks there, or fewer or smaller engines"
+        )
+    elif _sees_only_its_own(count, inherited):
+        if wanted > 1:
+            raise ConfigError(
+                f"engine: {sizes} = {wanted} GPUs, but each of the {ranks} ranks on this machine sees only its own, "
+                f"and rank 0 starts the engines; let all ranks see all GPUs (Slurm: --gpus-per-node in place of "
+                f"--gpus-per-task, or --gpu-bind=none), or have one engine with engine.tensor_parallel=1"
+            )
+    elif count < ranks:
+        raise ConfigError(
+            f"{ranks} ranks on this machine need a GPU each, but {count} are visible; start at most {count} there "
+            f"(launch.processes, or torchrun's --nproc-per-node)"
         )
     return count
+
+
+def _shared(engine: EngineConfig, ranks: int) -> bool:
+    """Whether engines have their GPUs in common with ranks, of which there are none where nothing is trained."""
+    return engine.placement == "colocated" and ranks > 0
+
+
+def _sees_only_its_own(count: int, inherited: Mapping[str, str]) -> bool:
+    """Whether this is a rank that was given one GPU, and the others theirs: Slurm can do that, torchrun does not."""
+    return count == 1 and "LOCAL_RANK" in inherited and "TORCHELASTIC_RUN_ID" not in inherited
 
 
 def _seed(seed: int, index: int) -> int:

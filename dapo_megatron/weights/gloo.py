@@ -37,7 +37,7 @@ class GlooPublisher:
         bucket_bytes: most bytes in memory at a time, except where one tensor is larger.
         after_leader: called on every rank before the weights of a bucket are gathered, while which the leader may be
             busy with the one before.
-        timeout_seconds: limit on connecting and on each bucket.
+        timeout_seconds: limit on connecting and on each bucket. Engines have their own (`WeightReceiver`).
 
     Raises:
         EngineError: when an engine does not join the group.
@@ -49,7 +49,7 @@ class GlooPublisher:
         bucket_bytes: int,
         after_leader: AfterLeader = lambda what: None,
         *,
-        timeout_seconds: float = 300.0,
+        timeout_seconds: float,
     ) -> None:
         self._bucket_bytes, self._after_leader = bucket_bytes, after_leader
         self._sender = None if receivers is None else _Sender(receivers, timeout_seconds)
@@ -132,11 +132,7 @@ class _Sender:
         """Await all of `steps`; the first failure ends them, an engine's own account of it before gloo's."""
         tasks = [asyncio.ensure_future(step) for step in steps]
         try:
-            async with asyncio.timeout(self._timeout):
-                return await asyncio.gather(*tasks)
-        except TimeoutError as error:
-            names = ", ".join(engine.name for engine in self._receivers)
-            raise EngineError(f"{doing}: no end after {self._timeout:g} s; waiting for {names}") from error
+            return await asyncio.gather(*tasks)
         except RuntimeError as error:
             # Gloo only knows that a connection broke. The engine that broke it is about to say why.
             await asyncio.wait(tasks, timeout=5.0)

@@ -18,7 +18,7 @@ AfterLeader = Callable[[str], object]
 class WeightReceiver(Protocol):
     """The part of a rollout engine that takes weights (`rollout.engine.Engine`).
 
-    Every method raises EngineError when the engine fails.
+    Every method raises EngineError when the engine fails, or takes longer than weights.push_seconds.
     """
 
     @property
@@ -83,4 +83,4 @@ def open_publisher(
         case "gloo":
             from dapo_megatron.weights.gloo import GlooPublisher
 
-            return GlooPublisher(receivers, config.bucket_mib << 20, after_leader)
+            return GlooPublisher(receivers, config.bucket_mib << 20, after_leader, timeout_seconds=config.push_seconds)

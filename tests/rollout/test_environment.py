@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,8 +9,8 @@ from dapo_megatron.config import EngineConfig
 from dapo_megatron.rollout.environment import environment
 from dapo_megatron.rollout.place import Place
 
-CPU = Place(index=0, host="127.0.0.1", port=8000, gpus=(), seed=0)
-GPU = Place(index=0, host="127.0.0.1", port=8000, gpus=("2", "3"), seed=0)
+CPU = Place(index=0, host="127.0.0.1", port=8000, gpus=(), memory_fraction=0.4, seed=0)
+GPU = replace(CPU, gpus=("2", "3"))
 TORCHRUN = {
     "RANK": "1",
     "LOCAL_RANK": "1",

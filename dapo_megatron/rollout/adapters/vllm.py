@@ -75,7 +75,10 @@ class Adapter(EngineAdapter):
         if config.model.trust_remote_code:
             command.append("--trust-remote-code")
         if place.gpus:
-            command += ["--gpu-memory-utilization", str(engine.memory_fraction)]
+            # Also beside a cache of a given size: vLLM starts only where so much of the GPU is free.
+            command += ["--gpu-memory-utilization", str(place.memory_fraction)]
+            if engine.kv_cache_gib:
+                command += ["--kv-cache-memory-bytes", str(engine.kv_cache_gib << 30)]
         else:
             command.append("--enforce-eager")
             if engine.tensor_parallel == 1:
@@ -95,16 +98,20 @@ class Adapter(EngineAdapter):
         if place.gpus:
             return env
         return env | {
-            "VLLM_CPU_KVCACHE_SPACE": str(engine.cpu_kv_gib),
+            "VLLM_CPU_KVCACHE_SPACE": str(engine.kv_cache_gib or 1),
             "TORCH_COMPILE_DISABLE": "1",
             # vLLM's condition for honouring `uni` on CPU.
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if engine.tensor_parallel == 1 else "1",
         }
 
     def connect(self, server: Server, place: Place) -> Engine:
-        engine = self._config.engine
-        control = Client(server, place.url, answer_seconds=engine.stall_seconds)
-        return VllmEngine(Client(server, place.url), control, engine.tensor_parallel)
+        engine, push_seconds = self._config.engine, self._config.weights.push_seconds
+        return VllmEngine(
+            generation=Client(server, place.url),
+            transfer=Client(server, place.url, answer_seconds=push_seconds, limited_by="weights.push_seconds"),
+            control=Client(server, place.url, answer_seconds=engine.stall_seconds),
+            workers=engine.tensor_parallel,
+        )
 
 
 class VllmEngine:
@@ -112,15 +119,16 @@ class VllmEngine:
 
     Args:
         generation: for requests that take as long as responses do.
-        control: for all others, none of which waits for a response.
+        transfer: for those that change weights. The model's process works on them, and the server answers meanwhile.
+        control: for all others, which the server answers at once.
         workers: its processes that hold weights.
     """
 
-    def __init__(self, generation: Client, control: Client, workers: int) -> None:
+    def __init__(self, *, generation: Client, transfer: Client, control: Client, workers: int) -> None:
         self.name = control.name
         self.workers = workers
         self.version = 0
-        self._generation, self.control = generation, control
+        self._generation, self._transfer, self.control = generation, transfer, control
 
     async def generate(self, prompt: Prompt, sampling: Sampling, n: int) -> list[Completion]:
         version = self.version
@@ -140,31 +148,31 @@ class VllmEngine:
             return Progress(**answer)
 
     async def join_group(self, info: dict[str, Any]) -> None:
-        await self.control.call("POST", "/init_weight_transfer_engine", {"init_info": info})
+        await self._transfer.call("POST", "/init_weight_transfer_engine", {"init_info": info})
 
     async def begin_transfer(self) -> None:
-        await self.control.call("POST", "/pause?mode=wait", {})
-        await self.control.call("POST", "/start_weight_update", {})
+        await self._transfer.call("POST", "/pause?mode=wait", {})
+        await self._transfer.call("POST", "/start_weight_update", {})
 
     async def receive(self, info: dict[str, Any]) -> None:
-        await self.control.call("POST", "/update_weights", {"update_info": info})
+        await self._transfer.call("POST", "/update_weights", {"update_info": info})
 
     async def finish_transfer(self, version: int) -> None:
-        await self.control.call("POST", "/finish_weight_update", {"weight_version": str(version)})
+        await self._transfer.call("POST", "/finish_weight_update", {"weight_version": str(version)})
         # Keys and values of the old weights would otherwise answer for prompts seen before.
-        reset = await self.control.call("POST", "/reset_prefix_cache", {})
-        with self.control.reading(reset, "/reset_prefix_cache"):
+        reset = await self._transfer.call("POST", "/reset_prefix_cache", {})
+        with self._transfer.reading(reset, "/reset_prefix_cache"):
             emptied = reset is None or reset["success"]
         if not emptied:
             raise EngineError(f"{self.name} did not empty its prefix cache: requests are still running")
-        info = await self.control.call("GET", "/weight_info", missing={})
-        with self.control.reading(info, "/weight_info"):
+        info = await self._transfer.call("GET", "/weight_info", missing={})
+        with self._transfer.reading(info, "/weight_info"):
             held = info.get("weight_version", str(version))
         if held != str(version):
             raise EngineError(f"{self.name} holds weights of version {held!r} after a transfer of version {version}")
         self.version = version
-        await self.control.call("POST", "/resume", {})
+        await self._transfer.call("POST", "/resume", {})
 
     async def close(self) -> None:
-        await self._generation.close()
-        await self.control.close()
+        for client in (self._generation, self._transfer, self.control):
+            await client.close()

@@ -27,7 +27,7 @@ PROMPT = Prompt("train.jsonl:7", (3, 4), "", "")
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, max_tokens=4, stop_token_ids=(2,))
 WRITTEN = completion([9, 2], [-0.5, -0.25], versions=[])
 
-CPU = Place(index=0, host="127.0.0.1", port=8000, gpus=(), seed=17)
+CPU = Place(index=0, host="127.0.0.1", port=8000, gpus=(), memory_fraction=0.4, seed=17)
 
 
 def adapter(**sections: Any) -> Adapter:
@@ -55,7 +55,23 @@ def test_gpu_and_cpu_differ_in_what_concerns_them() -> None:
     assert "--distributed-executor-backend" not in adapter(engine=two).command(CPU)
     assert adapter().environment(CPU)["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
     assert adapter(engine=two).environment(CPU)["VLLM_ENABLE_V1_MULTIPROCESSING"] == "1"
-    assert "VLLM_CPU_KVCACHE_SPACE" not in adapter().environment(gpu)
+
+
+def test_memory_on_gpus_is_a_share_of_each_and_a_cache_of_a_given_size_lies_within() -> None:
+    gpu = replace(CPU, gpus=("0",))
+    assert argument(adapter().command(gpu), "--gpu-memory-utilization") == "0.4"
+    assert "--kv-cache-memory-bytes" not in adapter().command(gpu)
+    command = adapter(engine={"kv_cache_gib": 3}).command(gpu)
+    assert argument(command, "--kv-cache-memory-bytes") == "3221225472"
+    # vLLM's own share, 0.92, would have to be free at the start.
+    assert argument(command, "--gpu-memory-utilization") == "0.4"
+    assert "VLLM_CPU_KVCACHE_SPACE" not in adapter(engine={"kv_cache_gib": 3}).environment(gpu)
+
+
+def test_memory_on_cpu_is_the_cache() -> None:
+    assert adapter().environment(CPU)["VLLM_CPU_KVCACHE_SPACE"] == "1"
+    assert adapter(engine={"kv_cache_gib": 3}).environment(CPU)["VLLM_CPU_KVCACHE_SPACE"] == "3"
+    assert "--kv-cache-memory-bytes" not in adapter(engine={"kv_cache_gib": 3}).command(CPU)
 
 
 def test_a_python_of_its_own_runs_the_engine() -> None:
@@ -75,6 +91,7 @@ def ask(
     tmp_path: Path,
     routes: dict[str, Callable[[web.Request], Awaitable[web.Response]]],
     work: Callable[[Engine], Awaitable[Any]],
+    **sections: Any,
 ) -> Any:
     async def main() -> Any:
         app = web.Application()
@@ -85,7 +102,7 @@ def ask(
         await web.TCPSite(runner, "127.0.0.1", 0).start()
         server = Server("engine 3", [sys.executable, "-c", "input()"], os.environ, tmp_path / "log", lambda: True)
         place = replace(CPU, port=runner.addresses[0][1])
-        engine = adapter().connect(server, place)
+        engine = adapter(**sections).connect(server, place)
         try:
             return await work(engine)
         finally:
@@ -187,6 +204,44 @@ def test_no_request_waits_for_another(tmp_path: Path) -> None:
             await asyncio.gather(*requests)
 
     ask(tmp_path, {GENERATE: write, "/pause": answering({}), "/start_weight_update": answering({})}, work)
+
+
+@pytest.mark.parametrize(
+    ("path", "request_of"),
+    [
+        ("/init_weight_transfer_engine", lambda engine: engine.join_group({})),
+        ("/pause", lambda engine: engine.begin_transfer()),
+        ("/start_weight_update", lambda engine: engine.begin_transfer()),
+        ("/update_weights", lambda engine: engine.receive({})),
+        ("/finish_weight_update", lambda engine: engine.finish_transfer(6)),
+        ("/reset_prefix_cache", lambda engine: engine.finish_transfer(6)),
+        ("/resume", lambda engine: engine.finish_transfer(6)),
+    ],
+)
+def test_what_belongs_to_a_transfer_has_the_limit_of_a_push(
+    tmp_path: Path, path: str, request_of: Callable[[Engine], Awaitable[None]]
+) -> None:
+    """A model that loads a bucket for longer than an engine may be silent is at work, as its server says."""
+
+    async def slow(request: web.Request) -> web.Response:
+        await asyncio.sleep(0.6)
+        return web.json_response({"success": True})
+
+    paths = ("/init_weight_transfer_engine", "/pause", "/start_weight_update", "/update_weights")
+    routes = {path: answering({}) for path in (*paths, "/finish_weight_update", "/resume")}
+    routes |= {"/reset_prefix_cache": answering({"success": True}), path: slow}
+    ask(tmp_path, routes, request_of, engine={"stall_seconds": 0.2})
+    with pytest.raises(EngineError, match=rf"engine 3, {path}.*: no answer within 0.2 s \(weights.push_seconds\)"):
+        ask(tmp_path, routes, request_of, weights={"push_seconds": 0.2})
+
+
+def test_progress_has_the_limit_of_a_sign_of_life(tmp_path: Path) -> None:
+    async def never(request: web.Request) -> web.Response:
+        await asyncio.sleep(3)
+        return web.Response()
+
+    with pytest.raises(EngineError, match=rf"engine 3, {PROGRESS}: no answer within 0.2 s \(engine.stall_seconds\)"):
+        ask(tmp_path, {PROGRESS: never}, lambda engine: engine.progress(), engine={"stall_seconds": 0.2})
 
 
 @pytest.mark.parametrize("path", ["/reset_prefix_cache", "/weight_info"])

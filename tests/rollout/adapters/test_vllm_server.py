@@ -79,11 +79,18 @@ def test_vllm_knows_every_argument_and_variable(gpus: tuple[str, ...]) -> None:
     from vllm.entrypoints.cli import serve  # where every version has its parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    values = {"model": {"path": "m", "trust_remote_code": True}, "data": {"train": "t.jsonl"}}
-    adapter, place = Adapter(parse(values)), Place(index=0, host="127.0.0.1", port=8000, gpus=gpus, seed=17)
+    values = {
+        "model": {"path": "m", "trust_remote_code": True},
+        "data": {"train": "t.jsonl"},
+        "engine": {"kv_cache_gib": 3},
+    }
+    place = Place(index=0, host="127.0.0.1", port=8000, gpus=gpus, memory_fraction=0.4, seed=17)
+    adapter = Adapter(parse(values))
     parser: Any = vars(serve)["make_arg_parser"](FlexibleArgumentParser())
     arguments = parser.parse_args(adapter.command(place)[3:])
     assert (arguments.logprobs_mode, arguments.seed) == ("processed_logprobs", 17)
+    if gpus:
+        assert (arguments.gpu_memory_utilization, arguments.kv_cache_memory_bytes) == (0.4, 3 << 30)
     variables = {name for name in adapter.environment(place) if name.startswith("VLLM_")}
     assert variables and not variables - set(envs.environment_variables)
 
