@@ -42,8 +42,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
     "tiny": {
         **_QWEN2,
-        "hidden_size": 64,
-        "intermediate_size": 128,
+        "hidden_size": 128,
+        "intermediate_size": 256,
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
