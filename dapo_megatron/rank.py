@@ -43,7 +43,7 @@ _UNWIND_SECONDS = 5.0
 """For the main thread to hear that another rank failed. In a collective it hears nothing."""
 _LEADER_PATIENCE = timedelta(minutes=2)
 """By how much longer the leader waits in a collective. It has to be there when the others give up, to say why: NCCL's
-watchdog ends a process a minute after the limit, with words of its own, and ranks come to a collective one by one."""
+watchdog ends a process about a minute after the limit, with words of its own; ranks come to a collective one by one."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
