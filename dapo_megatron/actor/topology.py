@@ -147,10 +147,11 @@ def prepare() -> None:
         cpu.enable()
         return
     local_rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if local_rank >= count > 1:
+    # Slurm can show each task a GPU of its own, and no other. To torchrun's ranks, the same ones are visible.
+    own = count == 1 and "TORCHELASTIC_RUN_ID" not in os.environ
+    if local_rank >= count and not own:
         raise ConfigError(f"local rank {local_rank} has no GPU: {count} are visible; start at most {count} ranks here")
-    # Where a task sees one GPU only, it is its own.
-    torch.cuda.set_device(local_rank % count)
+    torch.cuda.set_device(0 if own else local_rank)
     torch.cuda.init()
 
 

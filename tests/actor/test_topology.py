@@ -45,6 +45,32 @@ def test_ranks_that_are_not_there_in_time_are_missed(monkeypatch: pytest.MonkeyP
         topology.rendezvous(timedelta(seconds=1))
 
 
+@pytest.mark.parametrize(
+    ("local_rank", "gpus", "by_torchrun", "device"),
+    [(0, 1, True, 0), (3, 8, True, 3), (3, 1, False, 0), (1, 1, True, None), (3, 2, False, None), (8, 8, True, None)],
+)
+def test_each_rank_has_a_gpu_of_its_own(
+    local_rank: int, gpus: int, by_torchrun: bool, device: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dapo_megatron.actor import topology
+
+    chosen = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    monkeypatch.setattr("torch.cuda.set_device", chosen.append)
+    monkeypatch.setattr("torch.cuda.init", lambda: None)
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    if by_torchrun:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    if device is None:
+        with pytest.raises(ConfigError, match=f"local rank {local_rank} has no GPU: {gpus} are visible"):
+            topology.prepare()
+    else:
+        topology.prepare()
+        assert chosen == [device]
+
+
 def _join() -> Any:
     import os
 
