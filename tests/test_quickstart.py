@@ -26,7 +26,7 @@ def test_it_learns_on_a_gpu_that_rank_and_engine_share(layers: str, tmp_path: Pa
     done = subprocess.run([*command, *overrides], cwd=ROOT, capture_output=True, text=True, timeout=1_100, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     summary = json.loads((tmp_path / "quickstart/summary.json").read_text())
-    assert summary["base_accuracy"] < 0.6 and summary["final_accuracy"] > 0.9
+    assert summary["base_accuracy"] < 0.6 and summary["final_accuracy"] > 0.85
     rows = [json.loads(line) for line in (tmp_path / "quickstart/metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if "seconds/step" in row]
     # In bfloat16 the engine's kernels round otherwise than the trainer's. Stale weights would be off by a nat and more.
