@@ -7,7 +7,7 @@ log-prob pass, then forward, backward, clipping and AdamW in bfloat16 with float
 (`gpu_shapes.model_flops`) per second over those of an 8192 x 8192 x 8192 product, measured in the same run.
 
 The layers that fit, and the peak that the measured one is compared with, come from the same actor under fake tensors
-(`tests.helpers.fake_mesh`), which knows no workspaces of kernels and no fragmentation.
+(`tests.helpers.fake_mesh`), which has torch's layers and knows no workspaces of kernels and no fragmentation.
 
 Exits with 1 where a target is missed. On a machine without a GPU, `--shape tiny` shows that it runs.
 """
@@ -154,12 +154,11 @@ def measure(arguments: argparse.Namespace) -> bool:
         print("(targets are for GPUs)")
         return True
     off = peaks["memory/update"] * GIB / fake["peak"] - 1
-    return all(
-        (
-            verdict(f"MFU of the update {mfu:.1%}, at least {MIN_MFU:.0%}", mfu >= MIN_MFU),
-            verdict(f"measured peak {off:+.1%} from the fake run's, within {MAX_OFF:.0%}", abs(off) <= MAX_OFF),
-        )
-    )
+    met = verdict(f"MFU of the update {mfu:.1%}, at least {MIN_MFU:.0%}", mfu >= MIN_MFU)
+    if uses_transformer_engine(config.model):
+        print(f"measured peak {off:+.1%} from that of the fake run, whose layers keep more")
+        return met
+    return verdict(f"measured peak {off:+.1%} from the fake run's, within {MAX_OFF:.0%}", abs(off) <= MAX_OFF) and met
 
 
 def main() -> None:
