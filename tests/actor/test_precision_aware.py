@@ -62,7 +62,7 @@ def train(actor: Any, checkpoint: Any, topo: Any) -> Trained:
     from dapo_megatron.actor.optimizer import optimizer_state
 
     (update,), _ = actor.with_old_logprobs([mini_batch(topo)])
-    results = [actor.update(update, ratio_loss, lr=lr) for lr in (1e-2, 5e-3, 5e-3)]
+    results = [actor.update(update, ratio_loss, lr=lr) for lr in (1e-2, 5e-3)]
     weights = {name: tensor.clone() for name, tensor in checkpoint.export(actor.chunks)}
     parts = [part.optimizer for part in actor.optimizer.chained_optimizers]
     kept = list(optimizer_state(actor.optimizer, besides=[param for x in actor.chunks for param in x.parameters()]))
@@ -92,8 +92,8 @@ def assert_same_updates(got: Trained, want: Trained, rel: float) -> None:
     for measures, wanted in zip(got.measures, want.measures, strict=True):
         assert len(wanted) > 10
         assert measures == pytest.approx(wanted, rel=rel)
-        rel = max(rel, 2e-3)  # from then on, a weight that is rounded the other way changes all gradients a little
     assert got.measures[0]["grad_norm"] > 2 * OPTIMIZER["clip_grad"]
+    # A float32 number that differs in its last bit may be rounded the other way, and from then on all gradients differ.
     for name, tensor in got.weights.items():
         assert float((tensor != want.weights[name]).float().mean()) < 0.01
         torch.testing.assert_close(tensor, want.weights[name], rtol=2**-7, atol=1e-5)
