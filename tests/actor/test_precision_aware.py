@@ -39,7 +39,9 @@ class Trained(NamedTuple):
     """Numbers that this rank steps."""
 
 
-def build(model_path: Path, topo: Any, parallel: dict[str, Any], optimizer: dict[str, Any], **more: Any) -> Any:
+def build(
+    model_path: Path, topo: Any, parallel: dict[str, Any], optimizer: dict[str, Any], **more: Any
+) -> tuple[Any, Any]:
     from dapo_megatron.actor.actor import Actor
     from dapo_megatron.weights.hf import HfCheckpoint
     from tests.helpers.precise_adam import precise_adam

@@ -64,12 +64,14 @@ import sys
 from pathlib import Path
 
 from dapo_megatron.actor import topology
-from dapo_megatron.config import ParallelConfig
-from tests.actor.test_actor import BATCHES, build
-from tests.helpers.batches import make_mini_batch, ratio_loss
+from dapo_megatron.actor.actor import Actor
+from dapo_megatron.weights.hf import HfCheckpoint
+from tests.helpers.batches import make_micro_batch, make_mini_batch, ratio_loss
+from tests.helpers.models import make_config
 
-actor, _ = build(Path(sys.argv[1]), topology.initialize(ParallelConfig()), model={"dtype": "bfloat16"})
-mini_batches, _ = actor.with_old_logprobs([make_mini_batch(BATCHES)])
+config = make_config(Path(sys.argv[1]), model={"dtype": "bfloat16"})
+actor = Actor(config, topology.initialize(config.parallel), HfCheckpoint(config.model.path))
+mini_batches, _ = actor.with_old_logprobs([make_mini_batch([make_micro_batch([5, 13, 9], seed=1)])])
 result = actor.update(*mini_batches, ratio_loss, lr=1e-3)
 
 from megatron.core.optimizer import clip_grads
