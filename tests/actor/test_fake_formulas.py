@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from dapo_megatron import config_file
-from dapo_megatron.config import Config, MemoryConfig, ParallelConfig
+from dapo_megatron.config import Config, MemoryConfig, OptimizerConfig, ParallelConfig
 from tests.helpers.fake_costs import SIZES, SLOTS, fake, tiny_config, without_gpus
 from tests.helpers.fake_mesh import RankCost
 
@@ -85,6 +85,19 @@ def gpu_config(**parallel: Any) -> Config:
     )
 
 
+@pytest.mark.parametrize(
+    ("moments", "width"),
+    [({}, 2 + 4 + 4), ({"exp_avg_dtype": "bfloat16", "exp_avg_sq_dtype": "bfloat16", "betas": [0.9, 0.95]}, 2 + 2 + 2)],
+    ids=["float32 moments", "bfloat16 moments"],
+)
+def test_state_of_the_precision_aware_optimizer(moments: dict[str, Any], width: int) -> None:
+    plain = gpu_config(tp=4, pp=4)
+    optimizer = OptimizerConfig.model_validate({"precision_aware": True, **moments})
+    precise = plain.model_copy(update={"optimizer": optimizer})
+    want, got = (fake("7B", config, 32, 0, (4_096,)) for config in (plain, precise))
+    assert got.optimizer_bytes == want.optimizer_bytes // 12 * width
+
+
 def test_7b() -> None:
     check_formulas("7B", gpu_config(tp=4, pp=4), 32, (4_096,) * 2)
 
@@ -130,8 +143,6 @@ def test_recompute_costs_another_forward_pass_and_saves_memory() -> None:
     assert full.flops == none.flops + 2 * in_layers * sum(SLOTS)
     assert full.activation_bytes < none.activation_bytes
 
-
-# --- collectives ------------------------------------------------------------------------------------------------------
 
 HIDDEN, LAYERS = 32, 2
 WHOLE = sum(SLOTS) * HIDDEN * 2
@@ -191,7 +202,13 @@ def over_replicas(cost: RankCost) -> dict[tuple[str, str, int], int]:
 def test_collectives_of_data_parallel() -> None:
     cost = fake("tiny", tiny_config({}), 2, 1, SLOTS)
     assert counted(cost) == over_replicas(cost)
+    # A replica steps its part, and gets the others' of all parameters.
+    gathered = [("allgather_into_tensor_coalesced", DP_CP, (0, 1), cost.parameter_bytes)]
+    assert [(one.kind, one.group, one.ranks, one.bytes) for one in cost.step_collectives] == gathered
+    overlapped = fake("tiny", tiny_config({"overlap_grad_reduce": True, "overlap_param_gather": True}), 2, 1, SLOTS)
+    assert overlapped.step_collectives == ()
     plain = fake("tiny", tiny_config({"distributed_optimizer": False}), 2, 1, SLOTS)
+    assert plain.step_collectives == ()
     gradients = [one for one in plain.collectives if one.bytes == plain.gradient_bytes]
     assert [(one.kind, one.ranks) for one in gradients] == [("allreduce_coalesced", (0, 1))]
 

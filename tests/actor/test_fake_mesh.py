@@ -55,6 +55,8 @@ def test_real_ranks_do_the_same(size: str, layout: str, dtype: str) -> None:
         assert expected.activation_bytes == pytest.approx(cost.activation_bytes, rel=0.05)
         assert expected.state_bytes == pytest.approx(cost.state_bytes, rel=0.001)
         assert expected.flops == cost.flops
+        assert expected.optimizer_bytes == cost.optimizer_bytes
+        assert expected.step_collectives == cost.step_collectives
         assert without_pickles(expected) == without_pickles(cost)
 
 
