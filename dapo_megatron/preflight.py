@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dapo_megatron.actor.architecture import check_layout, uses_transformer_engine
-from dapo_megatron.config import Config, EngineConfig, EvalConfig, ModelConfig, RewardConfig, RunConfig
+from dapo_megatron.config import Config, EngineConfig, EvalConfig, ModelConfig, OptimizerConfig, RewardConfig, RunConfig
 from dapo_megatron.data.prompts import load_prompts
 from dapo_megatron.data.tokenizer import decoder, end_token_ids, load_tokenizer
 from dapo_megatron.errors import ConfigError
@@ -68,6 +68,7 @@ def preflight(config: Config, world_size: int, local_ranks: int | None = None) -
         ConfigError: for the first thing that cannot work. Cheap checks come first.
     """
     config.parallel.data_parallel(world_size)
+    _check_optimizer(config.optimizer)
     _check_packages({"megatron.core": _EXTRAS} | _layer_packages(config.model) | _sink_packages(config.run))
     check_run_folder(config.run)
     hf_config = _check_sampling(config)
@@ -147,6 +148,20 @@ def _grading_packages(reward: RewardConfig) -> dict[str, str]:
 
 def _layer_packages(model: ModelConfig) -> dict[str, str]:
     return {"transformer_engine": _TRANSFORMER_ENGINE} if uses_transformer_engine(model) else {}
+
+
+def _check_optimizer(optimizer: OptimizerConfig) -> None:
+    """Refuse a step that is a kernel of Transformer Engine where that cannot run."""
+    if not optimizer.precision_aware:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            "optimizer.precision_aware is a step of Transformer Engine on GPUs, and torch sees none; set "
+            "optimizer.precision_aware=false"
+        )
+    _check_packages({"transformer_engine": "pip install -e '.[gpu]', or set optimizer.precision_aware=false"})
 
 
 def _sink_packages(run: RunConfig) -> dict[str, str]:

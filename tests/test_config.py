@@ -75,6 +75,17 @@ def load(folder: Path, text: str = MINIMAL, *overrides: str) -> Config:
         (["train.steps=true"], "train.steps: true is for switches, and this is none"),
         (["algo.kl.estimator=k1"], "algo.kl.estimator = 'k1': input should be 'k2' or 'k3'"),
         (["optimizer.lr=20", "optimizer.weight_decay=0.1"], "optimizer: lr(20) x weight_decay(0.1) = 2"),
+        (["optimizer.exp_avg_dtype=bfloat16"], "exp_avg_dtype=bfloat16 is for precision_aware=true, and it is off"),
+        (
+            ["optimizer.precision_aware=true", "optimizer.exp_avg_sq_dtype=bfloat16"],
+            "a step without gradient takes 1 - 0.999 = 0.001 off the second moment",
+        ),
+        (
+            ["optimizer.precision_aware=true", "parallel.distributed_optimizer=false"],
+            "optimizer.precision_aware needs parallel.distributed_optimizer",
+        ),
+        (["optimizer.precision_aware=true", "model.dtype=float32"], "but model.dtype is float32; leave it off"),
+        (["parallel.overlap_param_gather=true"], "overlap_param_gather needs overlap_grad_reduce, which is off"),
         (["train.logprob_tokens=32000"], "train.logprob_tokens(32000) is less than train.micro_batch_tokens(32768)"),
         (
             ["train.logprob_tokens=65536", "parallel.pp=2", "parallel.vpp=2"],

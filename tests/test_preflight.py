@@ -188,6 +188,11 @@ def test_it_imports_no_heavy_library(tmp_path: Path) -> None:
         ({"run": {"wandb_project": "x"}}, 1, r"wandb is not installed, .*\[wandb\].*run.wandb_project=null"),
         ({"rollout": {"stop_token_ids": [99]}}, 1, r"\[99\] are not among the tokenizer's \d+ tokens"),
         ({"model": {"layers": "transformer_engine"}}, 1, r"transformer_engine is not installed, .* model.layers=torch"),
+        (
+            {"optimizer": {"precision_aware": True}, "model": {"dtype": "bfloat16"}},
+            1,
+            r"precision_aware is a step of Transformer Engine on GPUs, and torch sees none; set .*=false",
+        ),
         ({"reward": {"format": "r1"}}, 1, r"looks for <think> .* no response could keep the format"),
     ],
 )

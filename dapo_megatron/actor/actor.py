@@ -34,6 +34,7 @@ from dapo_megatron.actor.optimizer import (
     apply_gradient,
     build_optimizer,
     data_parallel,
+    gather_parameters,
     gradient_buffers,
     gradient_norm,
     gradients_as_weights,
@@ -96,9 +97,8 @@ class Actor:
         self._temperature = config.rollout.temperature
         self._megatron_config: Any = transformer_config(hf_config, config.model, config.parallel, config.memory)
         chunks = build_chunks(hf_config, config.model, self._megatron_config, self._groups)
-        self.chunks: list[torch.nn.Module] = list(chunks)
-        """The bare GPTModels of this rank: several where pipeline stages are virtual."""
-        checkpoint.load(self.chunks)
+        self._chunks: list[torch.nn.Module] = list(chunks)
+        checkpoint.load(self._chunks)
         together("weights read")
         self._heads = [RowSelection(chunk) for chunk in chunks if chunk.post_process]
         dtype = DTYPES[config.model.dtype]
@@ -114,7 +114,7 @@ class Actor:
             accumulate_in_main_grad(chunks)
             modules = data_parallel(self._megatron_config, config.parallel, modules, self._groups)
             self.optimizer = build_optimizer(config.optimizer, config.parallel, dtype, modules, self._groups)
-            self._norms = ParameterNorms(self.optimizer, self.chunks)
+            self._norms = ParameterNorms(self.optimizer, self._chunks)
             self._megatron_config.finalize_model_grads_func = self._finalize
         else:
             for module in modules:
@@ -130,6 +130,16 @@ class Actor:
         if self._reference:
             self._reference.park()
 
+    @property
+    def chunks(self) -> list[torch.nn.Module]:
+        """The bare GPTModels of this rank: several where pipeline stages are virtual.
+
+        Collective where an update has left it to the next forward pass to gather the parameters: that is done first.
+        """
+        if self.optimizer is not None:
+            gather_parameters(self._modules)
+        return self._chunks
+
     @contextmanager
     def away(self, phase: Callable[[str], AbstractContextManager[None]] = nullcontext) -> Iterator[None]:
         """Leave the device's memory to others, inside, as far as memory.offload says.
@@ -141,6 +151,7 @@ class Actor:
             yield
             return
         with phase("offload"):
+            gather_parameters(self._modules)
             for offload in self._offloads:
                 offload.park()
         yield
@@ -284,7 +295,7 @@ class Actor:
             self._reference.park()
 
     def _parameters(self) -> Iterator[Tensor]:
-        return (param for chunk in self.chunks for param in chunk.parameters())
+        return (param for chunk in self._chunks for param in chunk.parameters())
 
     def _run(self, batches: Sequence[MicroBatch], on_output: Callable[..., Any], *, forward_only: bool) -> list[Any]:
         """Send micro-batches through the pipeline; on the last stage, return what `on_output` gave for each."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from dapo_megatron.actor import cpu
@@ -101,14 +102,22 @@ def build_chunks(
 
 
 def accumulate_in_main_grad(chunks: Sequence[torch.nn.Module]) -> None:
-    """Let Transformer Engine's modules add weight gradients to Megatron's float32 buffers inside the product itself.
+    """Let modules add weight gradients to Megatron's float32 buffers inside the product itself, where they can.
 
-    Otherwise each micro-batch's gradient is rounded to the dtype of the weights before it is added. Megatron's own
-    switch, gradient_accumulation_fusion, would demand Apex for the layers that are not Transformer Engine's.
+    Otherwise each micro-batch's gradient is rounded to bfloat16, the dtype of the weights, before it is added.
+    Transformer Engine's modules can. Megatron's own, the output layer among them, need Apex's kernel, without which
+    Megatron would refuse its switch for all, gradient_accumulation_fusion.
     """
     for module in (module for chunk in chunks for module in chunk.modules()):
         if hasattr(module, "fuse_wgrad_accumulation"):
             module.fuse_wgrad_accumulation = True  # type: ignore[assignment]
+        elif isinstance(module, (layers.ColumnParallelLinear, layers.RowParallelLinear)):
+            module.gradient_accumulation_fusion = _apex_accumulates(module.config)
+
+
+def _apex_accumulates(config: TransformerConfig) -> bool:
+    apex = layers._grad_accum_fusion_available and torch.cuda.is_available()
+    return apex and config.params_dtype is torch.bfloat16
 
 
 def _build_chunk(

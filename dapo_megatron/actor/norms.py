@@ -43,7 +43,7 @@ class _Chunk(NamedTuple):
     group: int
     """Index among the part's param_groups."""
     params: list[Any]
-    """Main parameters: what Adam steps, in float32."""
+    """What Adam was given: main parameters, float32; bfloat16 ones, where it keeps the main ones itself."""
     kinds: Tensor
     """int64 [params]: indices into KINDS."""
 
@@ -52,16 +52,14 @@ class ParameterNorms:
     """Measures one optimizer. Every method is collective over all ranks.
 
     Args:
-        optimizer: Megatron's chained Adam, with decoupled weight decay and the state layout of FusedAdam.
+        optimizer: Megatron's chained Adam, with decoupled weight decay and the state layout of FusedAdam; moments are
+            float32 or bfloat16, which has no scale.
         chunks: this rank's GPTModels.
     """
 
     def __init__(self, optimizer: Any, chunks: Sequence[torch.nn.Module]) -> None:
         named: list[tuple[str, Any]] = [pair for chunk in chunks for pair in chunk.named_parameters()]
-        kinds: dict[Any, int] = {}
-        for name, param in named:
-            main = getattr(param, "main_param", None)
-            kinds[param if main is None else main] = next(i for i, part in enumerate(KINDS.values()) if part in name)
+        kinds = {param: next(i for i, part in enumerate(KINDS.values()) if part in name) for name, param in named}
         self._device = named[0][1].device
         self._chunks = [chunk for part in optimizer.chained_optimizers for chunk in _chunks(part, kinds)]
         present = self._zeros(1)[0]
@@ -78,7 +76,7 @@ class ParameterNorms:
         """
         sums = self._zeros(1)
         for chunk in self._chunks:
-            sums[0].index_add_(0, chunk.kinds, _squares([param.grad for param in chunk.params]))
+            sums[0].index_add_(0, chunk.kinds, _squares([_gradient(param) for param in chunk.params]))
         return {f"grad_norm/{kind}": norm for kind, norm in self._norms(sums)[0].items()}
 
     @torch.no_grad()
@@ -87,12 +85,14 @@ class ParameterNorms:
 
         The update is computed again from Adam's state, without rounding to float32 weights and without a copy of them:
         lr (u + decay w) / (1 - lr decay), with u from both moments and w the weights after the step. So lr x decay must
-        be below 1, as `config.OptimizerConfig` demands.
+        be below 1, as `config.OptimizerConfig` demands. Moments in bfloat16 are taken as kept, within
+        2^-8 of what the step had.
         """
         sums = self._zeros(2)
         for chunk in self._chunks:
-            sums[0].index_add_(0, chunk.kinds, _squares(chunk.params))
-            sums[1].index_add_(0, chunk.kinds, _update_squares(chunk))
+            mains = [_main(chunk.part.optimizer.state[param], param) for param in chunk.params]
+            sums[0].index_add_(0, chunk.kinds, _squares(mains))
+            sums[1].index_add_(0, chunk.kinds, _update_squares(chunk, mains))
         weight_norms, update_norms = self._norms(sums)
         ratios = {kind: update_norms[kind] / norm if norm else math.nan for kind, norm in weight_norms.items()}
         return {f"weight_norm/{kind}": norm for kind, norm in weight_norms.items()} | {
@@ -116,6 +116,7 @@ def _chunks(part: Any, kinds: Mapping[Any, int]) -> Iterator[_Chunk]:
     # over all ranks, whatever the parts' groups are, in one reduction.
     if 0 not in dist.get_process_group_ranks(part.get_grad_stats_parallel_group()):
         return
+    given = _given_to_adam(part, kinds)
     for index, group in enumerate(part.param_groups):
         counted = [
             param
@@ -125,9 +126,37 @@ def _chunks(part: Any, kinds: Mapping[Any, int]) -> Iterator[_Chunk]:
         ends = accumulate(param.numel() for param in counted)
         for _, pairs in groupby(zip(counted, ends, strict=True), key=lambda pair: pair[1] // _CHUNK):
             params = [param for param, _ in pairs]
-            # The distributed optimizer steps views of float32 parameters: slices that are this rank's to step.
-            own = [kinds[param if param in kinds else param._base] for param in params]
-            yield _Chunk(part, index, params, torch.tensor(own, device=params[0].device))
+            own = torch.tensor([given[param] for param in params], device=params[0].device)
+            yield _Chunk(part, index, params, own)
+
+
+def _given_to_adam(part: Any, kinds: Mapping[Any, int]) -> dict[Any, int]:
+    """Return kinds of what an optimizer part steps, from those of the model's parameters."""
+    places = getattr(part, "model_param_group_index_map", None)
+    if places is None:
+        return {getattr(param, "main_param", param): kind for param, kind in kinds.items()}
+    # The distributed optimizer steps slices, those of the parameters that are this rank's.
+    return {part.param_groups[group]["params"][place]: kinds[param] for param, (group, place) in places.items()}
+
+
+def _gradient(param: Any) -> Tensor:
+    """Return the gradient as Adam reads it. torch wants it in the parameter's dtype, and would not take float32."""
+    gradient = getattr(param, "decoupled_grad", None)
+    return param.grad if gradient is None else gradient
+
+
+def _main(state: Mapping[str, Tensor], param: Tensor) -> Tensor:
+    """Return the float32 parameter that Adam stepped.
+
+    Transformer Engine's precision-aware one keeps its lower 16 bits, signed. The bfloat16 parameter is the upper 16,
+    rounded: one more where the lower ones are negative.
+    """
+    lower = state.get("master_param")
+    if lower is None:
+        return param
+    upper = param.detach().view(torch.int16) - (lower < 0).to(torch.int16)
+    bits = upper.to(torch.int32).bitwise_left_shift_(16).bitwise_or_(lower.to(torch.int32).bitwise_and_(0xFFFF))
+    return bits.view(torch.float32)
 
 
 def _squares(tensors: list[Any]) -> Tensor:
@@ -136,8 +165,8 @@ def _squares(tensors: list[Any]) -> Tensor:
     return torch.stack(_foreach._foreach_norm(tensors, 2, dtype=torch.float64)).square()
 
 
-def _update_squares(chunk: _Chunk) -> Tensor:
-    """Return the squared norms of the last update, float64 [params]."""
+def _update_squares(chunk: _Chunk, mains: list[Tensor]) -> Tensor:
+    """Return the squared norms of the last update of these float32 parameters, float64 [params]."""
     adam: Any = chunk.part.optimizer
     group = adam.param_groups[chunk.group]
     states = [adam.state[param] for param in chunk.params]
@@ -146,10 +175,10 @@ def _update_squares(chunk: _Chunk) -> Tensor:
     correction1, correction2 = 1 - beta1**step, 1 - beta2**step
     # Scalars stay outside: the update is the change below times lr * scale / (1 - lr * decay).
     scale = math.sqrt(correction2) / correction1
-    changes = _foreach._foreach_sqrt([state["exp_avg_sq"] for state in states])
+    changes = _foreach._foreach_sqrt([state["exp_avg_sq"].float() for state in states])
     _foreach._foreach_add_(changes, group["eps"] * math.sqrt(correction2))
     _foreach._foreach_reciprocal_(changes)
     _foreach._foreach_mul_(changes, [state["exp_avg"] for state in states])
     if decay:
-        _foreach._foreach_add_(changes, chunk.params, alpha=decay / scale)
+        _foreach._foreach_add_(changes, mains, alpha=decay / scale)
     return _squares(changes) * (lr * scale / (1 - lr * decay)) ** 2

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ from megatron.core.optimizer import clip_grads, get_megatron_optimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from dapo_megatron.actor.model import DTYPES
 from dapo_megatron.config import OptimizerConfig, ParallelConfig
 
 
@@ -31,6 +32,9 @@ def data_parallel(
                 use_distributed_optimizer=parallel.distributed_optimizer,
                 grad_reduce_in_fp32=True,
                 overlap_grad_reduce=parallel.overlap_grad_reduce,
+                overlap_param_gather=parallel.overlap_param_gather,
+                # With several chunks, the schedule starts to gather each in time; otherwise a bucket starts the next.
+                align_param_gather=len(chunks) > 1,
             ),
             chunk,
             disable_bucketing=index > 0,
@@ -42,7 +46,28 @@ def data_parallel(
         # Until the last micro-batch of an update, the backward pass only adds up.
         pauses = [module.no_sync for module in modules]
         config.no_sync_func = pauses if len(pauses) > 1 else pauses[0]  # type: ignore[assignment]
+    if parallel.overlap_param_gather and len(modules) > 1:
+        config.param_sync_func = [_start_gather(module) for module in modules]  # type: ignore[assignment]
     return modules
+
+
+def _start_gather(module: Any) -> Callable[..., None]:
+    def start(*_: Any) -> None:
+        for bucket in module.bucket_groups:
+            if not bucket.param_gather_dispatched:
+                bucket.start_param_sync()
+
+    return start
+
+
+def gather_parameters(modules: Sequence[Any]) -> None:
+    """Do at once what the next forward pass of these DDP modules would do, where overlap_param_gather left it to it.
+
+    Collective. Until then each rank has the new values of those parameters alone that its own optimizer steps.
+    """
+    for bucket in (bucket for module in modules for bucket in module.bucket_groups):
+        if bucket.ddp_config.overlap_param_gather and not bucket.param_gather_dispatched:
+            bucket.start_param_sync(force_sync=True)
 
 
 def build_optimizer(
@@ -64,6 +89,10 @@ def build_optimizer(
         bf16=dtype is torch.bfloat16,
         params_dtype=dtype,
         use_distributed_optimizer=parallel.distributed_optimizer,
+        overlap_param_gather=parallel.overlap_param_gather,
+        use_precision_aware_optimizer=optimizer.precision_aware,
+        exp_avg_dtype=DTYPES[optimizer.exp_avg_dtype],
+        exp_avg_sq_dtype=DTYPES[optimizer.exp_avg_sq_dtype],
     )
     modules: Any = chunks
     return get_megatron_optimizer(config, modules, use_gloo_process_groups=False, pg_collection=groups)
@@ -126,5 +155,7 @@ def apply_gradient(optimizer: Any, settings: OptimizerConfig, *, lr: float, grad
     for part in optimizer.chained_optimizers:
         parameters = [] if part.is_stub_optimizer else part.get_parameters()
         if parameters and settings.clip_grad > 0:
-            clip_grads.clip_grad_by_total_norm_fp32(parameters, max_norm=settings.clip_grad, total_norm=grad_norm)
+            clip_grads.clip_grad_by_total_norm_fp32(
+                parameters, settings.clip_grad, grad_norm, use_decoupled_grad=settings.precision_aware
+            )
     optimizer.step_with_ready_grads()

@@ -38,7 +38,12 @@ _SIZES: dict[str, dict[str, Any]] = {
     },
 }
 
-_FLAGS = {"sp": "sequence_parallel", "dist-opt": "distributed_optimizer", "overlap": "overlap_grad_reduce"}
+_FLAGS = {
+    "sp": "sequence_parallel",
+    "dist-opt": "distributed_optimizer",
+    "overlap": "overlap_grad_reduce",
+    "param-overlap": "overlap_param_gather",
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,14 @@ from dapo_megatron.config import Config
 VOCAB = 211
 """Tokens of the vocabulary: no multiple of 16, so that Megatron pads it."""
 HEAD = 16
-OPTIMIZER = {"lr": 1e-2, "eps": 1e-3}
+OPTIMIZER = {
+    "lr": 1e-2,
+    "eps": 1e-3,
+    # How Adam's state is kept changes no gradient; some layouts have an optimizer that cannot keep it so.
+    "precision_aware": False,
+    "exp_avg_dtype": "float32",
+    "exp_avg_sq_dtype": "float32",
+}
 """Adam divides by the root of its second moment plus eps. With a small eps it blows rounding up to a whole step where
 the gradient is about 0, and parameters say nothing about the gradient."""
 

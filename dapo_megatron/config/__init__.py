@@ -60,6 +60,17 @@ class Config(Section):
         return self.data.max_prompt_tokens + self.rollout.max_response_tokens
 
     @model_validator(mode="after")
+    def _optimizer_fits(self) -> Config:
+        if self.optimizer.precision_aware and not self.parallel.distributed_optimizer:
+            raise ValueError("optimizer.precision_aware needs parallel.distributed_optimizer, which is off")
+        if self.optimizer.precision_aware and self.model.dtype != "bfloat16":
+            raise ValueError(
+                f"optimizer.precision_aware keeps what bfloat16 weights lack, but model.dtype is {self.model.dtype}; "
+                f"leave it off"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _sizes_fit(self) -> Config:
         rollout, train, overlong = self.rollout, self.train, self.reward.overlong
         if rollout.batch_size % train.mini_batch:

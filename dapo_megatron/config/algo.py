@@ -173,6 +173,28 @@ class OptimizerConfig(Section):
     """Decoupled weight decay of matrices; biases and norms have none."""
     clip_grad: NonNegativeFloat = 1.0
     """Clip the global gradient norm to this; 0 is off."""
+    precision_aware: bool = False
+    """Of a float32 main parameter, keep only the 16 bits that the bfloat16 weight lacks: 2 bytes a number less, and the
+    same update. The step is Transformer Engine's, on GPUs, for bfloat16 models and distributed optimizers."""
+    exp_avg_dtype: Literal["float32", "bfloat16"] = "float32"
+    """With precision_aware, what Adam's first moment is kept in between steps, which compute in float32."""
+    exp_avg_sq_dtype: Literal["float32", "bfloat16"] = "float32"
+    """The same for the second moment. In bfloat16 it wants betas[1] of 0.996 or less."""
+
+    @model_validator(mode="after")
+    def _moments_can_be_kept(self) -> OptimizerConfig:
+        kept = {"exp_avg_dtype": self.exp_avg_dtype, "exp_avg_sq_dtype": self.exp_avg_sq_dtype}
+        for name, dtype in kept.items():
+            if dtype != "float32" and not self.precision_aware:
+                raise ValueError(f"{name}={dtype} is for precision_aware=true, and it is off")
+        # Half the gap below a bfloat16 number is 2^-9 to 2^-8 of it. What a step takes off must be more.
+        if self.exp_avg_sq_dtype == "bfloat16" and 1 - self.betas[1] < 2**-8:
+            raise ValueError(
+                f"exp_avg_sq_dtype=bfloat16 with betas[1]={self.betas[1]:g}: a step without gradient takes "
+                f"1 - {self.betas[1]:g} = {1 - self.betas[1]:.2g} off the second moment, and bfloat16 rounds less than "
+                f"2^-8 = 0.0039 away: it would never decay; set betas=[{self.betas[0]:g},0.95], or keep it in float32"
+            )
+        return self
 
     @model_validator(mode="after")
     def _decay_leaves_something(self) -> OptimizerConfig:

@@ -61,6 +61,8 @@ class ParallelConfig(Section):
     """Split the optimizer state over the data-parallel ranks."""
     overlap_grad_reduce: bool = False
     """Reduce gradients bucket by bucket while the backward pass still runs."""
+    overlap_param_gather: bool = False
+    """Gather what the replicas' distributed optimizers stepped bucket by bucket, while the next forward pass runs."""
 
     @property
     def model_size(self) -> int:
@@ -88,6 +90,9 @@ class ParallelConfig(Section):
             raise ValueError("sequence_parallel splits between tensor-parallel ranks, but tp is 1; set tp=2 or more")
         if self.vpp > 1 and self.pp == 1:
             raise ValueError(f"vpp({self.vpp}) splits pipeline stages into chunks, but pp is 1; set pp=2 or more")
+        for needed in ("distributed_optimizer", "overlap_grad_reduce") if self.overlap_param_gather else ():
+            if not getattr(self, needed):
+                raise ValueError(f"overlap_param_gather needs {needed}, which is off; set {needed}=true")
         return self
 
     def data_parallel(self, world_size: int) -> int:

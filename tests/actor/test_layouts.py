@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -32,11 +34,15 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "pp2": {"pp": 2},
     "pp2-vpp2": {"pp": 2, "vpp": 2},
     "dp2-overlap": {"overlap_grad_reduce": True},
+    "dp2-param-overlap": {"overlap_grad_reduce": True, "overlap_param_gather": True},
     "cp2": {"cp": 2},
     "tp2-cp2-sp": {"tp": 2, "cp": 2, "sequence_parallel": True},
     "pp2-vpp2-dp2-overlap": {"pp": 2, "vpp": 2, "overlap_grad_reduce": True},
+    "pp2-vpp2-dp2-param-overlap": {"pp": 2, "vpp": 2, "overlap_grad_reduce": True, "overlap_param_gather": True},
 }
-RANKS = {"one": 1, "tp2-cp2-sp": 4, "pp2-vpp2-dp2-overlap": 4}
+RANKS = {"one": 1, "tp2-cp2-sp": 4, "pp2-vpp2-dp2-overlap": 4, "pp2-vpp2-dp2-param-overlap": 4}
+SMALL_BUCKETS = 5000
+"""Numbers in a bucket of gradients and parameters, where they are reduced and gathered bucket by bucket."""
 CASES = [(name, False) for name in LAYOUTS] + [(name, True) for name in ("one", "dp2", "tp2", "pp2", "pp2-vpp2")]
 OPTIMIZER = {"lr": 1e-2, "eps": 1e-4, "weight_decay": 0.1, "clip_grad": 0.5}
 LR = (1e-2, 5e-3)
@@ -86,14 +92,16 @@ class Case(NamedTuple):
 
 def train(model_path: Path, parallel: dict[str, Any], saved: Path) -> dict[str, Any]:
     """What a rank sees: two steps, an export, a saved checkpoint, and a mini-batch with a wrong count."""
-    from dapo_megatron.actor import topology
+    from dapo_megatron.actor import optimizer, topology
     from dapo_megatron.actor.actor import Actor, TokenCountError
     from dapo_megatron.weights.hf import HfCheckpoint
 
     config = make_config(model_path, parallel=parallel, optimizer=OPTIMIZER, rollout={"temperature": 0.7})
     topo = topology.initialize(config.parallel)
     checkpoint = HfCheckpoint(model_path)
-    actor = Actor(config, topo, checkpoint)
+    ddp_config = partial(optimizer.DistributedDataParallelConfig, bucket_size=SMALL_BUCKETS)
+    with patch.object(optimizer, "DistributedDataParallelConfig", ddp_config):
+        actor = Actor(config, topo, checkpoint)
     loaded = {name: tensor.clone() for name, tensor in checkpoint.export(actor.chunks)}
     batches = all_batches()
     share = len(batches) // topo.dp

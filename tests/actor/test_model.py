@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional
 from transformers import Qwen2Config
 
 from dapo_megatron.config import MemoryConfig, ModelConfig, ParallelConfig
+from tests.helpers.batches import make_micro_batch, make_mini_batch, ratio_loss, worst_relative_error
+from tests.helpers.models import make_config, save_qwen2
 
 QWEN_7B = Qwen2Config(
     vocab_size=152_064,
@@ -118,3 +123,64 @@ def test_only_transformer_engines_modules_accumulate_in_main_grad() -> None:
     chunk = torch.nn.Sequential(fused, torch.nn.Linear(1, 1))
     accumulate_in_main_grad([chunk])
     assert [getattr(module, "fuse_wgrad_accumulation", None) for module in chunk] == [True, None]
+
+
+def wgrad_gemm_accum_fp32(inputs_TI: Tensor, grads_TO: Tensor, main_grad_OI: Tensor) -> None:
+    """What Apex's kernel does."""
+    assert inputs_TI.is_contiguous() and grads_TO.is_contiguous()
+    main_grad_OI.addmm_(grads_TO.float().t(), inputs_TI.float())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_apexs_kernel_gets_the_gradients_of_megatrons_own_layers(
+    alone: Any, tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron.core.tensor_parallel import layers
+
+    from dapo_megatron.actor import model
+    from dapo_megatron.actor.actor import Actor
+    from dapo_megatron.weights.hf import HfCheckpoint
+
+    checkpoint = HfCheckpoint(save_qwen2(tmp_path, tied=tied, dtype=torch.bfloat16))
+    config = make_config(tmp_path, model={"dtype": "bfloat16"})
+    batches = [make_micro_batch([5, 130, 1, 90, 40], seed=1), make_micro_batch([200], seed=2)]
+    calls = []
+
+    def kernel(*tensors: Tensor) -> None:
+        calls.append([tensor.shape for tensor in tensors])
+        wgrad_gemm_accum_fp32(*tensors)
+
+    def gradient(fused: bool) -> dict[str, Tensor]:
+        monkeypatch.setattr(model, "_apex_accumulates", lambda config: fused)
+        actor = Actor(config, alone, checkpoint)
+        mini_batches, _ = actor.with_old_logprobs([make_mini_batch(batches)])
+        actor.gradient(*mini_batches, ratio_loss)
+        named: dict[str, Any] = dict(actor.chunks[0].named_parameters())
+        added = {name for name, param in named.items() if param.grad_added_to_main_grad}
+        weights = {name for name, param in named.items() if param.ndim == 2 and "embedding" not in name}
+        assert added == (weights | ({"embedding.word_embeddings.weight"} if tied else set()) if fused else set())
+        return {name: param.main_grad.clone() for name, param in named.items()}
+
+    monkeypatch.setattr(layers, "fused_weight_gradient_mlp_cuda", SimpleNamespace(wgrad_gemm_accum_fp32=kernel), False)
+    want, got = gradient(False), gradient(True)
+    rows = {shapes[0][0] for shapes in calls if shapes[2] == (64, 32)}
+    assert rows >= {int(batch.scored_T.sum()) for batch in batches}
+    for name, grad in want.items():
+        assert worst_relative_error({name: got[name]}, {name: grad}) < 2e-2
+
+
+def test_apex_is_for_bfloat16_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.core.tensor_parallel import layers
+
+    from dapo_megatron.actor.model import _apex_accumulates
+
+    def accumulates(apex: bool, gpu: bool, dtype: torch.dtype) -> bool:
+        monkeypatch.setattr(layers, "_grad_accum_fusion_available", apex)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+        config: Any = SimpleNamespace(params_dtype=dtype)
+        return _apex_accumulates(config)
+
+    assert accumulates(True, True, torch.bfloat16)
+    assert not accumulates(False, True, torch.bfloat16)
+    assert not accumulates(True, False, torch.bfloat16)
+    assert not accumulates(True, True, torch.float32)

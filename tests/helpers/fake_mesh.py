@@ -43,6 +43,7 @@ from dapo_megatron.algo.objective import Objective
 from dapo_megatron.config import Config
 from dapo_megatron.pack.microbatch import build
 from dapo_megatron.types import MicroBatch, MiniBatch, TrainSample
+from tests.helpers.precise_adam import precise_adam
 from tests.helpers.tracker import Collective, Tracker
 
 if TYPE_CHECKING:
@@ -60,16 +61,20 @@ class RankCost:
     gradient_bytes: int
     """Of the float32 buffers that gradients are added up in."""
     optimizer_bytes: int
-    """This rank's share of Adam's two moments and, in bfloat16, of float32 copies of the parameters. By formula, for
-    the moments are made in the first step: 4 bytes for each of them and every number that this rank steps."""
+    """This rank's share of Adam's two moments and, in bfloat16, of float32 copies of the parameters, or of what they
+    have more than the parameters."""
     state_bytes: int
-    """What was alive once the actor was built: the above without the moments, and some small tensors."""
+    """What was alive once the actor was built: the above without what the first step makes (moments; with
+    precision_aware, all of it), and some small tensors."""
     activation_bytes: int
     """The most that was alive above the state, from the micro-batch's tensors to the end of `Actor.gradient`."""
     flops: int
     """Of matrix products, forward and backward, without attention; 2 for a multiplication with its addition."""
     collectives: tuple[Collective, ...]
     """All that `Actor.gradient` calls, the measures of the mini-batch included, in order."""
+    step_collectives: tuple[Collective, ...]
+    """Those of the optimizer's step: it gathers the parameters, unless parallel.overlap_param_gather leaves them to the
+    next forward pass."""
 
     @property
     def peak_bytes(self) -> int:
@@ -154,30 +159,34 @@ def _rank_cost(
     mode: AbstractContextManager[Any],
 ) -> RankCost:
     from dapo_megatron.actor.actor import Actor
+    from dapo_megatron.actor.optimizer import apply_gradient, optimizer_state
 
     mini_batch = MiniBatch(tuple(batches), topo.dp * sum(batch.loss_tokens for batch in batches))
     # The actor compares the number of tokens that it divided by, which it reads from a tensor, with the mini-batch's.
     with mode, Tracker(number=mini_batch.loss_tokens) as tracker:
-        actor = Actor(config, topo, _Unloaded(hf_config))
+        with precise_adam() if config.optimizer.precision_aware else nullcontext():
+            actor = Actor(config, topo, _Unloaded(hf_config))
+        parameters = [param for chunk in actor.chunks for param in chunk.parameters()]
         state = tracker.live
         tracker.restart()
         actor.gradient(mini_batch, Objective(config.algo))
-    parameters = [param for chunk in actor.chunks for param in chunk.parameters()]
+        peak, flops, collectives = tracker.peak, tracker.flops, tracker.collectives
+        tracker.restart()
+        actor.optimizer.prepare_grads()
+        apply_gradient(actor.optimizer, config.optimizer, lr=config.optimizer.lr, grad_norm=1.0)
     buffers = [buffer for module in actor._modules for buffer in module.buffers]
     # Only the distributed optimizer keeps parameters in a buffer.
     held = parameters if buffers[0].param_data is None else [buffer.param_data for buffer in buffers]
-    groups = [group for part in actor.optimizer.chained_optimizers for group in part.param_groups]
-    stepped = [param for group in groups for param in group["params"]]
-    copies = config.model.dtype == "bfloat16"
     return RankCost(
         parameters=sum(param.numel() for param in parameters),
         parameter_bytes=sum(tensor.nbytes for tensor in held),
         gradient_bytes=sum(buffer.grad_data.nbytes for buffer in buffers),
-        optimizer_bytes=sum(param.numel() * (12 if copies else 8) for param in stepped),
+        optimizer_bytes=sum(tensor.nbytes for tensor in optimizer_state(actor.optimizer, besides=parameters)),
         state_bytes=state,
-        activation_bytes=tracker.peak - state,
-        flops=tracker.flops,
-        collectives=tuple(tracker.collectives),
+        activation_bytes=peak - state,
+        flops=flops,
+        collectives=tuple(collectives),
+        step_collectives=tuple(tracker.collectives),
     )
 
 

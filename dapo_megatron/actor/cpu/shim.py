@@ -62,9 +62,20 @@ def install() -> None:
         if name.startswith(("megatron.core", "mbridge")) and getattr(module, "torch", None) is torch:
             module.torch = proxy  # type: ignore[attr-defined]
     _wrap_tensor_methods()
+    _use_local_kernels()
     random: Any = sys.modules["megatron.core.tensor_parallel.random"]
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+
+
+def _use_local_kernels() -> None:
+    """Give the optimizer torch's functions, where it found those of Transformer Engine or Apex, which need CUDA."""
+    local: Any = sys.modules["megatron.core.utils"]
+    clip: Any = sys.modules["megatron.core.optimizer.clip_grads"]
+    steps: Any = sys.modules["megatron.core.optimizer.optimizer"]
+    clip.multi_tensor_applier = steps.multi_tensor_applier = local.local_multi_tensor_applier
+    clip.multi_tensor_scale_impl = steps.multi_tensor_scale_impl = local.local_multi_tensor_scale
+    clip.l2_norm_impl = local.local_multi_tensor_l2_norm
 
 
 class _Stream:
