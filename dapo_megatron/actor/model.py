@@ -112,12 +112,11 @@ def accumulate_in_main_grad(chunks: Sequence[torch.nn.Module]) -> None:
         if hasattr(module, "fuse_wgrad_accumulation"):
             module.fuse_wgrad_accumulation = True  # type: ignore[assignment]
         elif isinstance(module, (layers.ColumnParallelLinear, layers.RowParallelLinear)):
-            module.gradient_accumulation_fusion = _apex_accumulates(module.config)
+            module.gradient_accumulation_fusion = _apex_accumulates(module.config.params_dtype)
 
 
-def _apex_accumulates(config: TransformerConfig) -> bool:
-    apex = layers._grad_accum_fusion_available and torch.cuda.is_available()
-    return apex and config.params_dtype is torch.bfloat16
+def _apex_accumulates(dtype: torch.dtype) -> bool:
+    return dtype is torch.bfloat16 and torch.cuda.is_available() and layers._grad_accum_fusion_available
 
 
 def _build_chunk(

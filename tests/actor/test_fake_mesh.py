@@ -53,7 +53,7 @@ def test_real_ranks_do_the_same(size: str, layout: str, dtype: str) -> None:
         expected = fake(size, config, world_size, rank, lengths, micro_batches=3)
         # Equal to the byte, except where a thread of gloo lets go of a tensor late: the largest is 2.3% of activations.
         assert expected.activation_bytes == pytest.approx(cost.activation_bytes, rel=0.05)
-        assert expected.state_bytes == pytest.approx(cost.state_bytes, rel=0.001)
+        assert expected.state_bytes == pytest.approx(cost.state_bytes, rel=0.002)
         assert expected.flops == cost.flops
         assert expected.optimizer_bytes == cost.optimizer_bytes
         assert expected.step_collectives == cost.step_collectives

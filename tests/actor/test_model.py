@@ -151,10 +151,10 @@ def test_apexs_kernel_gets_the_gradients_of_megatrons_own_layers(
         wgrad_gemm_accum_fp32(*tensors)
 
     def gradient(fused: bool) -> dict[str, Tensor]:
-        monkeypatch.setattr(model, "_apex_accumulates", lambda config: fused)
+        monkeypatch.setattr(model, "_apex_accumulates", lambda dtype: fused)
         actor = Actor(config, alone, checkpoint)
-        mini_batches, _ = actor.with_old_logprobs([make_mini_batch(batches)])
-        actor.gradient(*mini_batches, ratio_loss)
+        (mini_batch,), _ = actor.with_old_logprobs([make_mini_batch(batches)])
+        actor.gradient(mini_batch, ratio_loss)
         named: dict[str, Any] = dict(actor.chunks[0].named_parameters())
         added = {name for name, param in named.items() if param.grad_added_to_main_grad}
         weights = {name for name, param in named.items() if param.ndim == 2 and "embedding" not in name}
@@ -177,8 +177,7 @@ def test_apex_is_for_bfloat16_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     def accumulates(apex: bool, gpu: bool, dtype: torch.dtype) -> bool:
         monkeypatch.setattr(layers, "_grad_accum_fusion_available", apex)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-        config: Any = SimpleNamespace(params_dtype=dtype)
-        return _apex_accumulates(config)
+        return _apex_accumulates(dtype)
 
     assert accumulates(True, True, torch.bfloat16)
     assert not accumulates(False, True, torch.bfloat16)
