@@ -40,7 +40,8 @@ class Step:
     """Seconds."""
 
 
-_CHECK = "-m dapo_megatron check-reduction configs/quickstart_cpu.yaml --layouts 1 --processes 1"
+_CHECK = "-m dapo_megatron check-reduction configs/quickstart_cpu.yaml"
+"""Every layout that the GPUs are enough for."""
 SUITES = {
     "smoke": (
         Step("Tests", "-m pytest -q -m gpu tests/actor tests/check_reduction tests/obs/test_memory.py", 180),
