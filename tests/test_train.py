@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import signal
 import subprocess
 import sys
@@ -57,9 +59,11 @@ def command(material: Path, folder: Path, *overrides: str) -> list[str]:
     return [sys.executable, "-m", "dapo_megatron", "train", str(config), *overrides]
 
 
-def run(material: Path, folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+def run(
+    material: Path, folder: Path, *overrides: str, limit_seconds: float = LIMIT_SECONDS
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command(material, folder, *overrides), capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False
+        command(material, folder, *overrides), capture_output=True, text=True, timeout=limit_seconds, check=False
     )
 
 
@@ -143,6 +147,27 @@ def test_a_run_trains_and_the_engine_follows(material: Path, tmp_path: Path, ove
     for name in ("config.yaml", "versions.json", "rollouts.jsonl", "log.txt", "engine0.log"):
         assert (tmp_path / "run" / name).stat().st_size > 0, name
     assert list((tmp_path / "run").rglob("events.out.tfevents*"))
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(900)
+def test_a_rank_and_an_engine_share_a_gpu(material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", first)
+    overrides = ["launch.processes=1", "model.dtype=bfloat16", "optimizer.lr=1e-2"]
+    refused = run(material, tmp_path, *overrides)
+    assert refused.returncode == 2 and "engine.placement=colocated" in refused.stderr, refused.stderr
+    done = run(material, tmp_path, *overrides, "engine.placement=colocated", limit_seconds=800)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for row in rows(tmp_path):
+        assert row["mismatch/abs"] <= 0.02, "the engine samples with other weights"
+        assert row["grad_norm"] > 0
+    assert len(rows(tmp_path)) == 2
+    log = (tmp_path / "run/log.txt").read_text()
+    phases = [
+        name for name in re.findall(r"phase ([a-z ]+): ", log) if name in ("starting engines", "building the actor")
+    ]
+    assert phases == ["starting engines", "building the actor", "starting engines"]
 
 
 def test_an_update_that_is_not_finite_is_kept_and_ends_the_run(material: Path, tmp_path: Path) -> None:

@@ -118,3 +118,23 @@ def test_a_push_that_fails_does_not_count() -> None:
     publisher = open_publisher(WeightsConfig(), Keepers(Full("engine 0")))
     with pytest.raises(EngineError, match="engine 0 is full"):
         publisher.push(WEIGHTS.items(), version=1)
+
+
+@pytest.mark.parametrize(
+    ("tells", "message"),
+    [(True, "engine 0 does not take w1"), (False, "sending w1 and what follows it: ")],
+    ids=["the engine tells", "the engine is silent"],
+)
+def test_a_bucket_that_an_engine_does_not_take_ends_the_push(tells: bool, message: str) -> None:
+    """The transport only knows that time is up; the engine's own account has the end of its log."""
+
+    class Late(Keeper):
+        async def receive(self, info: dict[str, Any]) -> None:
+            await asyncio.sleep(1.5 if tells else 3600)
+            raise EngineError(f"{self.name} does not take {info['names'][0]}")
+
+    config = WeightsConfig(push_seconds=1.0)
+    started = time.monotonic()
+    with pytest.raises(EngineError, match=message):
+        open_publisher(config, Keepers(Late("engine 0"))).push(WEIGHTS.items(), version=1)
+    assert time.monotonic() - started < 9
