@@ -198,18 +198,19 @@ def fake_gpu(count: int = 1) -> Iterator[FakeGpu]:
     with ExitStack() as stack:
         for patched in _patches(gpu):
             stack.enter_context(patched)
-        for mode in (gpu._mode, gpu, _Ordinals()):
+        for mode in (gpu._mode, gpu, _Arguments()):
             stack.enter_context(mode)
         yield gpu
 
 
-class _Ordinals(TorchFunctionMode):
-    """Megatron says `device=torch.cuda.current_device()`, a number, which torch's CPU build does not take."""
+class _Arguments(TorchFunctionMode):
+    """Takes what torch's CPU build does not: the number of a device, as Megatron has it, and pinned memory."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if type(kwargs.get("device")) is int:
             kwargs["device"] = torch.device("cuda", kwargs["device"])
+        kwargs.pop("pin_memory", None)
         return func(*args, **kwargs)
 
 
@@ -275,6 +276,7 @@ def _patches(gpu: FakeGpu) -> Iterator[AbstractContextManager[Any]]:
     yield patch.dict(fake_tensor._DISPATCH_META_HANDLERS, {prim.device.default: lambda args: torch.device("meta")})
     yield patch.object(FakeTensor, "__torch_dispatch__", classmethod(_dispatch_fake))
     yield patch.object(FakeTensor, "_normalize_fake_device", staticmethod(lambda device: GPU))
+    yield patch.object(torch.UntypedStorage, "device", property(_device_of_storage), create=True)
     # Else torch.tensor(..., device="cuda") would start CUDA.
     yield patch.object(FakeTensorMode, "avoid_device_init", property(lambda self: True))
     # Torch's own way; that of fake tensors reads number by number.
@@ -293,6 +295,7 @@ def _patches(gpu: FakeGpu) -> Iterator[AbstractContextManager[Any]]:
 
 
 _of_fake_tensor = FakeTensor.__torch_dispatch__
+_of_storage: Any = torch.UntypedStorage.device.__get__  # pyright: ignore[reportAttributeAccessIssue]
 _of_tensor = torch.Tensor.type
 
 
@@ -320,13 +323,18 @@ def _module_bfloat16(self: torch.nn.Module) -> torch.nn.Module:
     return self
 
 
+def _device_of_storage(self: torch.UntypedStorage) -> torch.device:
+    device = _of_storage(self)
+    return GPU if device.type == "meta" else device
+
+
 def _type(self: Tensor, *args: Any, **kwargs: Any) -> Any:
     answer = _of_tensor(self, *args, **kwargs)
     return answer.replace("torch.meta.", "torch.cuda.") if isinstance(answer, str) else answer
 
 
 def _all_gather_object(object_list: list[Any], obj: Any, group: Any = None) -> None:
-    object_list[:] = [obj]
+    object_list[:] = [obj] * len(object_list)
 
 
 def _noting_backend(make: Callable[..., Any]) -> Callable[..., Any]:
@@ -341,7 +349,8 @@ def _noting_backend(make: Callable[..., Any]) -> Callable[..., Any]:
         made = make(*bound.args, **bound.kwargs)
         if made is None:  # the default group
             made, _backends["default"] = dist.group.WORLD, asked
-        _backends[made.group_name] = asked
+        if isinstance(made, dist.ProcessGroup):  # this rank is a member
+            _backends[made.group_name] = asked
         return made
 
     return made
