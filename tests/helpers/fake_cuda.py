@@ -87,13 +87,19 @@ class FakeGpu(TorchDispatchMode):
         self.waits: list[Wait] = []
         self.sent: list[tuple[str, int]] = []
         """Where tensors went to the GPU from, and how many bytes: blocking or not."""
-        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.emptied = 0
+        """How often torch was told to give back memory that it does not use."""
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._known: WeakIdKeyDictionary = WeakIdKeyDictionary()
         """Tensor on the GPU -> (the data that it came with, its version then)."""
 
     def wait(self, kind: str) -> None:
         """Note that the host waits."""
         self.waits.append(Wait(*_where(kind)))
+
+    def empty(self) -> None:
+        """Note that memory is given back."""
+        self.emptied += 1
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -127,9 +133,10 @@ class FakeGpu(TorchDispatchMode):
     def _data(self, tensor: FakeTensor) -> Tensor:
         """Return what the host reads."""
         with unset_fake_temporarily():
-            data, version = self._known.get(tensor, (None, None))
-            if data is not None and version == tensor._version:
-                return data
+            if known := self._known.get(tensor):
+                data, version = known
+                if version == tensor._version:
+                    return data
             value = 1 if tensor.is_floating_point() or tensor.dtype is torch.bool else self.count
             return torch.full(tensor.shape, value, dtype=tensor.dtype)
 
@@ -151,18 +158,16 @@ class FakeGpu(TorchDispatchMode):
         return result
 
     def _copied(self, target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
-        target.shape  # noqa: B018
         if torch.broadcast_shapes(target.shape, source.shape) != target.shape:
             raise DeviceError(f"a copy of shape {tuple(source.shape)} into {tuple(target.shape)}")
-        pinned = not isinstance(target, FakeTensor) or not isinstance(source, FakeTensor)
-        if not (non_blocking and pinned):
+        if not non_blocking:
             self.wait("send" if isinstance(target, FakeTensor) else "fetch")
         return target
 
     def _collective(self, func: Any, args: Any, kwargs: Any, there: Sequence[Tensor], here: Sequence[Tensor]) -> Any:
         boxed = next((arg for arg in args if isinstance(arg, torch.ScriptObject)), None)
         backend = _backends.get(dist.ProcessGroup.unbox(boxed).group_name) if boxed is not None else None
-        if here and backend == "nccl" or there and backend == "gloo":
+        if (here and backend == "nccl") or (there and backend == "gloo"):
             raise DeviceError(f"{func._opname} over {backend} has tensors on the {'host' if here else 'GPU'}")
         if not there:
             with unset_fake_temporarily():
@@ -198,17 +203,19 @@ def fake_gpu(count: int = 1) -> Iterator[FakeGpu]:
     with ExitStack() as stack:
         for patched in _patches(gpu):
             stack.enter_context(patched)
-        for mode in (gpu._mode, gpu, _Arguments()):
+        for mode in (gpu.mode, gpu, _Arguments()):
             stack.enter_context(mode)
         yield gpu
 
 
 class _Arguments(TorchFunctionMode):
-    """Takes what torch's CPU build does not: the number of a device, as Megatron has it, and pinned memory."""
+    """Takes what torch's CPU build does not: a device as a mere number, or without one, and pinned memory."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if type(kwargs.get("device")) is int:
+        if func is torch.Tensor.to:
+            args = tuple(GPU if arg == "cuda" else arg for arg in args)
+        elif type(kwargs.get("device")) is int:
             kwargs["device"] = torch.device("cuda", kwargs["device"])
         kwargs.pop("pin_memory", None)
         return func(*args, **kwargs)
@@ -234,7 +241,6 @@ _WITHOUT_EFFECT = (
     "init",
     "_lazy_init",
     "set_device",
-    "empty_cache",
     "reset_peak_memory_stats",
     "manual_seed",
     "manual_seed_all",
@@ -259,6 +265,7 @@ def _patches(gpu: FakeGpu) -> Iterator[AbstractContextManager[Any]]:
         "max_memory_reserved": lambda *args: 2**31,
         "mem_get_info": lambda *args: (2**36, 2**37),
         "synchronize": lambda *args: gpu.wait("synchronize"),
+        "empty_cache": gpu.empty,
         "Stream": _Stream,
         "current_stream": _Stream,
         "default_stream": _Stream,
@@ -307,10 +314,11 @@ def _dispatch_fake(cls: Any, func: Any, types: Any, args: Any = (), kwargs: Any 
 
 def _module_cuda(self: torch.nn.Module, device: Any = None) -> torch.nn.Module:
     for module in self.modules():
-        for name, param in module._parameters.items():
+        for name, param in list(module._parameters.items()):
             if param is not None and not isinstance(param, FakeTensor):
                 moved = torch.nn.Parameter(param.detach().to(GPU), param.requires_grad)
-                moved.__dict__.update(param.__dict__)
+                for key, value in vars(param).items():
+                    setattr(moved, key, value)
                 module._parameters[name] = moved
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else buffer.to(GPU)
