@@ -154,6 +154,9 @@ class Actor:
             gather_parameters(self._modules)
             for offload in self._offloads:
                 offload.park()
+            if torch.cuda.is_available():
+                # torch would keep what was freed for itself, and engines are other processes.
+                torch.cuda.empty_cache()
         yield
         with phase("offload"):
             for offload in self._offloads:

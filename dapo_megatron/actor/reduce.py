@@ -38,12 +38,14 @@ def over_ranks(parts: Sequence[Measures], groups: ProcessGroupCollection, device
     stages: Any = groups.pp
     replicas: Any = groups.dp_cp
 
+    # Measures may be plain numbers, of which nobody knows that NCCL wants them on the GPU.
     def add(totals: Tensor) -> Tensor:
+        totals = totals.to(device)
         dist.all_reduce(totals, group=replicas)
         return totals
 
     def largest(values: Tensor) -> Tensor:
-        values = torch.where(values.isnan(), torch.inf, values)  # a maximum over ranks may drop nan
+        values = torch.where(values.isnan(), torch.inf, values).to(device)  # a maximum over ranks may drop nan
         dist.all_reduce(values, op=dist.ReduceOp.MAX, group=replicas)
         return values
 

@@ -42,11 +42,12 @@ def enable() -> None:
 
 def enable_on_cuda() -> None:
     """Give Megatron what `block_spec` needs on a GPU. Later calls change nothing."""
-    from dapo_megatron.actor.cpu import adam, rope
+    from dapo_megatron.actor.cpu import adam, grad_norm, rope
 
     import_module("megatron.core.models.common.embeddings.rope_utils")
     rope.install()
     import_module("megatron.core.optimizer")
+    grad_norm.install()
     if find_spec("transformer_engine") is None:
         adam.install()
 
