@@ -13,14 +13,11 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
-from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
@@ -41,7 +38,8 @@ from dapo_megatron.actor.optimizer import (
     optimizer_state,
 )
 from dapo_megatron.actor.reduce import SumOverRanks, over_ranks
-from dapo_megatron.actor.shard import LayoutError, Shard, concatenated, make_shard, runs_of, slots_of
+from dapo_megatron.actor.schedule import Schedule
+from dapo_megatron.actor.shard import Shard, concatenated, runs_of, slots_of
 from dapo_megatron.actor.topology import Topology, process_groups
 from dapo_megatron.config import Config
 from dapo_megatron.errors import DapoError
@@ -100,13 +98,11 @@ class Actor:
         self._chunks: list[torch.nn.Module] = list(chunks)
         checkpoint.load(self._chunks)
         together("weights read")
-        self._heads = [RowSelection(chunk) for chunk in chunks if chunk.post_process]
+        heads = [RowSelection(chunk) for chunk in chunks if chunk.post_process]
         dtype = DTYPES[config.model.dtype]
         modules: list[Any] = list(chunks)
-        self._forward_options: dict[str, Any] = {}
         if dtype is torch.bfloat16:
             modules = [Float16Module(self._megatron_config, chunk) for chunk in modules]
-            self._forward_options = {"fp32_output": False}
         self.optimizer: Any = None
         """Megatron's optimizer, for checkpoints; None where not trainable."""
         self._divisor: Tensor | None = None
@@ -120,6 +116,7 @@ class Actor:
             for module in modules:
                 module.requires_grad_(False)
         self._modules = modules
+        self._schedule = Schedule(modules, heads, self._megatron_config, self._groups, topology, config.parallel)
         kinds = {
             "parameters": Offload(self._parameters),
             "optimizer": Offload(lambda: optimizer_state(self.optimizer, besides=self._parameters())),
@@ -230,7 +227,7 @@ class Actor:
             return result.loss_sum, result.loss_tokens, {"loss": mean, **result.measures}
 
         self._divisor = None
-        parts = self._run(mini_batch.micro_batches, reduce, forward_only=False)
+        parts = self._schedule.run(mini_batch.micro_batches, reduce, forward_only=False)
         assert self._divisor is not None
         if int(self._divisor) != mini_batch.loss_tokens:
             raise TokenCountError(
@@ -273,7 +270,7 @@ class Actor:
             return shard.spread(scores.logprobs_T), measure(scores, shard.batch) if measure else {}
 
         with torch.no_grad(), self._at_hand():
-            outputs = self._run(together, collect, forward_only=True)
+            outputs = self._schedule.run(together, collect, forward_only=True)
             whole = self._whole([logprobs_t for logprobs_t, _ in outputs], together)
             measured = [measures for _, measures in outputs]
             measures = over_ranks(measured, self._groups, self._topology.device) if measure else {}
@@ -299,53 +296,6 @@ class Actor:
 
     def _parameters(self) -> Iterator[Tensor]:
         return (param for chunk in self._chunks for param in chunk.parameters())
-
-    def _run(self, batches: Sequence[MicroBatch], on_output: Callable[..., Any], *, forward_only: bool) -> list[Any]:
-        """Send micro-batches through the pipeline; on the last stage, return what `on_output` gave for each."""
-        topology, parallel = self._topology, self._config.parallel
-        if len(batches) % parallel.micro_batch_multiple:
-            raise LayoutError(
-                f"{len(batches)} micro-batches do not divide into rounds of pp({parallel.pp}), which virtual pipeline "
-                f"stages, vpp({parallel.vpp}), want; add empty ones (pack's micro_batch_multiple)"
-            )
-        shards = [
-            make_shard(
-                batch,
-                cp=topology.cp,
-                cp_rank=topology.cp_rank,
-                sequence_parallel_ranks=topology.tp if parallel.sequence_parallel else 1,
-                device=topology.device,
-            )
-            for batch in batches
-        ]
-
-        def forward_step(iterator: Iterator[Shard], module: Any) -> tuple[Tensor, Callable[..., Any]]:
-            shard = next(iterator)
-            for head in self._heads:
-                head.rows_R = shard.rows_R
-            output = module(
-                shard.tokens_t[None],
-                shard.positions_t[None],
-                None,
-                packed_seq_params=shard.packed,
-                **self._forward_options,
-            )
-            return output, partial(on_output, shard)
-
-        groups: dict[str, Any] = {"pg_collection": self._groups}
-        if topology.pp > 1:
-            groups["p2p_communicator"] = P2PCommunicator(self._groups.pp, self._megatron_config)
-        return get_forward_backward_func(parallel.pp, parallel.vpp if parallel.vpp > 1 else None)(
-            forward_step_func=forward_step,
-            data_iterator=[iter(shards) for _ in self._modules],
-            model=self._modules,
-            num_microbatches=len(shards),
-            seq_length=max(batch.slots for batch in batches),
-            micro_batch_size=1,
-            forward_only=forward_only,
-            collect_non_loss_data=forward_only,
-            **groups,
-        )
 
     def _score(self, logits_1RV: Tensor, batch: MicroBatch, *, with_stats: bool = False) -> TokenLogprobs:
         return vocab_parallel_logprobs(

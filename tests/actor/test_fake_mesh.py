@@ -117,7 +117,7 @@ def _leaves_nothing() -> None:
     from megatron.core import parallel_state
     from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
-    from dapo_megatron.actor import actor
+    from dapo_megatron.actor import schedule
     from dapo_megatron.actor.cpu import packing
     from dapo_megatron.errors import ConfigError
 
@@ -126,7 +126,7 @@ def _leaves_nothing() -> None:
         return [
             dict(os.environ),
             *(getattr(dist, name) for name in names),
-            actor.make_shard,
+            schedule.make_shard,
             packing._make_plan,
             P2PCommunicator._communicate_shapes,
             torch.nn.Module.bfloat16,

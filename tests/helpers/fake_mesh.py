@@ -264,11 +264,11 @@ def _patches_for_tensors(hf_config: Any, slots: int) -> Iterator[AbstractContext
     """
     from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
-    from dapo_megatron.actor import actor
+    from dapo_megatron.actor import schedule
     from dapo_megatron.actor.cpu import packing
 
     # Both turn the contents of small integer tensors, lengths and masks, into shapes.
-    for module, name in ((actor, "make_shard"), (packing, "_make_plan")):
+    for module, name in ((schedule, "make_shard"), (packing, "_make_plan")):
         yield patch.object(module, name, _with_data(getattr(module, name)))
 
     # Stages tell each other the shapes of what comes. The tensors with the shapes travel and are recorded.
