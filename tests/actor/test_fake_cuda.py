@@ -201,9 +201,9 @@ def _measuring(measures: dict[str, Measure], logprobs_T: Tensor, batch: MicroBat
 
 
 LOSSES: dict[str, Any] = {
-    # Both are allowed: a number is a number or a tensor.
-    "numbers": partial(_measuring, {"sum": Sum(3.0), "largest": Max(0.5)}),
-    "host": partial(_measuring, {"sum": Sum(torch.ones(())), "largest": Max(torch.ones(()))}),
+    # Both are allowed: a number is a number or a tensor. The first by name decides where all are brought together.
+    "numbers": partial(_measuring, {"a sum": Sum(3.0), "largest": Max(0.5)}),
+    "host": partial(_measuring, {"a sum": Sum(torch.ones(())), "largest": Max(torch.ones(()))}),
     "not finite": partial(_measuring, {"largest": Max(math.nan)}),
 }
 
