@@ -167,6 +167,8 @@ class FakeGpu(TorchDispatchMode):
     def _collective(self, func: Any, args: Any, kwargs: Any, there: Sequence[Tensor], here: Sequence[Tensor]) -> Any:
         boxed = next((arg for arg in args if isinstance(arg, torch.ScriptObject)), None)
         backend = _backends.get(dist.ProcessGroup.unbox(boxed).group_name) if boxed is not None else None
+        if func is c10d.barrier.default:  # its tensor is a formality, wherever it lies
+            return func(*args, **kwargs)
         if (here and backend == "nccl") or (there and backend == "gloo"):
             raise DeviceError(f"{func._opname} over {backend} has tensors on the {'host' if here else 'GPU'}")
         if not there:
@@ -184,9 +186,10 @@ def _where(kind: str) -> tuple[str, str, str]:
     while frame is not None and ours is None:
         module = frame.f_globals.get("__name__", "")
         name = f"{module}:{frame.f_code.co_name}"
-        if inside is None and module.startswith((_OURS, "megatron.", "mbridge.")):
+        named = not frame.f_code.co_name.startswith("<")  # comprehensions have no frame from Python 3.12 on
+        if named and inside is None and module.startswith((_OURS, "megatron.", "mbridge.")):
             inside = name
-        if module.startswith(_OURS):
+        if named and module.startswith(_OURS):
             ours = name.removeprefix(_OURS)
         frame = frame.f_back
     return ours or "elsewhere", kind, inside or "elsewhere"
@@ -282,7 +285,8 @@ def _patches(gpu: FakeGpu) -> Iterator[AbstractContextManager[Any]]:
     # without data, Python sees the GPU.
     yield patch.dict(fake_tensor._DISPATCH_META_HANDLERS, {prim.device.default: lambda args: torch.device("meta")})
     yield patch.object(FakeTensor, "__torch_dispatch__", classmethod(_dispatch_fake))
-    yield patch.object(FakeTensor, "_normalize_fake_device", staticmethod(lambda device: GPU))
+    yield patch.object(FakeTensor, "__new__", staticmethod(_new_fake))
+    yield patch.object(fake_tensor, "init_gpu_context", lambda *args: None)
     yield patch.object(torch.UntypedStorage, "device", property(_device_of_storage), create=True)
     # Else torch.tensor(..., device="cuda") would start CUDA.
     yield patch.object(FakeTensorMode, "avoid_device_init", property(lambda self: True))
@@ -301,9 +305,14 @@ def _patches(gpu: FakeGpu) -> Iterator[AbstractContextManager[Any]]:
     yield patch.object(dist, "broadcast_object_list", lambda *args, **kwargs: None)
 
 
+_make_fake = FakeTensor.__new__
 _of_fake_tensor = FakeTensor.__torch_dispatch__
 _of_storage: Any = torch.UntypedStorage.device.__get__  # pyright: ignore[reportAttributeAccessIssue]
 _of_tensor = torch.Tensor.type
+
+
+def _new_fake(cls: Any, mode: Any, elem: Any, device: Any = None, *args: Any, **kwargs: Any) -> Any:
+    return _make_fake(cls, mode, elem, GPU, *args, **kwargs)
 
 
 def _dispatch_fake(cls: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
