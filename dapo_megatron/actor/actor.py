@@ -110,6 +110,8 @@ class Actor:
             accumulate_in_main_grad(chunks)
             modules = data_parallel(self._megatron_config, config.parallel, modules, self._groups)
             self.optimizer = build_optimizer(config.optimizer, config.parallel, dtype, modules, self._groups)
+            # Here all ranks are together. The next one to gather could come to ranks of which one is elsewhere.
+            gather_parameters(modules)
             self._norms = ParameterNorms(self.optimizer, self._chunks)
             self._megatron_config.finalize_model_grads_func = self._finalize
         else:

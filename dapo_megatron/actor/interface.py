@@ -18,6 +18,8 @@ from dapo_megatron.errors import ConfigError
 
 _ADVICE = "set GLOO_SOCKET_IFNAME to the interface by which this machine reaches the others"
 
+_LOOPBACKS = ("lo", "lo0")
+
 
 class Store(Protocol):
     """Where ranks find one another (torch.distributed.Store); `get` waits for a value, up to the store's limit."""
@@ -55,7 +57,7 @@ def find_interface(host: str, rank: int, world_size: int, store: Store) -> str:
         ConfigError: where `host` does not resolve, or leads to no interface of this machine.
     """
     own = route(host)
-    store.set(f"route/{rank}", "" if own.stays else own.remote)
+    tell(rank, store, "" if own.stays else own.remote)
     if not own.stays:
         return interface_of(own)
     # The last ranks are on another machine than the first.
@@ -63,6 +65,11 @@ def find_interface(host: str, rank: int, world_size: int, store: Store) -> str:
     address = next(filter(None, seen), None)
     # If it is loopback to all of them, they are all on this machine.
     return interface_of(Route(address, own.remote, 0) if address else own)
+
+
+def tell(rank: int, store: Store, address: str = "") -> None:
+    """Say under which address this rank reaches the leader's machine; none where it was told its interface."""
+    store.set(f"route/{rank}", address)
 
 
 def route(host: str) -> Route:
@@ -103,6 +110,11 @@ def interface_of(way: Route, addresses: Mapping[str, list[Any]] | None = None) -
     found = next((name for name, own in here.items() if way.local in own), None)
     if found is None and way.stays:  # all of 127.0.0.0/8 is loopback's, whose own address is the first of it
         found = next((name for name, own in here.items() if "127.0.0.1" in own), None)
+    if found in _LOOPBACKS and not way.stays:
+        raise ConfigError(
+            f"the other machines reach {socket.gethostname()} at {way.local}, an address of its loopback interface, "
+            f"{found}, of which gloo would take another one; {_ADVICE}"
+        )
     if found is None:
         listed = ", ".join(f"{name} {own[0]}" for name, own in here.items() if own)
         raise ConfigError(

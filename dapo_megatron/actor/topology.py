@@ -23,7 +23,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import HashStore, Store
 from torch.distributed.rendezvous import rendezvous as torch_rendezvous
 
-from dapo_megatron.actor.interface import find_interface
+from dapo_megatron.actor import interface
 from dapo_megatron.config import ParallelConfig
 from dapo_megatron.errors import ConfigError, DapoError
 
@@ -180,13 +180,14 @@ def rendezvous(timeout: timedelta = TIMEOUT) -> Store:
 def _choose_interface(rank: int, world_size: int, store: Store) -> None:
     """Tell gloo where to listen, unless the user has."""
     if "GLOO_SOCKET_IFNAME" in os.environ:
+        interface.tell(rank, store)  # others may wait for it
         return
     if on_one_machine():
         # Ranks of one machine have no business on its network.
         if _LOOPBACK in dict(socket.if_nameindex()).values():
             os.environ["GLOO_SOCKET_IFNAME"] = _LOOPBACK
     elif world_size > 1:
-        os.environ["GLOO_SOCKET_IFNAME"] = find_interface(os.environ["MASTER_ADDR"], rank, world_size, store)
+        os.environ["GLOO_SOCKET_IFNAME"] = interface.find_interface(os.environ["MASTER_ADDR"], rank, world_size, store)
 
 
 def is_lost_peer(error: BaseException) -> bool:
@@ -269,6 +270,7 @@ def initialize(
         virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
         context_parallel_size=parallel.cp,
         distributed_timeout_minutes=timeout.total_seconds() / 60,  # pyright: ignore[reportArgumentType]
+        create_gloo_process_groups=False,
     )
     block = parallel.tp * parallel.cp
     members = [[rank for rank in range(world_size) if rank // block % dp == replica] for replica in range(dp)]

@@ -61,6 +61,12 @@ def test_an_address_of_another_machine_is_refused() -> None:
         interface_of(Route("10.1.1.1", "10.1.1.1", 0), MACHINE)
 
 
+def test_an_address_that_lies_on_loopback_is_refused() -> None:
+    """As with routing to the host: gloo, which is told a name, would listen at 127.0.0.1."""
+    with pytest.raises(ConfigError, match=r"at 10\.3\.0\.1, an address of its loopback interface, lo, of which gloo"):
+        interface_of(Route("10.3.0.1", "10.0.0.1", 0), {**MACHINE, "lo": entries("127.0.0.1", "10.3.0.1")})
+
+
 def test_a_name_that_leads_nowhere() -> None:
     with pytest.raises(ConfigError, match=r"no way from .* to MASTER_ADDR=node0\.invalid: .*set GLOO_SOCKET_IFNAME"):
         route("node0.invalid")
@@ -156,6 +162,17 @@ def _chosen() -> str:
         topology.initialize(ParallelConfig())
         topology.shutdown()
         return os.environ["GLOO_SOCKET_IFNAME"]
+
+
+def test_nobody_waits_for_a_rank_whose_user_has_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._C._distributed_c10d import HashStore
+
+    from dapo_megatron.actor import topology
+
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ens3")
+    store = HashStore()
+    topology._choose_interface(1, 2, store)
+    assert store.get("route/1") == b""
 
 
 @pytest.mark.multiproc
