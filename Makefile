@@ -5,7 +5,7 @@
 # Each makes .venv when it is not there yet. PYTHON=... chooses the interpreter (3.11 or 3.12).
 #
 # On a machine with an NVIDIA GPU and Python 3.12:
-# make gpu-smoke    what needs neither Transformer Engine nor vLLM, in 8 minutes; results in docs/gpu-results.md
+# make gpu-smoke    what needs neither Transformer Engine nor vLLM, in 8 minutes at most; results in docs/gpu-results.md
 # make gpu          all GPU tests and benches; the same
 # Both use GPU_PYTHON's torch (python3's) where it is the one in requirements/gpu.txt, and put other packages into .gpu.
 # WHEELS=DIR takes those from a folder, without a network. On another machine:
@@ -20,7 +20,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 READY := .venv/ready
 
 GPU_PYTHON ?= python3
-GPU_RUN = PYTHONPATH=$(CURDIR)/.gpu/$(1):$(CURDIR) $(GPU_PYTHON) -m benchmarks.gpu_report $(1) $(ARGS)
+GPU_RUN = PYTHONPATH="$(CURDIR)/.gpu/$(1):$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(GPU_PYTHON) -m benchmarks.gpu_report $(1) $(ARGS)
 GPU_PACKAGES = $(GPU_PYTHON) tools/gpu_packages.py
 
 .PHONY: quickstart test check coverage gpu gpu-smoke gpu-wheels
@@ -45,12 +45,12 @@ coverage: $(READY)
 	@$(BIN)/coverage report --show-missing --skip-covered
 
 gpu-smoke:
-	@$(GPU_PACKAGES) requirements/gpu-smoke.txt --into .gpu/smoke $(if $(WHEELS),--wheels $(WHEELS))
+	@$(GPU_PACKAGES) requirements/gpu-smoke.txt --into .gpu/smoke --given torch transformers $(if $(WHEELS),--wheels "$(WHEELS)")
 	@$(call GPU_RUN,smoke)
 
 gpu:
 	@test -n "$(WHEELS)" || test -n "$$(ls .gpu/te/transformer_engine_torch-*.whl 2>/dev/null)" || PYTHON=$(GPU_PYTHON) tools/build_te.sh .gpu/te
-	@$(GPU_PACKAGES) requirements/gpu.txt --into .gpu/all $(if $(WHEELS),--wheels $(WHEELS),--also .gpu/te)
+	@$(GPU_PACKAGES) requirements/gpu.txt --into .gpu/all $(if $(WHEELS),--wheels "$(WHEELS)",--also .gpu/te)
 	@$(call GPU_RUN,all)
 
 gpu-wheels:

@@ -14,6 +14,7 @@ import argparse
 import datetime
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -21,10 +22,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from tempfile import TemporaryFile
+from types import FrameType
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs/gpu-results.md"
+LOGS = ROOT / ".gpu/logs"
 RUNS = "\n## Runs\n"
 """The heading in RESULTS under which runs stand."""
 PACKAGES = ("torch", "megatron-core", "mbridge", "transformers", "transformer-engine", "vllm")
@@ -42,19 +44,20 @@ class Step:
 
 _CHECK = "-m dapo_megatron check-reduction configs/quickstart_cpu.yaml"
 """Every layout that the GPUs are enough for."""
+_ALONE = f"{_CHECK} --layouts 1 --processes 1"
 SUITES = {
     "smoke": (
         Step("Tests", "-m pytest -q -m gpu tests/actor tests/check_reduction tests/obs/test_memory.py", 180),
-        Step("Reduction, float32", f"{_CHECK} --dtype float32 model.layers=torch", 60),
-        Step("Reduction, bfloat16", f"{_CHECK} --dtype bfloat16 model.layers=torch", 60),
+        Step("Reduction, float32", f"{_ALONE} --dtype float32 model.layers=torch", 60),
+        Step("Reduction, bfloat16", f"{_ALONE} --dtype bfloat16 model.layers=torch", 60),
         Step("Training step", "-m benchmarks.gpu_step --layers torch --tokens 16384 --rounds 2", 120),
         Step("Log-probs", "-m benchmarks.gpu_logprob", 60),
     ),
     "all": (
-        Step("Tests", "-m pytest -q -m gpu tests", 2400),
-        Step("Reduction, Transformer Engine", f"{_CHECK} --dtype bfloat16", 120),
-        Step("Reduction, torch's layers, float32", f"{_CHECK} --dtype float32 model.layers=torch", 120),
-        Step("Reduction, torch's layers, bfloat16", f"{_CHECK} --dtype bfloat16 model.layers=torch", 120),
+        Step("Tests", "-m pytest -q -m gpu tests", 3600),
+        Step("Reduction, Transformer Engine", f"{_CHECK} --dtype bfloat16", 900),
+        Step("Reduction, torch's layers, float32", f"{_CHECK} --dtype float32 model.layers=torch", 900),
+        Step("Reduction, torch's layers, bfloat16", f"{_CHECK} --dtype bfloat16 model.layers=torch", 900),
         Step("Training step", "-m benchmarks.gpu_step", 300),
         Step("Training step, whole layers recomputed", "-m benchmarks.gpu_step --recompute full", 300),
         Step("Training step, torch's layers", "-m benchmarks.gpu_step --layers torch", 300),
@@ -86,12 +89,14 @@ class Outcome:
 
 
 def run(step: Step) -> Outcome:
-    """Run a step from the root of the repository, and show what it prints."""
-    print(f"--- {step.title}: python {step.arguments}", flush=True)
+    """Run a step from the root of the repository, and show what it has printed."""
+    LOGS.mkdir(parents=True, exist_ok=True)
+    log = LOGS / f"{step.title.lower().replace(' ', '_')}.log"
+    print(f"--- {step.title}: python {step.arguments}\n(meanwhile: tail -f {log})", flush=True)
     started = time.monotonic()
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "COLUMNS": "120"}
     # A file, because a pipe is held open by whatever a step that was stopped leaves behind.
-    with TemporaryFile("w+") as file:
+    with log.open("w+", errors="replace") as file:
         command = [sys.executable, *step.arguments.split()]
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
@@ -184,19 +189,38 @@ def added(results: str, run: str) -> str:
     return f"{before}{heading}\n{run}{after}"
 
 
+def record(results: Path, run: str) -> None:
+    """Add a run to the file, or print it where the disk is full: what the file holds already stays."""
+    beside = results.with_suffix(".new")
+    try:
+        beside.write_text(added(results.read_text(), run))
+        beside.replace(results)
+    except OSError as error:
+        print(f"{results} could not be written ({error}); this was to go there:\n\n{run}", flush=True)
+        return
+    print(f"{results}: the run is there", flush=True)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    sys.exit(128 + number)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suite", choices=SUITES)
     parser.add_argument("--results", type=Path, default=RESULTS, help="default: docs/gpu-results.md")
     arguments = parser.parse_args()
-    facts, results = gather_facts(), arguments.results.read_text()
+    facts = gather_facts()
+    added(arguments.results.read_text(), "")
     outcomes: list[Outcome] = []
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # nohup has SIGHUP ignored
+            signal.signal(number, _stop)
     try:
         outcomes.extend(run(step) for step in SUITES[arguments.suite])
     finally:
         # Also what there is when somebody stops it: minutes of a GPU are not measured twice.
-        arguments.results.write_text(added(results, section(f"`gpu_report {arguments.suite}`", outcomes, facts)))
-        print(f"{arguments.results}: the run is there")
+        record(arguments.results, section(f"`gpu_report {arguments.suite}`", outcomes, facts))
     failed = [outcome.step.title for outcome in outcomes if outcome.exit_code != 0]
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")

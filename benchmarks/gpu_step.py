@@ -73,8 +73,11 @@ def fake_costs(shape: str, layers: list[int], lengths: list[int], recompute: str
 
 
 def print_fake_costs(job: dict[str, Any]) -> None:
+    from dapo_megatron.actor import logprobs
     from tests.helpers.fake_mesh import fake_rank_cost
 
+    # Large chunks, as on a GPU: there are fewer of them to be played through.
+    logprobs._CHUNK_ELEMENTS["cpu"] = logprobs._CHUNK_ELEMENTS["cuda"]
     config = make_config("torch", job["recompute"], max(job["lengths"]))
     costs = []
     for layers in job["layers"]:

@@ -35,8 +35,8 @@ from dapo_megatron.types import Prompt
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_EXTRAS = "pip install -e '.[cpu]' or '.[gpu]' in the checkout"
-_TRANSFORMER_ENGINE = "pip install -e '.[gpu]', or set model.layers=torch, which is slower"
+_EXTRAS = "pip install -e '.[cpu]' in the checkout; with CUDA, as requirements/gpu.txt says"
+_TRANSFORMER_ENGINE = "see requirements/gpu.txt, or set model.layers=torch, which is slower"
 _MISSING = "import sys, importlib.util as u; print(*(name for name in sys.argv[1:] if u.find_spec(name) is None))"
 """Python that prints those of its arguments that are not installed."""
 
@@ -73,6 +73,7 @@ def preflight(config: Config, world_size: int, local_ranks: int | None = None) -
     check_run_folder(config.run)
     hf_config = _check_sampling(config)
     check_layout(hf_config, config.parallel)
+    _check_recompute(config, hf_config.num_hidden_layers)
     _check_disk(config)
     check_gpus(config.engine, world_size if local_ranks is None else local_ranks)
     check_sinks(config.run)
@@ -136,6 +137,8 @@ def _check_format(reward: RewardConfig, tokenizer: PreTrainedTokenizerBase) -> N
 
 def _idle(config: Config) -> Iterable[str]:
     """A warning for what is set and does nothing."""
+    if config.memory.offload_reference and not config.algo.kl.coef:
+        yield "memory.offload_reference is set, but algo.kl.coef is 0: there is no reference model"
     for section in config.algo.idle:
         yield f"algo.{section} is set, but algo.loss is {config.algo.loss}: its settings do nothing"
 
@@ -150,6 +153,16 @@ def _layer_packages(model: ModelConfig) -> dict[str, str]:
     return {"transformer_engine": _TRANSFORMER_ENGINE} if uses_transformer_engine(model) else {}
 
 
+def _check_recompute(config: Config, layers: int) -> None:
+    chunks = config.parallel.pp * config.parallel.vpp
+    asked = config.memory.recompute_layers
+    if asked is not None and asked > layers // chunks:
+        raise ConfigError(
+            f"memory.recompute_layers({asked}): each model chunk has {layers} / (pp({config.parallel.pp}) x "
+            f"vpp({config.parallel.vpp})) = {layers // chunks} layers; leave it out for all of them"
+        )
+
+
 def _check_optimizer(optimizer: OptimizerConfig) -> None:
     """Refuse a step that is a kernel of Transformer Engine where that cannot run."""
     if not optimizer.precision_aware:
@@ -161,7 +174,7 @@ def _check_optimizer(optimizer: OptimizerConfig) -> None:
             "optimizer.precision_aware is a step of Transformer Engine on GPUs, and torch sees none; set "
             "optimizer.precision_aware=false"
         )
-    _check_packages({"transformer_engine": "pip install -e '.[gpu]', or set optimizer.precision_aware=false"})
+    _check_packages({"transformer_engine": "see requirements/gpu.txt, or set optimizer.precision_aware=false"})
 
 
 def _sink_packages(run: RunConfig) -> dict[str, str]:

@@ -63,6 +63,10 @@ def load(folder: Path, text: str = MINIMAL, *overrides: str) -> Config:
         ),
         (["parallel.sequence_parallel=true"], "parallel: sequence_parallel splits between tensor-parallel ranks"),
         (["memory.recompute_layers=2"], "memory: recompute_layers is for recompute=full, but recompute is none"),
+        (
+            ["memory.offload=[optimizer,gradients,optimizer]"],
+            "memory: offload names the same twice: optimizer, gradients",
+        ),
         (["memory.recompute_modules=[core_attn]"], "memory: recompute_modules is for recompute=selective"),
         (["memory.recompute=selective", "memory.recompute_modules=[]"], "memory: recompute=selective recomputes"),
         (["parallel.vpp=2"], "parallel: vpp(2) splits pipeline stages into chunks, but pp is 1"),

@@ -132,6 +132,11 @@ def test_engines_that_others_can_reach_are_warned_of(tmp_path: Path, host: str, 
         assert all(f"engine.host={host}: engines ask nobody for a password" in warning for warning in warnings)
 
 
+def test_a_reference_that_is_not_there_to_be_offloaded_is_warned_of(tmp_path: Path) -> None:
+    (warning,) = preflight(changed(tmp_path, memory={"offload_reference": True}), 1).warnings
+    assert warning == "memory.offload_reference is set, but algo.kl.coef is 0: there is no reference model"
+
+
 def test_settings_of_a_loss_that_is_not_chosen_are_warned_of(tmp_path: Path) -> None:
     config = changed(tmp_path, algo={"loss": "gspo", "dapo": {"clip_high": 0.3}})
     assert preflight(config, 1).warnings == ("algo.dapo is set, but algo.loss is gspo: its settings do nothing",)
@@ -173,6 +178,11 @@ def test_it_imports_no_heavy_library(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("sections", "world_size", "message"),
     [
+        (
+            {"parallel": {"pp": 2}, "memory": {"recompute": "full", "recompute_layers": 2}},
+            2,
+            r"memory.recompute_layers\(2\): each model chunk has 2 / \(pp\(2\) x vpp\(1\)\) = 1 layers",
+        ),
         ({"parallel": {"tp": 2, "pp": 2}}, 6, r"tp\(2\) x pp\(2\) x cp\(1\) = 4 does not divide world size 6"),
         ({"parallel": {"tp": 4}}, 4, r"tp\(4\) does not divide the model's num_key_value_heads\(2\)"),
         ({"parallel": {"pp": 3}}, 3, r"pp\(3\) does not divide the model's num_hidden_layers\(2\)"),

@@ -17,7 +17,10 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-from packaging.requirements import Requirement
+try:
+    from packaging.requirements import Requirement
+except ModuleNotFoundError:  # it may be what is to be installed
+    from pip._vendor.packaging.requirements import Requirement
 
 TARGET = ["--python-version", "3.12", "--implementation", "cp", "--only-binary=:all:"]
 """Of downloads."""
@@ -33,13 +36,23 @@ def read(file: Path) -> list[Requirement]:
 
 def fits(requirement: Requirement) -> bool:
     """Return whether this interpreter has it. A local version, such as +cu130, does not count."""
+    found = version(requirement.name)
+    return found is not None and requirement.specifier.contains(found, prereleases=True)
+
+
+def version(name: str) -> str | None:
     try:
-        return requirement.specifier.contains(metadata.version(requirement.name), prereleases=True)
+        return metadata.version(name)
     except metadata.PackageNotFoundError:
-        return False
+        return None
 
 
-def install(requirements: list[Requirement], folder: Path, wheels: Path | None, also: Path | None) -> None:
+def install(
+    requirements: list[Requirement], folder: Path, wheels: Path | None, also: Path | None, given: list[str]
+) -> None:
+    for requirement in requirements:
+        if requirement.name in given and not fits(requirement):
+            sys.exit(f"{sys.executable} must have {requirement}, and has {version(requirement.name)}; name another one")
     kept = [requirement for requirement in requirements if fits(requirement)]
     missing = [str(requirement) for requirement in requirements if requirement not in kept]
     print(f"{folder}: {len(missing)} packages to install; {len(kept)} are there: {', '.join(r.name for r in kept)}")
@@ -71,13 +84,18 @@ def main() -> None:
     action.add_argument("--download", type=Path, metavar="DIR", help="fetch wheels for Python 3.12 on Linux")
     parser.add_argument("--wheels", type=Path, metavar="DIR", help="with --into: take packages from here only")
     parser.add_argument("--also", type=Path, metavar="DIR", help="with --into: look here besides the package index")
+    parser.add_argument("--given", nargs="*", default=[], metavar="NAME", help="with --into: must be there already")
     arguments = parser.parse_args()
+    if not arguments.requirements.is_file():
+        parser.error(f"there is no file {arguments.requirements}")
+    if arguments.wheels and not any(arguments.wheels.glob("*.whl")):
+        parser.error(f"there are no wheels in {arguments.wheels.absolute()}; `make gpu-wheels` fetches some")
     requirements = read(arguments.requirements)
     try:
         if arguments.download:
             download(requirements, arguments.download)
         else:
-            install(requirements, arguments.into, arguments.wheels, arguments.also)
+            install(requirements, arguments.into, arguments.wheels, arguments.also, arguments.given)
     except subprocess.CalledProcessError as error:
         sys.exit(f"pip failed with exit code {error.returncode}; see above")
 

@@ -31,7 +31,8 @@ class MemoryConfig(Section):
     recompute_layers: PositiveInt | None = None
     """With recompute=full, how many layers of each model chunk; null is all of them."""
     offload: list[Literal["optimizer", "gradients", "parameters"]] = []
-    """What lies in (pinned) host memory during rollouts: optimizer state, or parameters; gradients are only let go."""
+    """What lies in (pinned) host memory during rollouts, such as [optimizer,gradients]: optimizer state, or parameters;
+    gradients are only let go."""
     offload_reference: bool = False
     """Keep the reference model in host memory between its uses, one per rollout."""
 
@@ -43,6 +44,9 @@ class MemoryConfig(Section):
             raise ValueError(f"recompute_modules is for recompute=selective, but recompute is {self.recompute}")
         if self.recompute == "selective" and not self.recompute_modules:
             raise ValueError("recompute=selective recomputes recompute_modules, and there are none; set recompute=none")
+        for name in ("offload", "recompute_modules"):
+            if len(set(named := getattr(self, name))) < len(named):
+                raise ValueError(f"{name} names the same twice: {', '.join(named)}")
         return self
 
 

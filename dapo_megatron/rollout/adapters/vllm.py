@@ -35,7 +35,7 @@ ENDPOINT = "dapo_megatron.rollout.endpoints.vllm.Endpoint"
 class Adapter(EngineAdapter):
     """See `EngineAdapter`."""
 
-    packages = {"vllm": "pip install -e '.[cpu]' or '.[gpu]' in the checkout"}
+    packages = {"vllm": "pip install -e '.[cpu]' in the checkout; with CUDA, as requirements/gpu.txt says"}
     health = "/health"
 
     def __init__(self, config: Config) -> None:
