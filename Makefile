@@ -1,7 +1,7 @@
 # make quickstart   learn to add by DAPO, on this machine's CPU
 # make test         all tests that this machine can run
 # make check        ruff, pyright and the import rule
-# make coverage     the tests once more, and every line that none of them reaches
+# make coverage     tests once more (ARGS="tests/actor"), and every line of the package that none of them reaches
 # Each makes .venv when it is not there yet. PYTHON=... chooses the interpreter (3.11 or 3.12).
 #
 # On a machine with an NVIDIA GPU and Python 3.12:

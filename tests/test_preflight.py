@@ -132,6 +132,14 @@ def test_engines_that_others_can_reach_are_warned_of(tmp_path: Path, host: str, 
         assert all(f"engine.host={host}: engines ask nobody for a password" in warning for warning in warnings)
 
 
+def test_a_precision_aware_step_wants_transformer_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("dapo_megatron.preflight._installed", lambda package: package != "transformer_engine")
+    sections = {"optimizer": {"precision_aware": True}, "model": {"dtype": "bfloat16", "layers": "torch"}}
+    message = refused(changed(tmp_path, **sections), 1)
+    assert message.startswith("transformer_engine is not installed, but this run needs it: see requirements/gpu.txt")
+
+
 def test_a_reference_that_is_not_there_to_be_offloaded_is_warned_of(tmp_path: Path) -> None:
     (warning,) = preflight(changed(tmp_path, memory={"offload_reference": True}), 1).warnings
     assert warning == "memory.offload_reference is set, but algo.kl.coef is 0: there is no reference model"

@@ -131,6 +131,7 @@ def test_moments_in_bfloat16(alone: Any, tmp_path: Path) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("layers", ["torch", "transformer_engine"])
 def test_transformer_engines_own_step(alone: Any, layers: str, tmp_path: Path) -> None:
+    pytest.importorskip("transformer_engine.pytorch", reason="Transformer Engine is not installed")
     save_qwen2(tmp_path, hidden=128, dtype=torch.bfloat16)
     model = {"dtype": "bfloat16", "layers": layers}
     plain, exact, small = (

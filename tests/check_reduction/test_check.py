@@ -59,8 +59,14 @@ def test_bfloat16_agrees_in_the_norm_of_every_parameter(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-def test_it_agrees_on_a_gpu(tmp_path: Path) -> None:
-    assert check_reduction(config_of(tmp_path), ["1"], processes=1)
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("layers", "dtype"), [("torch", "float32"), ("torch", "bfloat16"), ("transformer_engine", "bfloat16")]
+)
+def test_it_agrees_on_a_gpu(layers: str, dtype: Any, tmp_path: Path) -> None:
+    if layers == "transformer_engine":
+        pytest.importorskip("transformer_engine.pytorch", reason="Transformer Engine is not installed")
+    assert check_reduction(config_of(tmp_path, model={"layers": layers}), ["1"], processes=1, dtype=dtype)
 
 
 SETTINGS = {
