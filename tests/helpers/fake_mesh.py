@@ -225,7 +225,8 @@ def _patches_for_groups(world_size: int, rank: int) -> Iterator[AbstractContextM
 
     assert fake_pg  # its import registers the backend
     # Where `topology.initialize` reads which rank this is.
-    yield patch.dict(os.environ, {"RANK": str(rank), "WORLD_SIZE": str(world_size)})
+    count = str(world_size)
+    yield patch.dict(os.environ, {"RANK": str(rank), "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count})
 
     # It asks for gloo by name, and so do some groups of Megatron.
     def with_fake_backend(make: Callable[..., Any]) -> Callable[..., Any]:
