@@ -45,11 +45,12 @@ def test_no_rank_takes_gpu_memory_before_the_engines_that_share_it_have_theirs(
 
     monkeypatch.setattr(train, "Leader", lambda *_: leader)
     monkeypatch.setattr(train, "HfCheckpoint", lambda *_, **__: None)
-    monkeypatch.setattr(train, "Actor", lambda *_: happened.append("actor"))
+    monkeypatch.setattr(train, "Actor", lambda *_, **__: happened.append("actor"))
     monkeypatch.setattr(train, "SkippedUpdates", lambda *_: None)
     monkeypatch.setattr(train, "open_publisher", start)
     config = config_file.parse(values(tmp_path) | {"engine": {"placement": placement}})
-    peers, checked, topo = (SimpleNamespace(after_leader=after_leader) for _ in range(3))
+    peers = SimpleNamespace(after_leader=after_leader, together=lambda what: None)
+    checked, topo = SimpleNamespace(), SimpleNamespace()
     for given, expected in ((checked, on_the_leader), (None, elsewhere)):
         happened.clear()
         with pytest.raises(StartedError), ExitStack() as opened:
