@@ -22,6 +22,10 @@ from dapo_megatron.processes import end_with_parent
 GRACE = 3.0
 """Seconds that the other ranks have left after one failed, and before the end at which a rank says where it hangs."""
 
+RUNS = 40
+"""Calls after which processes are replaced: gloo keeps threads of every process group that was left, in the end
+thousands."""
+
 
 class RankError(DapoError, RuntimeError):
     """A rank failed, died or hung."""
@@ -32,6 +36,7 @@ class RankPool:
 
     def __init__(self) -> None:
         self._ranks: list[ProcessPoolExecutor] = []
+        self._runs = 0
 
     def run(self, ranks: int, function: Callable[..., Any], *arguments: Any, timeout: float) -> list[Any]:
         """Call `function(*arguments)` on `ranks` processes under torchrun's environment; return what it gave, by rank.
@@ -49,6 +54,9 @@ class RankPool:
         world |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
         # Pickled here, for the executor's own pickling leaves tensors in this process for the other one to fetch.
         work = pickle.dumps((function, arguments))
+        if self._runs == RUNS:
+            self.close()
+        self._runs += 1
         try:
             while len(self._ranks) < ranks:
                 self._ranks.append(ProcessPoolExecutor(1, get_context("spawn"), _start))
@@ -70,7 +78,7 @@ class RankPool:
             for process in list((executor._processes or {}).values()):  # no public way to end them before Python 3.14
                 process.kill()
             executor.shutdown(cancel_futures=True)
-        self._ranks = []
+        self._ranks, self._runs = [], 0
 
 
 def _collect(futures: Sequence[Future[bytes]], timeout: float) -> list[Any]:

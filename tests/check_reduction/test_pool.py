@@ -41,6 +41,13 @@ def test_answers_come_by_rank_from_processes_that_stay(pool: RankPool) -> None:
     assert pool.run(1, _where, 7, timeout=60) == [(7, first_pid, "1")]
 
 
+def test_processes_are_replaced_after_many_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dapo_megatron.check_reduction.pool.RUNS", 2)
+    with closing(RankPool()) as pool:
+        first, second, third = (pool.run(1, _where, 0, timeout=60)[0][1] for _ in range(3))
+    assert first == second != third
+
+
 def test_a_failing_rank_is_shown_and_the_others_do_not_hold_it_up(pool: RankPool) -> None:
     begin = time.monotonic()
     with pytest.raises(RankError, match=r"rank 1 failed: Trace(.|\n)*the one that matters(.|\n)*ranks \[0\] had not"):
