@@ -110,7 +110,7 @@ def test_a_run(config: Config, tmp_path: Path, capfd: pytest.CaptureFixture[str]
         },
     ]
     summary = json.loads((folder / "summary.json").read_text())
-    assert 0.2 < summary.pop("seconds") < 60
+    assert ended - started - 0.1 < summary.pop("seconds") < 1e5
     assert summary == {"final_accuracy": 0.75, "seed": 0}
 
     shown = capfd.readouterr().out
