@@ -184,8 +184,8 @@ class TensorBoardSink:
 class WandbSink:
     """A run of Weights & Biases. WANDB_MODE=offline keeps it in the run's folder, for `wandb sync`.
 
-    wandb sends from a process of its own, which waits for a server that is gone. Of steps that the server has, it
-    takes no other values: what is made again after a restart stays as it was.
+    wandb sends from a process of its own, which waits for a server that is gone. By its documentation, a run goes on
+    from the last step that the server has: what is made again after a restart stays as it was.
 
     Args:
         place: that of the sink whose run goes on. In another project a new one begins.
