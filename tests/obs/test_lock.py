@@ -4,7 +4,6 @@ import errno
 import fcntl
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -26,16 +25,17 @@ HOLD = (
 
 def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdout and holder.stdout.readline() == "held\n"
-        reason = (
-            rf"{tmp_path} is in use by process {holder.pid} on {re.escape(socket.gethostname())}, since 20\S+; "
-            rf"wait until that has ended, or choose another run\.name"
-        )
-        for attempt in (check_free, FolderLock):
-            with pytest.raises(ConfigError, match=reason):
-                attempt(tmp_path)
-        holder.send_signal(signal.SIGKILL)
-        holder.wait()
+        try:
+            assert holder.stdout and holder.stdout.readline() == "held\n"
+            reason = (
+                rf"{tmp_path} is in use by process {holder.pid} on {re.escape(socket.gethostname())}, since 20\S+; "
+                rf"wait until that has ended, or choose another run\.name"
+            )
+            for attempt in (check_free, FolderLock):
+                with pytest.raises(ConfigError, match=reason):
+                    attempt(tmp_path)
+        finally:
+            holder.kill()
     check_free(tmp_path)
     FolderLock(tmp_path).close()
 
