@@ -21,20 +21,29 @@ from dapo_megatron.processes import leave
 from dapo_megatron.rollout.collect import collect
 from dapo_megatron.skipped import SkippedUpdates
 from dapo_megatron.state import RunState
+from dapo_megatron.stop import Stop
 from dapo_megatron.types import MiniBatch
 from dapo_megatron.weights.hf import HfCheckpoint
 from dapo_megatron.weights.publish import open_publisher
 
 
 def train(
-    config: Config, topo: Topology, peers: Peers, obs: Observer, checked: Checked | None, opened: ExitStack
+    config: Config,
+    topo: Topology,
+    peers: Peers,
+    obs: Observer,
+    checked: Checked | None,
+    opened: ExitStack,
+    stop: Stop,
 ) -> None:
     """Run `config` to its end. Called on every rank of the job; only the leader's `obs` shows anything.
 
     Args:
         checked: on the leader, what `preflight` read; None elsewhere.
         opened: takes what has to be closed. Whoever called closes it, after a failure once the reason has been told.
+        stop: whether the run is to end before its last step; only the leader's is ever asked.
     """
+    opened.enter_context(stop.interruptible())  # nothing is saved on the way
     leader = opened.enter_context(closing(Leader(config, obs, checked))) if checked else None
     if leader and config.engine.placement == "colocated":
         with obs.phase("starting engines"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pydantic import Field, model_validator
 
 from dapo_megatron.config.algo import AlgoConfig, CorrectionConfig, KlConfig, OptimizerConfig, TrainConfig
+from dapo_megatron.config.checkpoint import CheckpointConfig
 from dapo_megatron.config.model import LaunchConfig, MemoryConfig, ModelConfig, ParallelConfig
 from dapo_megatron.config.reward import OverlongConfig, RewardConfig
 from dapo_megatron.config.rollout import DataConfig, EngineConfig, RolloutConfig, WeightsConfig
@@ -16,6 +17,7 @@ from dapo_megatron.config.section import Section
 
 __all__ = [
     "AlgoConfig",
+    "CheckpointConfig",
     "Config",
     "CorrectionConfig",
     "DataConfig",
@@ -52,6 +54,7 @@ class Config(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     run: RunConfig = RunConfig()
 
     @property
@@ -67,6 +70,16 @@ class Config(Section):
             raise ValueError(
                 f"optimizer.precision_aware keeps what bfloat16 weights lack, but model.dtype is {self.model.dtype}; "
                 f"leave it off"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _time_fits(self) -> Config:
+        hours, saving = self.run.max_hours, self.checkpoint.signal_seconds
+        if hours is not None and hours * 3600 <= saving:
+            raise ValueError(
+                f"run.max_hours({hours:g}) is {hours * 3600:g} s, of which checkpoint.signal_seconds({saving:g}) are "
+                f"for saving; nothing is left for training"
             )
         return self
 

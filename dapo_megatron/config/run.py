@@ -32,8 +32,11 @@ class RunConfig(Section):
     """Results go to dir/name."""
     dir: Path = Path("runs")
     """Folder that runs are kept in."""
-    existing: Literal["refuse", "rename"] = "refuse"
-    """What to do when dir/name is there already: stop, or move it aside to dir/name.1, .2, ..."""
+    existing: Literal["refuse", "rename", "resume"] = "refuse"
+    """What to do when dir/name is there already: stop, move it aside to dir/name.1, .2, ..., or go on in it."""
+    max_hours: Annotated[float, Field(gt=0, le=1e5)] | None = None
+    """Save and end, with exit code 75, before the leader's process has run for so long; null is no limit. Below a job's
+    time limit by as much as the job takes until its ranks are started."""
     save_hf: bool = True
     """Write the trained policy as a Hugging Face checkpoint to dir/name/hf."""
     sampled_groups: NonNegativeInt = 4
