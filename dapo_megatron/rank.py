@@ -154,10 +154,10 @@ class _Rank:
     def _end(self, error: BaseException) -> NoReturn:
         """Say why this rank ends, close everything and leave."""
         self._stop.settle()
-        failure = self._cause(error)
         for number in heeded():  # nothing replaces the reason
             signal.signal(number, signal.SIG_IGN)
         self._limit.cancel()
+        failure = self._cause(error)
         _leave_within(CLOSE_SECONDS, failure.exit_code)
         self._say(failure)
         try:
@@ -168,10 +168,10 @@ class _Rank:
 
     def _cause(self, error: BaseException) -> Failure:
         match error:
-            case SystemExit() if self._heard:
-                return self._heard
             case StopRequested():
                 return self._stopped()
+            case SystemExit() if self._heard:
+                return self._heard
             case SystemExit(code=int(code)):  # the leader knows why
                 return Failure("", code)
             case DapoError():
@@ -257,10 +257,8 @@ class _Rank:
         self._limit.daemon = True
         self._limit.start()
         if self._trains:
-            log.warning(
-                "%s: saving at the next safe point, within %g s; Ctrl-C or SIGTERM ends the run at once",
-                *(reason, self._save_seconds),
-            )
+            more = "Ctrl-C or SIGTERM ends the run at once"
+            log.warning("%s: saving at the next safe point, within %g s; %s", reason, self._save_seconds, more)
 
     def _saved_nothing(self) -> None:
         """On the leader, in a thread: the time for saving is over."""

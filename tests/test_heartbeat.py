@@ -55,9 +55,11 @@ def joined(
     *,
     address: str | None = None,
     port: int | None = None,
+    on_stop: Callable[[str, str], None] | None = None,
 ) -> Peers:
+    on_stop = on_stop or (lambda signal_name, rank_name: None)
     limits = {"lost_seconds": LOST_SECONDS, "join_seconds": 20.0}
-    return join(Board(folder), rank, ranks, on_failure, address=address, port=port, **limits)
+    return join(Board(folder), rank, ranks, on_failure, on_stop, address=address, port=port, **limits)
 
 
 @pytest.fixture
@@ -76,7 +78,7 @@ Three = tuple[list[Peers], list[Failures]]
 
 
 def test_a_run_of_one_process_waits_for_nobody() -> None:
-    peers = join(Board(Path()), 0, 1, ignore, address=None, lost_seconds=1, join_seconds=1)
+    peers = join(Board(Path()), 0, 1, ignore, print, address=None, lost_seconds=1, join_seconds=1)
     peers.after_leader("rollout")
     peers.together("weights")
     assert peers.failure() is None and peers.whereabouts() == ""
@@ -241,7 +243,7 @@ def test_ranks_that_do_not_come_are_named(tmp_path: Path) -> None:
     with ThreadPoolExecutor(1) as pool:
         early = pool.submit(joined, tmp_path, 1, 3, failures.put)
         with pytest.raises(DapoError, match=r"ranks \[2\] of 3 did not come within launch.join_seconds\(1\)"):
-            join(Board(tmp_path), 0, 3, ignore, address=None, lost_seconds=1, join_seconds=1)
+            join(Board(tmp_path), 0, 3, ignore, print, address=None, lost_seconds=1, join_seconds=1)
         with closing(early.result()):
             assert failures.get(timeout=5) == Failure("", 1), "it does not wait for ever"
 
