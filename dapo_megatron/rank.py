@@ -276,6 +276,7 @@ class _Rank:
         if os.getppid() != self._parent:
             leave(128 + number)
         if self._insistence.insists(number):
+            time.sleep(2 * _HEARD_SECONDS)  # as a rule the leader has got it, too, and says so
             self._say(Failure(f"{_because(number)} at once", 128 + number))
             leave(128 + number)
         if self._done or not self._peers.pass_on(number.name):

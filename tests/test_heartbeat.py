@@ -107,6 +107,41 @@ def test_the_others_wait_for_the_leader_longer_than_the_time_after_which_a_rank_
     assert came.qsize() == 2
 
 
+def test_what_the_leader_says_reaches_all(three: Three) -> None:
+    (leader, *others), _ = three
+    for value in (True, False, None, {"step": 4}):
+        assert leader.leader_says("stop", value) == value
+        assert [peers.leader_says("stop", "what others give does not matter") for peers in others] == [value] * 2
+    assert Peers().leader_says("stop", True) is True
+
+
+def test_a_rank_that_was_asked_to_end_tells_the_leader(tmp_path: Path) -> None:
+    told: queue.SimpleQueue[tuple[str, ...]] = queue.SimpleQueue()
+    with ThreadPoolExecutor(2) as pool:
+        hear = lambda *names: told.put(names)  # noqa: E731
+        leader, other = pool.map(lambda rank: joined(tmp_path, rank, 2, ignore, on_stop=hear), range(2))
+    with closing(other):
+        with closing(leader):
+            assert other.pass_on("SIGTERM")
+            assert told.get(timeout=5) == ("SIGTERM", f"rank 1 on {HERE}")
+        deadline = time.monotonic() + 5
+        while other.pass_on("SIGTERM"):
+            assert time.monotonic() < deadline, "the leader has left, and will not end this rank"
+            time.sleep(0.05)
+    assert not other.pass_on("SIGTERM") and not Peers().pass_on("SIGTERM")
+
+
+def test_a_rank_whose_leader_is_lost_waits_for_what_will_be_said(tmp_path: Path) -> None:
+    failures: Failures = queue.SimpleQueue()
+    with ThreadPoolExecutor(2) as pool:
+        leader, other = pool.map(lambda rank: joined(tmp_path, rank, 2, failures.put), range(2))
+    with closing(leader), closing(other):
+        leader._links[0].writer.transport.abort()  # pyright: ignore[reportAttributeAccessIssue]
+        time.sleep(SETTLE_SECONDS / 2)
+        assert other.pass_on("SIGTERM")
+        assert "is lost: its connection broke off" in failures.get(timeout=5).reason
+
+
 def test_other_calls_than_the_leaders_are_an_error(three: Three) -> None:
     (leader, first, _), _ = three
     leader.after_leader("rollout")

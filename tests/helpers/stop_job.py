@@ -1,4 +1,4 @@
-"""A rank under torchrun with a loop that can be stopped and trains nothing: `-m tests.helpers.stop_job SCENE CONFIG ...`.
+"""A rank with a loop that can be stopped and trains nothing: `-m tests.helpers.stop_job SCENE CONFIG ...`.
 
 SCENE says where it spends its time. `rollout`: the leader sleeps in what can be thrown away, the others wait for it.
 `update`: the leader sleeps 2 seconds at a time in what cannot, the others wait in a collective. `hang`: that never
