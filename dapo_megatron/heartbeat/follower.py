@@ -68,7 +68,7 @@ class Follower(Watch):
 
     def pass_on(self, signal_name: str) -> bool:
         self._say({"stop": signal_name})
-        return self._ending or not (self._loop.is_closed() or self._links[0].left)
+        return not self._loop.is_closed() and (self._ending or not self._links[0].left)
 
     def tell(self, failure: Failure) -> bool:
         reason = failure.reason[-_REASON_CHARACTERS:]
