@@ -43,6 +43,7 @@ from dapo_megatron.leader import Leader
 from dapo_megatron.obs.observer import NullObserver
 from dapo_megatron.preflight import Checked
 from dapo_megatron.rollout.ports import reserve_port
+from dapo_megatron.stop import Stop
 from dapo_megatron.train import make_batch, receive
 from dapo_megatron.types import MiniBatch, Prompt
 
@@ -163,7 +164,8 @@ def main() -> None:
 def measure(leader: Leader, topo: Topology) -> bool:
     """Print the figures of one step; return whether a target is missed."""
     wall, cpu, grading, base = time.perf_counter(), time.process_time(), graders(), reset_peak()
-    batch = make_batch(leader, topo.dp, step=0)
+    batch = make_batch(leader, topo.dp, 0, Stop())
+    assert batch, "nobody asks this to stop"
     middle, top = time.process_time(), peak()
     mini_batches = receive(topo, batch, leader.config.parallel)
     last = time.process_time()

@@ -1,7 +1,7 @@
 """The command line: `dapo-megatron train|eval|check-reduction|config`, also as `python -m dapo_megatron`.
 
-Exit codes: 0 done, 1 the run failed, 2 input that cannot work (nothing was started then), 130 interrupted, 141 the
-reader of the output went away.
+Exit codes: 0 done, 1 the run failed, 2 input that cannot work (nothing was started then), 75 stopped and saved (started
+again, it goes on), 130 interrupted, 141 the reader of the output went away, 143 stopped and not saved.
 """
 
 from __future__ import annotations
@@ -15,19 +15,23 @@ import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from dapo_megatron import __version__, config_file
 from dapo_megatron.config import Config
 from dapo_megatron.errors import ConfigError, DapoError
+from dapo_megatron.signals import Insistence, heeded
 
 if TYPE_CHECKING:
     from dapo_megatron.eval.evaluate import EvalResult
     from dapo_megatron.preflight import Checked
 
 INTERRUPTED = 130
+_SAME_SECONDS = 1.5
+"""Within which the same signal is the same request: longer than for a rank, to which these are passed on."""
 
 EXAMPLES = """\
 examples:
@@ -40,7 +44,8 @@ examples:
   dapo-megatron config configs/quickstart_cpu.yaml      the configuration with every default filled in
   dapo-megatron config --schema                         every key, its type, default and meaning, as JSON schema
 
-exit codes: 0 done, 1 the run failed, 2 input that cannot work (nothing was started), 130 interrupted
+exit codes: 0 done, 1 the run failed, 2 input that cannot work (nothing was started), 75 stopped and saved (started
+again, it goes on), 130 interrupted, 143 stopped and not saved
 """
 
 
@@ -196,14 +201,28 @@ def _launch(ranks: int, module: Sequence[str]) -> int:
     """torchrun in this process: ranks report errors themselves, so its own account of them is left out."""
     import logging
 
+    import psutil
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     logging.disable(logging.ERROR)
-    # Ranks close within 10 seconds; what is left is stopped, and only SIGKILL ends it.
+    # Ranks that are to end at once close within 10 seconds; what is left is stopped, and only SIGKILL ends it.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "12")
-    options = ["--standalone", "--nproc-per-node", str(ranks), "--signals-to-handle", ",".join(_heeded()), "--module"]
+    # Not torchrun's to handle: it would give the ranks no longer than that, and keep their exit code to itself.
+    insistence = Insistence(_SAME_SECONDS)
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        ranks = psutil.Process().children()
+        if insistence.insists(number) or not ranks:
+            raise SignalException(f"signal {number}", signal.Signals(number))  # torchrun ends all ranks
+        for rank in ranks:
+            with suppress(psutil.NoSuchProcess):
+                rank.send_signal(number)
+
+    for number in heeded():
+        signal.signal(number, pass_on)
+    options = ["--standalone", "--nproc-per-node", str(ranks), "--signals-to-handle", "SIGQUIT", "--module"]
     try:
         torchrun.run(torchrun.parse_args([*options, *module]))
     except ChildFailedError as error:
@@ -215,12 +234,6 @@ def _launch(ranks: int, module: Sequence[str]) -> int:
     except SignalException as error:
         return INTERRUPTED if error.sigval == signal.SIGINT else 128 + error.sigval
     return 0
-
-
-def _heeded() -> list[str]:
-    """Signals that end us, but those that we were started to ignore: SIGHUP under nohup, SIGINT behind a script's &."""
-    names = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
-    return [name for name in names if signal.getsignal(signal.Signals[name]) is not signal.SIG_IGN]
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
@@ -294,7 +307,7 @@ def _check_reduction(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--processes {arguments.processes}: at least one process is needed")
     config = config_file.load(arguments.config, arguments.overrides)
     # Processes and files are cleaned up on the way out.
-    for number in {signal.SIGTERM, signal.SIGHUP} & {signal.Signals[name] for name in _heeded()}:
+    for number in {signal.SIGTERM, signal.SIGHUP} & {*heeded()}:
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     agree = check_reduction(
         config,

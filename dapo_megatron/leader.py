@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 
 from dapo_megatron.actor.architecture import attention_tokens
@@ -21,6 +21,7 @@ from dapo_megatron.rollout.collect import Rollout
 from dapo_megatron.rollout.engine import Sampling
 from dapo_megatron.rollout.engines import Engines
 from dapo_megatron.state import Kept, Stateful
+from dapo_megatron.stop import Stop, StopRequested
 from dapo_megatron.types import Group, TrainSample, UpdateResult
 
 
@@ -91,11 +92,26 @@ class Leader:
         metrics = step_metrics({**batch.rollout.measures, **batch.packing, **measures}, results)
         self._obs.step(step, metrics, batch.rollout.groups)
 
-    def evaluate(self, when: str) -> None:
-        """Measure accuracy on the held-out prompts, where the config has any."""
+    def evaluate_due(self, step: int, stop: Stop) -> None:
+        """Evaluate where that is due after `step` steps, and has not been done before a restart."""
+        when = f"step {step}" if step else "before"
+        if (not step or self.config.eval.due(step)) and when not in self.evaluations.value:
+            self._evaluate(when, stop)
+
+    def finish(self, stop: Stop) -> None:
+        """Evaluate what all steps have made, and write summary.json; a run that is to stop before is not over."""
+        self._evaluate("after", stop)
+        if stop.reason and self._held_out and "after" not in self.evaluations.value:
+            stop.saved = "saved after all steps; what is left is the last evaluation"
+        else:
+            self._summarise()
+
+    def _evaluate(self, when: str, stop: Stop) -> None:
+        """Measure accuracy on the held-out prompts, where the config has any, unless the run is to stop."""
         if not self._held_out:
             return
-        with self._obs.phase(f"evaluating ({when})"):
+        result: EvalResult | None = None
+        with suppress(StopRequested), stop.interruptible(), self._obs.phase(f"evaluating ({when})"):
             result = self.engines.run(
                 evaluate(
                     self.engines,
@@ -107,10 +123,11 @@ class Leader:
                     stop_token_ids=self.sampling.stop_token_ids,
                 )
             )
-        self.evaluations.value[when] = result
-        self._obs.evaluation(when, result)
+        if result:
+            self.evaluations.value[when] = result
+            self._obs.evaluation(when, result)
 
-    def summarise(self) -> None:
+    def _summarise(self) -> None:
         """Write summary.json: the held-out accuracy and length before and after, where there is held-out data."""
         summary: dict[str, float | int | str] = {
             "seed": self.config.train.seed,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from functools import partial
 
 from dapo_megatron.actor.actor import Actor
@@ -21,54 +22,57 @@ from dapo_megatron.preflight import Checked
 from dapo_megatron.processes import leave
 from dapo_megatron.rollout.collect import collect
 from dapo_megatron.skipped import SkippedUpdates
-from dapo_megatron.state import RunState
+from dapo_megatron.state import Kept, RunState
+from dapo_megatron.stop import Stop, StopRequested
 from dapo_megatron.types import MiniBatch
 from dapo_megatron.weights.hf import HfCheckpoint
-from dapo_megatron.weights.publish import open_publisher
+from dapo_megatron.weights.publish import Publisher, open_publisher
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a rank trains with."""
+
+    leader: Leader | None
+    actor: Actor
+    reference: Actor | None
+    """The frozen reference model, where the objective has a KL term."""
+    hf: HfCheckpoint
+    publisher: Publisher
+    checkpoints: Checkpoints
+    skipped: SkippedUpdates
+    steps_done: Kept[int]
 
 
 def train(
-    config: Config, topo: Topology, peers: Peers, obs: Observer, checked: Checked | None, opened: ExitStack
+    config: Config,
+    topo: Topology,
+    peers: Peers,
+    obs: Observer,
+    checked: Checked | None,
+    opened: ExitStack,
+    stop: Stop,
 ) -> None:
     """Run `config` to its end. Called on every rank of the job; only the leader's `obs` shows anything.
 
     Args:
         checked: on the leader, what `preflight` read; None elsewhere.
         opened: takes what has to be closed. Whoever called closes it, after a failure once the reason has been told.
+        stop: whether the run is to end before its last step; only the leader's is ever asked.
     """
-    leader = opened.enter_context(closing(Leader(config, obs, checked))) if checked else None
-    if leader and config.engine.placement == "colocated":
-        with obs.phase("starting engines"):
-            # What the actor takes while an engine measures its GPU, the engine would count as its own.
-            leader.engines.wait_ready()
-    peers.after_leader("start of the engines")
-
-    with obs.phase("building the actor"):
-        checkpoint = HfCheckpoint(config.model.path, trust_remote_code=config.model.trust_remote_code)
-        build = partial(Actor, config, topo, checkpoint, together=peers.together)
-        actor = build()
-        reference = build(trainable=False) if config.algo.kl.coef > 0 else None
+    with stop.interruptible():  # there is nothing to save yet
+        parts = start(config, topo, peers, obs, checked, opened)
+        stop.last_checkpoint = parts.checkpoints.last
+    leader, actor, reference, steps_done = parts.leader, parts.actor, parts.reference, parts.steps_done
     objective = Objective(config.algo)
-    skipped = SkippedUpdates(config, topo, obs, peers.after_leader)
-    with obs.phase("starting engines"):
-        if leader:
-            leader.engines.wait_ready()
-        publisher = open_publisher(config.weights, leader.engines if leader else None, peers.after_leader)
-        opened.enter_context(closing(publisher))
-    state = RunState(leader.state if leader else None, skipped_in_a_row=skipped.in_a_row)
-    checkpoints = Checkpoints(config, topo, actor, checkpoint, state, peers.after_leader, obs.message)
-    with obs.phase("restoring"):
-        checkpoints.restore()
-    with obs.phase("publish"):
-        publisher.push(checkpoint.export(actor.chunks), version=state.steps_done.value)
-    peers.after_leader("publish")
 
-    if leader and not state.steps_done.value:
-        leader.evaluate("before")
-    for step in range(state.steps_done.value, config.train.steps):
+    for step in range(steps_done.value, config.train.steps):
+        if leader:
+            leader.evaluate_due(step, stop)
         with actor.away(obs.phase), obs.phase("rollout"):
-            batch = make_batch(leader, topo.dp, step) if leader else None
-            peers.after_leader("rollout")
+            batch = make_batch(leader, topo.dp, step, stop) if leader else None
+            if not peers.leader_says("rollout", batch is not None):
+                break
             mini_batches = receive(topo, batch, config.parallel)
         with obs.phase("logprobs"):
             mini_batches, policy = actor.with_old_logprobs(mini_batches)
@@ -78,46 +82,95 @@ def train(
         with obs.phase("update"):
             lr = learning_rate(config.optimizer, step)
             results = [
-                skipped.seen(step, index, mini_batch, actor.update(mini_batch, objective, lr=lr))
+                parts.skipped.seen(step, index, mini_batch, actor.update(mini_batch, objective, lr=lr))
                 for index, mini_batch in enumerate(mini_batches)
             ]
         with obs.phase("publish"):
-            publisher.push(checkpoint.export(actor.chunks), version=step + 1)
+            parts.publisher.push(parts.hf.export(actor.chunks), version=step + 1)
         peers.after_leader("publish")
         memory = obs.memory.take(topo.max)
-        state.steps_done.value = step + 1
+        steps_done.value = step + 1
         if leader and batch:
             leader.log(step, batch, {**policy, **weighing, **memory}, results)
-            if config.eval.due(step + 1) and step + 1 < config.train.steps:
-                leader.evaluate(f"step {step + 1}")
-        last = step + 1 == config.train.steps
-        if topo.broadcast(last or (leader is not None and checkpoints.due(step + 1))):
+        if peers.leader_says("checkpoint", parts.checkpoints.due(step + 1)):
             with obs.phase("checkpoint"):
-                checkpoints.save(step + 1)
-        checkpoints.news()
+                parts.checkpoints.save(step + 1)
+        parts.checkpoints.news()
+        stop.last_checkpoint = parts.checkpoints.last
 
+    if steps_done.value:
+        with obs.phase("checkpoint"):
+            parts.checkpoints.save(steps_done.value)
+    if steps_done.value < config.train.steps:
+        parts.checkpoints.finish()
+        stop.saved = f"saved after {steps_done.value} steps" if steps_done.value else "no step was done"
+        return
     if config.run.save_hf:
         with obs.phase("saving"):
-            checkpoint.save(actor.chunks, config.run.folder / "hf", peers.after_leader)
+            parts.hf.save(actor.chunks, config.run.folder / "hf", peers.after_leader)
+    parts.checkpoints.finish()
     if leader:
-        leader.evaluate("after")
-        leader.summarise()
+        leader.finish(stop)
 
 
-def make_batch(leader: Leader, replicas: int, step: int) -> Batch:
-    """On the leader: sample, grade, keep mixed groups, turn rewards into advantages, pack."""
+def start(
+    config: Config, topo: Topology, peers: Peers, obs: Observer, checked: Checked | None, opened: ExitStack
+) -> Parts:
+    """Bring up engines and actor, where the run stands: at its first step, or where its last checkpoint was."""
+    leader = opened.enter_context(closing(Leader(config, obs, checked))) if checked else None
+    if leader and config.engine.placement == "colocated":
+        with obs.phase("starting engines"):
+            # What the actor takes while an engine measures its GPU, the engine would count as its own.
+            leader.engines.wait_ready()
+    peers.after_leader("start of the engines")
+
+    with obs.phase("building the actor"):
+        hf = HfCheckpoint(config.model.path, trust_remote_code=config.model.trust_remote_code)
+        build = partial(Actor, config, topo, hf, together=peers.together)
+        actor = build()
+        reference = build(trainable=False) if config.algo.kl.coef > 0 else None
+    skipped = SkippedUpdates(config, topo, obs, peers.after_leader)
+    with obs.phase("starting engines"):
+        if leader:
+            leader.engines.wait_ready()
+        publisher = open_publisher(config.weights, leader.engines if leader else None, peers.after_leader)
+        opened.enter_context(closing(publisher))
+    state = RunState(leader.state if leader else None, skipped_in_a_row=skipped.in_a_row)
+    checkpoints = Checkpoints(config, topo, actor, hf, state, peers.after_leader, obs.message)
+    with obs.phase("restoring"):
+        checkpoints.restore()
+    obs.begin()
+    with obs.phase("sending the weights"):
+        # The engines have what the run began with.
+        publisher.push(hf.export(actor.chunks), version=state.steps_done.value)
+    peers.after_leader("publish")
+    return Parts(leader, actor, reference, hf, publisher, checkpoints, skipped, state.steps_done)
+
+
+def make_batch(leader: Leader, replicas: int, step: int, stop: Stop) -> Batch | None:
+    """On the leader: sample, grade, keep mixed groups, turn rewards into advantages, pack.
+
+    Returns:
+        None where the run is to stop: then the step has not begun.
+    """
     config = leader.config
-    rollout = leader.engines.run(
-        collect(
-            leader.engines,
-            leader.prompts.take,
-            leader.judge,
-            config.rollout,
-            keep=is_mixed,
-            sampling=leader.sampling,
-            carried=leader.carried.value,
-        )
-    )
+    place = leader.prompts.state_dict()
+    try:
+        with stop.interruptible():
+            rollout = leader.engines.run(
+                collect(
+                    leader.engines,
+                    leader.prompts.take,
+                    leader.judge,
+                    config.rollout,
+                    keep=is_mixed,
+                    sampling=leader.sampling,
+                    carried=leader.carried.value,
+                )
+            )
+    except StopRequested:
+        leader.prompts.load_state_dict(place)
+        return None
     leader.carried.value = rollout.carried
     samples = to_samples(rollout.groups, config.algo, filter_truncated=config.reward.overlong.filter)
     packed, packing = leader.pack(samples, replicas, step)

@@ -55,9 +55,11 @@ def joined(
     *,
     address: str | None = None,
     port: int | None = None,
+    on_stop: Callable[[str, str], None] | None = None,
 ) -> Peers:
+    on_stop = on_stop or (lambda signal_name, rank_name: None)
     limits = {"lost_seconds": LOST_SECONDS, "join_seconds": 20.0}
-    return join(Board(folder), rank, ranks, on_failure, address=address, port=port, **limits)
+    return join(Board(folder), rank, ranks, on_failure, on_stop, address=address, port=port, **limits)
 
 
 @pytest.fixture
@@ -76,7 +78,7 @@ Three = tuple[list[Peers], list[Failures]]
 
 
 def test_a_run_of_one_process_waits_for_nobody() -> None:
-    peers = join(Board(Path()), 0, 1, ignore, address=None, lost_seconds=1, join_seconds=1)
+    peers = join(Board(Path()), 0, 1, ignore, print, address=None, lost_seconds=1, join_seconds=1)
     peers.after_leader("rollout")
     peers.together("weights")
     assert peers.failure() is None and peers.whereabouts() == ""
@@ -103,6 +105,41 @@ def test_the_others_wait_for_the_leader_longer_than_the_time_after_which_a_rank_
     for thread in threads:
         thread.join(5)
     assert came.qsize() == 2
+
+
+def test_what_the_leader_says_reaches_all(three: Three) -> None:
+    (leader, *others), _ = three
+    for value in (True, False, None, {"step": 4}):
+        assert leader.leader_says("stop", value) == value
+        assert [peers.leader_says("stop", "what others give does not matter") for peers in others] == [value] * 2
+    assert Peers().leader_says("stop", True) is True
+
+
+def test_a_rank_that_was_asked_to_end_tells_the_leader(tmp_path: Path) -> None:
+    told: queue.SimpleQueue[tuple[str, ...]] = queue.SimpleQueue()
+    with ThreadPoolExecutor(2) as pool:
+        hear = lambda *names: told.put(names)  # noqa: E731
+        leader, other = pool.map(lambda rank: joined(tmp_path, rank, 2, ignore, on_stop=hear), range(2))
+    with closing(other):
+        with closing(leader):
+            assert other.pass_on("SIGTERM")
+            assert told.get(timeout=5) == ("SIGTERM", f"rank 1 on {HERE}")
+        deadline = time.monotonic() + 5
+        while other.pass_on("SIGTERM"):
+            assert time.monotonic() < deadline, "the leader has left, and will not end this rank"
+            time.sleep(0.05)
+    assert not other.pass_on("SIGTERM") and not Peers().pass_on("SIGTERM")
+
+
+def test_a_rank_whose_leader_is_lost_waits_for_what_will_be_said(tmp_path: Path) -> None:
+    failures: Failures = queue.SimpleQueue()
+    with ThreadPoolExecutor(2) as pool:
+        leader, other = pool.map(lambda rank: joined(tmp_path, rank, 2, failures.put), range(2))
+    with closing(leader), closing(other):
+        leader._links[0].writer.transport.abort()  # pyright: ignore[reportAttributeAccessIssue]
+        time.sleep(SETTLE_SECONDS / 2)
+        assert other.pass_on("SIGTERM")
+        assert "is lost: its connection broke off" in failures.get(timeout=5).reason
 
 
 def test_other_calls_than_the_leaders_are_an_error(three: Three) -> None:
@@ -241,7 +278,7 @@ def test_ranks_that_do_not_come_are_named(tmp_path: Path) -> None:
     with ThreadPoolExecutor(1) as pool:
         early = pool.submit(joined, tmp_path, 1, 3, failures.put)
         with pytest.raises(DapoError, match=r"ranks \[2\] of 3 did not come within launch.join_seconds\(1\)"):
-            join(Board(tmp_path), 0, 3, ignore, address=None, lost_seconds=1, join_seconds=1)
+            join(Board(tmp_path), 0, 3, ignore, print, address=None, lost_seconds=1, join_seconds=1)
         with closing(early.result()):
             assert failures.get(timeout=5) == Failure("", 1), "it does not wait for ever"
 

@@ -27,7 +27,7 @@ def test_an_evaluation_of_an_earlier_life_is_shown_at_the_end(
     config = config_file.parse({"model": {"path": "x"}, "data": {"train": "x"}, "run": run, "train": {"steps": 7}})
     with closing(RunObserver(config, read)) as observer:
         leader: Any = SimpleNamespace(config=config, evaluations=evaluations, _obs=observer, prompts=1, carried=2)
-        Leader.summarise(leader)
+        Leader._summarise(leader)
         assert Leader.state.fget(leader)["record"] is observer  # pyright: ignore[reportOptionalCall]
     summary = json.loads((tmp_path / "test/summary.json").read_text())
     assert (summary["base_accuracy"], summary["base_length"], summary["steps"]) == (0.25, 12.5, 7)

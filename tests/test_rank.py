@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -19,66 +15,18 @@ import pytest
 import yaml
 
 from dapo_megatron import rank
-from dapo_megatron.errors import ConfigError
 from dapo_megatron.heartbeat import Failure
-from dapo_megatron.rank import _check_launch, _Rank
-from tests.helpers.checkpoint import values, write_tokenizer
+from dapo_megatron.rank import _Rank
+from tests.helpers.checkpoint import write_tokenizer
+from tests.helpers.jobs import ended, job, ranks_of, write_config
 from tests.helpers.models import save_qwen2
 
 pytestmark = [pytest.mark.multiproc, pytest.mark.slow]
 
-LIMITS = ["launch.lost_seconds=3", "launch.collective_seconds=120"]
-
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(values(tmp_path)))
-    (tmp_path / "runs").mkdir()
-    return path
-
-
-@contextmanager
-def job(
-    config: Path, scene: str, *overrides: str, ranks: int = 2, module: str = "rank_job"
-) -> Iterator[subprocess.Popen[str]]:
-    """`cli._launch` on ranks that run tests/helpers/`module`.py with `scene`."""
-    command = [f"tests.helpers.{module}", scene, str(config), *LIMITS, *overrides]
-    program = f"import sys; from dapo_megatron import cli; sys.exit(cli._launch({ranks}, {command}))"
-    process = subprocess.Popen(
-        [sys.executable, "-c", program],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(Path.cwd()), "OMP_NUM_THREADS": "1"},
-    )
-    family: Sequence[psutil.Process] = []
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            family = psutil.Process(process.pid).children(recursive=True)
-        for member in (*family, process):
-            member.kill()
-
-
-def ranks_of(process: subprocess.Popen[str], config: Path, count: int = 2) -> list[psutil.Process]:
-    """The ranks, once all are at what they are to do."""
-    deadline = time.monotonic() + 60
-    while len(list((config.parent / "runs").glob("ready*"))) < count:
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    time.sleep(1.5)
-    return sorted(psutil.Process(process.pid).children(), key=lambda rank: rank.environ()["RANK"])
-
-
-def ended(process: subprocess.Popen[str], family: Sequence[psutil.Process] = (), timeout: float = 60) -> str:
-    """Its output, once it and its processes are gone."""
-    output, _ = process.communicate(timeout=timeout)
-    _, left = psutil.wait_procs(family, timeout=5)
-    assert not left
-    return output
+    return write_config(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -194,13 +142,17 @@ def test_the_quiet_ranks_of_a_machine_do_not_end_the_one_that_speaks(
 ) -> None:
     monkeypatch.setenv("RANK", "2")
     monkeypatch.setenv("LOCAL_RANK", "2")
-    quiet, slept = _Rank(), []
-    quiet._quiet_seconds = 15.0
-    monkeypatch.setattr(rank.time, "sleep", slept.append)
+    quiet = _Rank()
+    quiet._quiet_seconds = 1.0
     monkeypatch.setattr(rank, "leave", sys.exit)
-    with pytest.raises(SystemExit):
-        quiet._follow(Failure("error: the leader is lost", 1))
-    assert slept == [15.0]
+    waited: list[float] = []
+    for _ in range(2):
+        started = time.monotonic()
+        with pytest.raises(SystemExit):
+            quiet._follow(Failure("error: the leader is lost", 1))
+        waited.append(time.monotonic() - started)
+        quiet._signalled.set()  # as torchrun does when it has seen the leader end
+    assert waited[0] >= 1.0 > waited[1]
     assert capsys.readouterr().err == ""
 
 
@@ -228,13 +180,14 @@ def test_a_port_that_is_in_use_is_told_once(config: Path) -> None:
     assert line.startswith("dapo-megatron: error: launch.heartbeat_port: the leader, on ")
 
 
-def test_a_job_that_is_ended_while_the_leader_waits_for_its_gpu(config: Path) -> None:
-    with job(config, "native,native") as process:
+def test_a_job_that_is_ended_while_all_ranks_wait_for_their_gpus(config: Path) -> None:
+    """They cannot come to a place where they could save."""
+    with job(config, "native,native", "checkpoint.signal_seconds=2") as process:
         family = ranks_of(process, config)
         process.terminate()
         output = ended(process, family, timeout=20)
     assert process.returncode == 128 + signal.SIGTERM, output
-    assert "dapo-megatron: ended by SIGTERM; meanwhile: error: rank 1 on " in output
+    assert "dapo-megatron: stopped by SIGTERM: nothing was saved within checkpoint.signal_seconds(2)" in output
 
 
 def test_a_rank_that_is_lost_before_all_have_come_is_named() -> None:
@@ -243,20 +196,6 @@ def test_a_rank_that_is_lost_before_all_have_come_is_named() -> None:
     leader = _Rank()
     leader._heard = lost
     assert leader._cause(SystemExit(143)) is lost
-
-
-@pytest.mark.parametrize(
-    ("environ", "message"),
-    [
-        ({"SLURM_STEP_NUM_TASKS": "16"}, "srun started 16 tasks"),
-        ({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "but LOCAL_RANK, LOCAL_WORLD_SIZE"),
-        ({"TORCHELASTIC_MAX_RESTARTS": "3"}, "--max-restarts=3"),
-    ],
-)
-def test_ranks_that_nobody_started_properly(environ: dict[str, str], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        _check_launch(environ)
-    _check_launch({})
 
 
 def test_input_that_only_the_leader_sees_to_be_wrong_ends_the_run_at_once(config: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from dapo_megatron import config_file, train
 from dapo_megatron.obs.observer import NullObserver
+from dapo_megatron.stop import Stop
 from tests.helpers.checkpoint import values
 
 
@@ -54,5 +55,5 @@ def test_no_rank_takes_gpu_memory_before_the_engines_that_share_it_have_theirs(
     for given, expected in ((checked, on_the_leader), (None, elsewhere)):
         happened.clear()
         with pytest.raises(StartedError), ExitStack() as opened:
-            train.train(config, topo, peers, NullObserver(), given, opened)  # pyright: ignore[reportArgumentType]
+            train.train(config, topo, peers, NullObserver(), given, opened, Stop())  # pyright: ignore[reportArgumentType]
         assert happened == expected

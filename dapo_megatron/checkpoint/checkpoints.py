@@ -121,6 +121,8 @@ class Checkpoints:
         self._thread: Thread | None = None
         self._news: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._failed: str | None = None
+        self.last = "there is no checkpoint"
+        """On the leader, which checkpoint is the last good one, for people."""
         self._saved_step: int | None = None
         self._saved_at = time.monotonic()
 
@@ -171,12 +173,12 @@ class Checkpoints:
         self._wait()
         self._after_leader("checkpoint before this one")
         shards = copy_shards(self._trained.sharded_state(), self._trained.replicas, self._ranks.host_world)
-        contents = self._small_files()
+        contents, problem = self._small_files()
         unfinished = self._root / f".step-{step}.unfinished"
         if self._settings.export_hf:
             self._export(step, unfinished)
         self._saved_step, self._saved_at = step, time.monotonic()
-        self._thread = Thread(target=self._write, args=(step, shards, contents, unfinished), daemon=True)
+        self._thread = Thread(target=self._write, args=(step, shards, contents, unfinished, problem), daemon=True)
         self._thread.start()
         if not self._settings.asynchronous:
             self._wait()
@@ -204,14 +206,18 @@ class Checkpoints:
             self._thread.join()
             self._thread = None
 
-    def _small_files(self) -> dict[str, bytes]:
-        """Return, on the leader, what lies beside the shards, by name."""
+    def _small_files(self) -> tuple[dict[str, bytes], str | None]:
+        """Return, on the leader, what lies beside the shards, by name, and why that is not to be had."""
         states: list[Any] | None = [None] * self._ranks.world_size if self._ranks.is_leader else None
         dist.gather_object(random_states(), states, dst=0, group=self._ranks.host_world)
         if states is None:
-            return {}
+            return {}, None
         tensors = {f"rank{rank}.{name}": tensor for rank, state in enumerate(states) for name, tensor in state.items()}
-        return {STATE: json.dumps(self._state.state_dict()).encode(), RANDOM: save(tensors)}
+        try:
+            state = json.dumps(self._state.state_dict())
+        except OSError as error:  # the record of the run must be on the disk before
+            return {}, _said(error)
+        return {STATE: state.encode(), RANDOM: save(tensors)}, None
 
     def _export(self, step: int, unfinished: Path) -> None:
         try:
@@ -222,7 +228,9 @@ class Checkpoints:
             self._news.put(f"warning: checkpoint of step {step}: no Hugging Face checkpoint beside it: {error}")
         self._after_leader("Hugging Face checkpoint")
 
-    def _write(self, step: int, shards: Shards, contents: dict[str, bytes], unfinished: Path) -> None:
+    def _write(
+        self, step: int, shards: Shards, contents: dict[str, bytes], unfinished: Path, problem: str | None
+    ) -> None:
         """Write this rank's part and, on the leader, make it a checkpoint once all have. In a thread of its own."""
         started = time.monotonic()
         written = self._write_part(shards, unfinished)
@@ -232,16 +240,16 @@ class Checkpoints:
             return
         try:
             errors = [f"rank {rank}: {part.error}" for rank, part in enumerate(parts) if part.error]
-            if errors:
-                raise OSError("; ".join(errors[:3]))
+            if problem or errors:
+                raise OSError(problem or "; ".join(errors[:3]))
             self._complete(step, shards, contents, unfinished, parts)
         except Exception as error:  # whatever the disk does to the libraries that write to it
             shutil.rmtree(unfinished, ignore_errors=True)
-            self._failed = f"checkpoint of step {step}: {_said(error)}; {self._last_good()}"
+            self._failed = f"checkpoint of step {step}: {_said(error)}; {self.last}"
             self._news.put(f"warning: {self._failed}. The run goes on")
             log.debug("checkpoint of step %d", step, exc_info=True)
         else:
-            self._failed = None
+            self._failed, self.last = None, f"the last checkpoint is {self._root / f'step-{step}'}"
             size = sum(file.bytes for part in parts for file in part.files.values())
             self._news.put(f"checkpoint step-{step}: {size:,} bytes in {time.monotonic() - started:.1f} s")
 
@@ -278,10 +286,6 @@ class Checkpoints:
         folders.complete(unfinished, manifest)
         folders.prune(self._root, keep_last=self._settings.keep_last, keep_every=self._settings.keep_every)
 
-    def _last_good(self) -> str:
-        found, _ = folders.candidates(self._root)
-        return f"the last good one is {found[0]}" if found else "there is none yet"
-
     def _check(self, folder: Path) -> str | None:
         """Read a checkpoint's files, each on one of the ranks, and say what is wrong with it; None if it is whole."""
         problem = None
@@ -316,7 +320,7 @@ class Checkpoints:
             states = load((folder / RANDOM).read_bytes())
             mine = {name.removeprefix(prefix): tensor for name, tensor in states.items() if name.startswith(prefix)}
             restore_random_states(mine)
-        self._saved_step = manifest.step
+        self._saved_step, self.last = manifest.step, f"the last checkpoint is {folder}"
 
 
 def _said(error: BaseException) -> str:

@@ -74,6 +74,16 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _time_fits(self) -> Config:
+        hours, saving = self.run.max_hours, self.checkpoint.signal_seconds
+        if hours is not None and hours * 3600 <= saving:
+            raise ValueError(
+                f"run.max_hours({hours:g}) is {hours * 3600:g} s, of which checkpoint.signal_seconds({saving:g}) are "
+                f"for saving; nothing is left for training"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _sizes_fit(self) -> Config:
         rollout, train, overlong = self.rollout, self.train, self.reward.overlong
         if rollout.batch_size % train.mini_batch:

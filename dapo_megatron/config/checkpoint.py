@@ -19,7 +19,8 @@ class CheckpointConfig(Section):
     export_hf: bool = False
     """Write the policy as a Hugging Face checkpoint as well, to hf in the checkpoint's folder."""
     signal_seconds: PositiveFloat = 120.0
-    """How long a run that is told to stop (SIGTERM, SIGUSR1, Ctrl-C) may take until it has saved."""
+    """How long a run that is asked to stop (SIGTERM, SIGUSR1, Ctrl-C, run.max_hours) may take until it has saved; then
+    it ends without. Below what the scheduler leaves between its signal and SIGKILL."""
 
     def due(self, step: int) -> bool:
         """Return whether to save after `step` steps are done, whatever the clock says."""

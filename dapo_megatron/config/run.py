@@ -35,6 +35,9 @@ class RunConfig(Section):
     existing: Literal["refuse", "rename", "resume"] = "refuse"
     """What to do when dir/name is there already: stop, move it aside to dir/name.1, .2, ..., or go on from its last
     checkpoint (dapo-megatron train --resume). Where it is not there yet, all three begin it."""
+    max_hours: Annotated[float, Field(gt=0, le=1e5)] | None = None
+    """Save and end, with exit code 75, before the leader's process has run for so long; null is no limit. Below a job's
+    time limit by as much as the job takes until its ranks are started."""
     save_hf: bool = True
     """Write the trained policy as a Hugging Face checkpoint to dir/name/hf."""
     sampled_groups: NonNegativeInt = 4

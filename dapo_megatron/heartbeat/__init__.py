@@ -7,8 +7,9 @@ main thread does. What crosses is JSON, one object a line:
     {"token": "5c1f...", "rank": 5, "host": "node7"}    the first line, from the rank that connects
     {"beat": "rollout, at ..."}                         either way: I live, and this is where my main thread is
     {"at": "weights"}                                   to the leader, from a rank that has come to this `together`
-    {"go": "rollout"}                                   from the leader: it has come to this call of `after_leader`, or
-                                                        all ranks to this `together`
+    {"go": "rollout", "value": null}                    from the leader: it has come to this call of `after_leader` or
+                                                        `leader_says`, with this value, or all ranks to this `together`
+    {"stop": "SIGTERM"}                                 to the leader: this rank was asked to end
     {"failed": "error: ...", "code": 1, "late": false}  to the leader, which answers with `end`
     {"end": 1}                                          from the leader, which says why: leave with this exit code
     {"bye": true}                                       either way: I am done, and my connection will end
@@ -30,6 +31,7 @@ def join(
     rank: int,
     world_size: int,
     on_failure: Callable[[Failure], None],
+    on_stop: Callable[[str, str], None],
     *,
     address: str | None,
     lost_seconds: float,
@@ -42,6 +44,8 @@ def join(
         store: has the same content on every rank. It takes the place and the token of this connection.
         on_failure: called once, in a thread of its own, when another rank failed or is lost, or the leader says to
             leave. On the leader the reason names the rank; elsewhere it is empty unless the leader is lost.
+        on_stop: called on the leader, in a thread of its own, when another rank was asked to end: the names of
+            the signal and of the rank.
         address: under which this machine knows the leader's; None where all ranks are on this machine.
         lost_seconds: without a beat after which a rank counts as lost.
         join_seconds: limit on this call.
@@ -54,5 +58,5 @@ def join(
     if world_size == 1:
         return Peers()
     if rank == 0:
-        return Leader(store, world_size, on_failure, address, lost_seconds, join_seconds, port or 0)
+        return Leader(store, world_size, on_failure, on_stop, address, lost_seconds, join_seconds, port or 0)
     return Follower(store, rank, on_failure, address, lost_seconds, join_seconds)

@@ -39,7 +39,7 @@ class Follower(Watch):
         if "end" in place:  # the leader says why
             sys.exit(int(place["end"]))
         super().__init__(on_failure, lost_seconds)
-        self._went: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._went: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         try:
             self._run(self._connect(rank, address or "127.0.0.1", place), join_seconds)
         except OSError as error:  # TimeoutError included
@@ -50,20 +50,25 @@ class Follower(Watch):
                 f"launch.heartbeat_port"
             ) from error
 
-    def after_leader(self, what: str) -> None:
+    def leader_says(self, what: str, value: Any = None) -> Any:
         self._doing = f"waiting for the leader's {what}"
-        self._await(what)
+        return self._await(what)
 
     def together(self, what: str) -> None:
         self._doing = f"waiting for all ranks to come to: {what}"
         self._loop.call_soon_threadsafe(self._send, {"at": what})
         self._await(what)
 
-    def _await(self, what: str) -> None:
-        went = self._went.get()
+    def _await(self, what: str) -> Any:
+        went, value = self._went.get()
         if went != what:
             raise RuntimeError(f"ranks must make the same calls: the leader has come to {went!r}, this one to {what!r}")
         self._doing = what
+        return value
+
+    def pass_on(self, signal_name: str) -> bool:
+        self._say({"stop": signal_name})
+        return not self._loop.is_closed() and (self._ending or not self._links[0].left)
 
     def tell(self, failure: Failure) -> bool:
         reason = failure.reason[-_REASON_CHARACTERS:]
@@ -82,9 +87,9 @@ class Follower(Watch):
 
     def _take(self, link: Link, message: dict[str, Any]) -> None:
         match message:
-            case {"go": what}:
+            case {"go": what, "value": value}:
                 link.doing = str(what)
-                self._went.put(link.doing)
+                self._went.put((link.doing, value))
             case {"end": int(code)}:
                 link.left = True
                 self._fail(lambda: Failure("", code), 0.0)

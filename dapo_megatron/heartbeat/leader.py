@@ -28,6 +28,7 @@ class Leader(Watch):
         store: Store,
         world_size: int,
         on_failure: Callable[[Failure], None],
+        on_stop: Callable[[str, str], None],
         address: str | None,
         lost_seconds: float,
         join_seconds: float,
@@ -35,6 +36,7 @@ class Leader(Watch):
     ) -> None:
         listener = _listener(store, address, port)
         super().__init__(on_failure, lost_seconds)
+        self._on_stop = on_stop
         self._token = secrets.token_hex(32)
         self._missing = set(range(1, world_size))
         self._complete = asyncio.Event()
@@ -54,9 +56,10 @@ class Leader(Watch):
                 f"({join_seconds:g}): look at what they or their machines say"
             ) from error
 
-    def after_leader(self, what: str) -> None:
+    def leader_says(self, what: str, value: Any = None) -> Any:
         self._doing = what
-        self._loop.call_soon_threadsafe(self._send, {"go": what})
+        self._loop.call_soon_threadsafe(self._send, {"go": what, "value": value})
+        return value
 
     def together(self, what: str) -> None:
         self._doing = f"waiting for all ranks to come to: {what}"
@@ -120,6 +123,9 @@ class Leader(Watch):
                 with self._arrivals:
                     link.come_to = str(what)
                     self._arrivals.notify_all()
+            case {"stop": name}:
+                # In a thread of its own, for this one goes on beating.
+                threading.Thread(target=self._on_stop, args=(str(name), link.name), daemon=True).start()
             case {"failed": reason, "code": int(code), "late": bool(late)}:
                 self._fail(lambda: Failure(f"{link.name}: {reason}", code, late), SETTLE_SECONDS)
             case _:

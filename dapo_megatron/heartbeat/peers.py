@@ -35,13 +35,23 @@ class Peers:
     def after_leader(self, what: str) -> None:
         """Return when the leader has come to this call; on the leader, at once.
 
-        All ranks make the same calls in the same order, `together` included. One goes before every collective in which
-        the others would otherwise wait for work that only the leader does, and has no limit: as long as the leader
-        lives, it is waited for.
+        All ranks make the same calls in the same order, `leader_says` and `together` included. One goes before every
+        collective in which the others would otherwise wait for work that only the leader does, and has no limit: as
+        long as the leader lives, it is waited for.
 
         Raises:
             RuntimeError: where the leader has come to another one.
         """
+        self.leader_says(what)
+
+    def leader_says(self, what: str, value: Any = None) -> Any:
+        """Return the leader's `value`, which JSON holds, once the leader has come to this call: `after_leader` with an
+        answer. What other ranks give does not matter.
+
+        Raises:
+            RuntimeError: where the leader has come to another one.
+        """
+        return value
 
     def together(self, what: str) -> None:
         """Return when all ranks have come to this call.
@@ -52,6 +62,13 @@ class Peers:
         Raises:
             RuntimeError: where another rank has come to another call.
         """
+
+    def pass_on(self, signal_name: str) -> bool:
+        """On another rank than the leader: let the leader know that this rank was asked to end.
+
+        Returns False where there is no leader any more that could hear it, or whose loss will be told.
+        """
+        return False
 
     def whereabouts(self) -> str:
         """Say, on the leader, where the other ranks are, the fewest first: in lines to end a message with."""

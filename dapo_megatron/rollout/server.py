@@ -60,7 +60,12 @@ class Server:
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("wb") as output:
             self._guard = subprocess.Popen(
-                guard, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, env=dict(env)
+                guard,
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=dict(env),
+                start_new_session=True,  # torchrun signals a rank's whole process group
             )
 
     @property

@@ -202,7 +202,7 @@ def test_a_full_disk_is_told_and_the_next_one_is_saved(tmp_path: Path, model: Pa
     assert "checkpoint of step 2" in bad
     assert "rank 1" in bad
     assert "No space left" in bad
-    assert f"the last good one is {tmp_path / 'run/checkpoints/step-1'}" in bad
+    assert f"the last checkpoint is {tmp_path / 'run/checkpoints/step-1'}" in bad
     assert again.startswith("checkpoint step-3: ")
     assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["latest", "step-1", "step-3"]
 

@@ -21,12 +21,15 @@ from dapo_megatron.config import Config
 from dapo_megatron.heartbeat import Peers
 from dapo_megatron.obs.observer import Observer
 from dapo_megatron.processes import leave
+from dapo_megatron.stop import Stop
 
 SCENE = sys.argv[1].split(",")
 ACTS = [word for word in SCENE if word not in ("hang", "fail", "slow")]
 
 
-def act(config: Config, topo: Topology, peers: Peers, obs: Observer, checked: object, opened: ExitStack) -> None:
+def act(
+    config: Config, topo: Topology, peers: Peers, obs: Observer, checked: object, opened: ExitStack, stop: Stop
+) -> None:
     if topo.is_leader:
         opened.callback(close)
     (config.run.dir / f"ready{topo.rank}").touch()
@@ -60,7 +63,7 @@ def close() -> None:
 
 if __name__ == "__main__":
     rank.train = act  # pyright: ignore[reportAttributeAccessIssue]
-    rank._CLOSE_SECONDS = 3.0
+    rank.CLOSE_SECONDS = 3.0  # pyright: ignore[reportPrivateImportUsage]
     if "slow" in SCENE and os.environ["RANK"] == "0":
         time.sleep(8)
     leave(rank.main(sys.argv[2:]))
