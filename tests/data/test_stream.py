@@ -57,7 +57,7 @@ def test_cursor_of_another_stream_is_refused():
         PromptStream(PROMPTS[::-1], 3).load_state_dict(state)
 
 
-@pytest.mark.parametrize("change", [{"uid": "b:4"}, {"token_ids": (4, 4)}, {"answer": "2"}])
+@pytest.mark.parametrize("change", [{"uid": "b:4"}, {"token_ids": (5,)}, {"token_ids": (4, 4)}, {"answer": "2"}])
 def test_a_prompt_that_has_changed_is_refused(change):
     state = PromptStream(PROMPTS, 3).state_dict()
     PromptStream([replace(prompt) for prompt in PROMPTS], 3).load_state_dict(state)

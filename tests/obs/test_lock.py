@@ -43,10 +43,10 @@ def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc, which lists the open files")
 def test_a_lock_that_is_refused_leaves_no_file_open(tmp_path: Path) -> None:
     with closing(FolderLock(tmp_path)):
-        before = os.listdir("/proc/self/fd")
+        before = len(list(Path("/proc/self/fd").iterdir()))
         with pytest.raises(ConfigError, match="in use"):
             FolderLock(tmp_path)
-        assert len(os.listdir("/proc/self/fd")) == len(before)
+        assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
 def test_looking_at_a_lock_neither_makes_nor_takes_it(tmp_path: Path) -> None:

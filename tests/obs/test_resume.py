@@ -143,6 +143,19 @@ def test_seconds_of_all_lives_are_added_up(tmp_path: Path) -> None:
     assert 1e6 < json.loads((tmp_path / "test/summary.json").read_text())["seconds"] < 2e6
 
 
+def test_trackers_go_on_in_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow import MlflowClient
+
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
+    tracked = config(tmp_path, run={"mlflow_uri": str(tmp_path / "mlflow"), "tensorboard": False})
+    for events in (4, EVENTS):
+        live(tracked, tmp_path / "checkpoint", events)
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow/mlflow.db")
+    (run,) = client.search_runs(["0"])
+    history = client.get_metric_history(run.info.run_id, "loss")
+    assert sorted((point.step, point.value) for point in history) == [(step, (step - 1) / 8) for step in range(1, 7)]
+
+
 def test_before_a_run_goes_on_its_record_stays_and_takes_nothing(tmp_path: Path) -> None:
     live(config(tmp_path), tmp_path / "checkpoint", EVENTS)
     before = record(tmp_path / "test")
