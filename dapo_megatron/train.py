@@ -98,7 +98,7 @@ def train(
         parts.checkpoints.news()
         stop.last_checkpoint = parts.checkpoints.last
 
-    if steps_done.value:
+    if steps_done.value != parts.checkpoints.saved_step:
         with obs.phase("checkpoint"):
             parts.checkpoints.save(steps_done.value)
     if steps_done.value < config.train.steps:

@@ -123,7 +123,8 @@ class Checkpoints:
         self._failed: str | None = None
         self.last = "there is no checkpoint"
         """On the leader, which checkpoint is the last good one, for people."""
-        self._saved_step: int | None = None
+        self.saved_step = 0
+        """Of the last checkpoint that was begun or read, the same on all ranks; 0 before there is any."""
         self._saved_at = time.monotonic()
 
     def restore(self) -> int | None:
@@ -147,7 +148,7 @@ class Checkpoints:
             broken = self._check(folder)
             if broken is None:
                 self._load(folder)
-                return self._saved_step
+                return self.saved_step
             following = found[place + 1].name if place + 1 < len(found) else "none: there is no other"
             self._tell(f"warning: checkpoint {folder.name} is broken: {broken}; taking {following}")
         if found:
@@ -168,7 +169,7 @@ class Checkpoints:
 
         What cannot be written is told by `news`, and does not end the run.
         """
-        if step == self._saved_step:
+        if step == self.saved_step:
             return
         self._wait()
         self._after_leader("checkpoint before this one")
@@ -177,7 +178,7 @@ class Checkpoints:
         unfinished = self._root / f".step-{step}.unfinished"
         if self._settings.export_hf:
             self._export(step, unfinished)
-        self._saved_step, self._saved_at = step, time.monotonic()
+        self.saved_step, self._saved_at = step, time.monotonic()
         self._thread = Thread(target=self._write, args=(step, shards, contents, unfinished, problem), daemon=True)
         self._thread.start()
         if not self._settings.asynchronous:
@@ -320,7 +321,7 @@ class Checkpoints:
             states = load((folder / RANDOM).read_bytes())
             mine = {name.removeprefix(prefix): tensor for name, tensor in states.items() if name.startswith(prefix)}
             restore_random_states(mine)
-        self._saved_step, self.last = manifest.step, f"the last checkpoint is {folder}"
+        self.saved_step, self.last = manifest.step, f"the last checkpoint is {folder}"
 
 
 def _said(error: BaseException) -> str:

@@ -58,7 +58,7 @@ class Server:
         self._closed = False
         guard = [sys.executable, "-m", "dapo_megatron.rollout.guard", "--", *command]
         log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("wb") as output:
+        with log.open("ab") as output:
             self._guard = subprocess.Popen(
                 guard,
                 stdin=subprocess.PIPE,
