@@ -27,9 +27,9 @@ class Sampling:
     stop_token_ids: tuple[int, ...]
     """These tokens end a response, and no others."""
     seed: int | None = None
-    """Below 2**62. With the weights, it decides on the responses to a prompt: whatever else the engine has to do, what
-    it did before, and which engine it is. Each response has a stream of its own, so that n + 1 of them are n and another
-    one. None is for responses that need not come twice. Greedy sampling has no use for it."""
+    """Below 2**62. With the weights, it decides on the responses to a prompt: neither what else an engine has to do nor
+    what it did before matters, nor which engine it is, as far as its kernels go. Each response has a stream of its own,
+    so that n + 1 of them are n and another one. None is for what need not come twice; greedy sampling ignores it."""
 
     @classmethod
     def from_config(cls, config: RolloutConfig, stop_token_ids: Sequence[int]) -> Sampling:
@@ -44,7 +44,7 @@ def request_seed(seed: int, step: int | str, place: int, uid: str) -> int:
     responses to a prompt.
 
     >>> request_seed(0, 3, 17, "train.jsonl:12")
-    0
+    154601940791279214
 
     Args:
         seed: that of the run's sampling.

@@ -32,9 +32,9 @@ Send = Callable[[Message], Awaitable[None]]
 class Endpoint:
     """ASGI middleware that answers two paths and passes everything else on.
 
-    `POST GENERATE` takes JSON {"token_ids", "n", "temperature", "top_p", "max_tokens", "stop_token_ids", "seed"} and answers
-    what `answer.encode` makes of the `n` responses; their versions are missing where vLLM reports none (0.25). A client
-    that goes away ends the request.
+    `POST GENERATE` takes JSON {"token_ids", "n", "temperature", "top_p", "max_tokens", "stop_token_ids", "seed"} and
+    answers what `answer.encode` makes of the `n` responses; their versions are missing where vLLM reports none (0.25).
+    A client that goes away ends the request.
 
     `GET PROGRESS` answers JSON, the fields of `engine.Progress`.
 
