@@ -36,7 +36,10 @@ _BATCHED_TOKENS = 8192
 
 
 class Adapter(EngineAdapter):
-    """See `EngineAdapter`."""
+    """See `EngineAdapter`.
+
+    Seeds: responses are those of the seed, bit for bit on CPU, and on GPUs as far as engine.batch_invariant goes.
+    """
 
     packages = {"vllm": "pip install -e '.[cpu]' in the checkout; with CUDA, as requirements/gpu.txt says"}
     health = "/health"
