@@ -285,7 +285,14 @@ def _measure(config: Config, checked: Checked, folder: Path) -> EvalResult:
         engines = stack.enter_context(closing(Engines(config, folder, ranks=0)))
         engines.wait_ready()
         work = evaluate(
-            engines, checked.held_out, judge, decode, config.eval, max_tokens=max_tokens, stop_token_ids=ends
+            engines,
+            checked.held_out,
+            judge,
+            decode,
+            config.eval,
+            seed=config.sampling_seed,
+            max_tokens=max_tokens,
+            stop_token_ids=ends,
         )
         return engines.run(work)
 

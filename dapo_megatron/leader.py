@@ -119,6 +119,7 @@ class Leader:
                     self.judge,
                     self._decode,
                     self.config.eval,
+                    seed=self.config.sampling_seed,
                     max_tokens=self.sampling.max_tokens,
                     stop_token_ids=self.sampling.stop_token_ids,
                 )

@@ -21,6 +21,7 @@ from dapo_megatron.pack import Share
 from dapo_megatron.preflight import Checked
 from dapo_megatron.processes import leave
 from dapo_megatron.rollout.collect import collect
+from dapo_megatron.rollout.engine import request_seed
 from dapo_megatron.skipped import SkippedUpdates
 from dapo_megatron.state import Kept, RunState
 from dapo_megatron.stop import Stop, StopRequested
@@ -165,6 +166,7 @@ def make_batch(leader: Leader, replicas: int, step: int, stop: Stop) -> Batch | 
                     config.rollout,
                     keep=is_mixed,
                     sampling=leader.sampling,
+                    seeds=partial(request_seed, config.sampling_seed, step),
                     carried=leader.carried.value,
                 )
             )

@@ -45,7 +45,7 @@ def load(folder: Path, text: str = MINIMAL, *overrides: str) -> Config:
         (["rollout.temperature=0"], "rollout.temperature = 0: input should be greater than 0"),
         (["rollout.temperature=0.001"], "rollout.temperature: 0.001 is between 0 and 0.01"),
         (["eval.temperature=1e-6"], "eval.temperature: 1e-06 is between 0 and 0.01"),
-        (["engine.request_seconds=5"], "unknown key engine.request_seconds; engine knows count, "),
+        (["engine.request_seconds=5"], "unknown key engine.request_seconds; engine knows batch_invariant, count, "),
         (["optimizer.lr=.nan"], "optimizer.lr = nan: input should be a finite number"),
         (["reward.rule=exact"], "reward.rule = 'exact': input should be 'dapo', 'lenient' or 'math_verify'"),
         (["run.name=../elsewhere"], "run.name = '../elsewhere': string should match pattern"),

@@ -62,6 +62,11 @@ class Config(Section):
         """Tokens of the longest sequence that the engine or the actor can meet."""
         return self.data.max_prompt_tokens + self.rollout.max_response_tokens
 
+    @property
+    def sampling_seed(self) -> int:
+        """From which the seeds of all requests are made."""
+        return self.train.seed if self.engine.seed is None else self.engine.seed
+
     @model_validator(mode="after")
     def _optimizer_fits(self) -> Config:
         if self.optimizer.precision_aware and not self.parallel.distributed_optimizer:

@@ -108,10 +108,13 @@ class EngineConfig(Section):
     """How long an engine may take until it answers, and then until its first token."""
     stall_seconds: PositiveFloat = 45.0
     """How long an engine may go without a sign of life, an answer or, while it writes responses, a new token."""
+    batch_invariant: bool = False
+    """On GPUs, use vLLM's batch-invariant kernels, which are slower: a response then depends on the weights and its
+    seed alone, and not on what else an engine has to do. On CPU that is always so."""
     extra_args: list[str] = []
     """More arguments for the engine's own command line."""
     seed: int | None = None
-    """Seed of the sampling, from which every engine makes its own; null takes train.seed."""
+    """Seed of the sampling, from which that of every request is made; null takes train.seed."""
 
 
 class WeightsConfig(Section):

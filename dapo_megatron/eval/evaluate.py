@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from dapo_megatron.config import EvalConfig
 from dapo_megatron.eval.statistics import accuracy, bootstrap_interval, majority, pass_at_k, standard_error
 from dapo_megatron.rollout.collect import Grader, sample_groups
-from dapo_megatron.rollout.engine import Responder, Sampling
+from dapo_megatron.rollout.engine import Responder, Sampling, request_seed
 from dapo_megatron.types import Decode, Group, Prompt
 
 EXAMPLES = 3
@@ -62,17 +63,24 @@ async def evaluate(
     decode: Decode,
     config: EvalConfig,
     *,
+    seed: int,
     max_tokens: int,
     stop_token_ids: tuple[int, ...],
 ) -> EvalResult:
     """Sample `config.samples` responses to every prompt and grade them.
+
+    Every evaluation has the same seeds: what differs between two is the policy.
+
+    Args:
+        seed: that of the run's sampling.
 
     Raises:
         RolloutError: where the engine aborted a response.
         EngineError: when an engine fails.
     """
     sampling = Sampling(config.temperature, config.top_p, max_tokens, stop_token_ids)
-    return summarise(await sample_groups(engines, prompts, judge, sampling, config.samples), decode)
+    seeds = partial(request_seed, seed, "eval")
+    return summarise(await sample_groups(engines, prompts, judge, sampling, config.samples, seeds), decode)
 
 
 def summarise(groups: Sequence[Group], decode: Decode) -> EvalResult:

@@ -145,7 +145,8 @@ class _Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
-            env={**os.environ, "PYTHONPATH": path},
+            # What sympy does, and how long it takes, can depend on the order of sets.
+            env={**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": "0"},
             start_new_session=True,  # out of reach of the terminal's Ctrl-C
         )
         assert self._process.stdin and self._process.stdout

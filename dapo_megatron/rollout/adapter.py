@@ -14,7 +14,11 @@ from dapo_megatron.rollout.server import Server
 
 
 class EngineAdapter(Protocol):
-    """Starts and speaks to one kind of engine. Runs in the trainer, so it imports nothing of the engine's package."""
+    """Starts and speaks to one kind of engine. Runs in the trainer, so it imports nothing of the engine's package.
+
+    Its docstring says what becomes of `Sampling.seed`, and what the engine needs so that a response depends on nothing
+    else: SGLang, for example, heeds `sampling_seed` only with --enable-deterministic-inference.
+    """
 
     packages: Mapping[str, str]
     """What the Python that runs the engine has to have: package -> how to install it."""

@@ -10,7 +10,7 @@ import asyncio
 import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dapo_megatron.config import RolloutConfig
 from dapo_megatron.errors import RolloutError
@@ -20,6 +20,9 @@ from dapo_megatron.types import Completion, FinishReason, Group, Prompt
 
 Grader = Callable[[Prompt, Sequence[Completion]], Awaitable[Group]]
 """Grades the responses to one prompt."""
+
+Seeds = Callable[[int, str], int]
+"""The seed for the responses to a prompt, from its place among those drawn, from 0, and its uid."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +43,7 @@ async def collect(
     *,
     keep: Callable[[Sequence[bool]], bool],
     sampling: Sampling,
+    seeds: Seeds,
     carried: Sequence[Group] = (),
 ) -> Rollout:
     """Sample and grade until there are `config.prompts` groups to keep.
@@ -50,6 +54,7 @@ async def collect(
         take: draws that many prompts.
         judge: grades the responses to one prompt, as soon as they are there.
         keep: whether a group is worth training on, from which of its responses are right.
+        seeds: of this step. Places count on from one generation batch to the next.
         carried: groups left over from the step before; they are trained on first.
 
     Raises:
@@ -59,14 +64,17 @@ async def collect(
     """
     started = time.monotonic()
     if not config.dynamic_sampling:
-        groups = await sample_groups(engines, take(config.prompts), judge, sampling, config.responses)
+        groups = await sample_groups(engines, take(config.prompts), judge, sampling, config.responses, seeds)
         return Rollout(groups, (), _measures(groups, groups, engines.version, 1, 0, started))
 
     graded: list[Group] = []
     kept = list(carried)
     batches = 0
     while len(kept) < config.prompts and batches < config.max_generation_batches:
-        groups = await sample_groups(engines, take(config.draw), judge, sampling, config.responses)
+        drawn = take(config.draw)
+        groups = await sample_groups(
+            engines, drawn, judge, sampling, config.responses, seeds, first=batches * config.draw
+        )
         batches += 1
         graded += groups
         kept += (group for group in groups if keep(group.correct))
@@ -80,25 +88,36 @@ async def collect(
 
 
 async def sample_groups(
-    engines: Responder, prompts: Sequence[Prompt], judge: Grader, sampling: Sampling, responses: int
+    engines: Responder,
+    prompts: Sequence[Prompt],
+    judge: Grader,
+    sampling: Sampling,
+    responses: int,
+    seeds: Seeds,
+    *,
+    first: int = 0,
 ) -> tuple[Group, ...]:
     """Return one graded group of `responses` per prompt, in the order of `prompts`, each graded as soon as it is there.
 
     A failure cancels what is still being generated.
+
+    Args:
+        first: the place of the first prompt, for `seeds`; the others follow.
 
     Raises:
         RolloutError: where the engine aborted a response.
         EngineError: when an engine fails.
     """
 
-    async def answer(prompt: Prompt) -> Group:
-        completions = await engines.generate(prompt, sampling, responses)
+    async def answer(place: int, prompt: Prompt) -> Group:
+        seeded = replace(sampling, seed=seeds(place, prompt.uid))
+        completions = await engines.generate(prompt, seeded, responses)
         aborted = sum(completion.finish is FinishReason.ABORT for completion in completions)
         if aborted:
             raise RolloutError(f"the engine aborted {aborted} of {len(completions)} responses to prompt {prompt.uid}")
         return await judge(prompt, completions)
 
-    tasks = [asyncio.ensure_future(answer(prompt)) for prompt in prompts]
+    tasks = [asyncio.ensure_future(answer(place, prompt)) for place, prompt in enumerate(prompts, first)]
     try:
         return tuple(await asyncio.gather(*tasks))
     finally:

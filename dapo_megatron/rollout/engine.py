@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -25,11 +26,34 @@ class Sampling:
     """Cap on generated tokens, the end token included."""
     stop_token_ids: tuple[int, ...]
     """These tokens end a response, and no others."""
+    seed: int | None = None
+    """Below 2**62. With the weights, it decides on the responses to a prompt: neither what else an engine has to do nor
+    what it did before matters, nor which engine it is, as far as its kernels go. Each response has a stream of its own,
+    so that n + 1 of them are n and another one. None is for what need not come twice; greedy sampling ignores it."""
 
     @classmethod
     def from_config(cls, config: RolloutConfig, stop_token_ids: Sequence[int]) -> Sampling:
         """`stop_token_ids`: the tokenizer's end tokens together with those of the config."""
         return cls(config.temperature, config.top_p, config.max_response_tokens, tuple(stop_token_ids))
+
+
+def request_seed(seed: int, step: int | str, place: int, uid: str) -> int:
+    """Return the seed of the responses to one prompt, below 2**62.
+
+    A hash, because seeds made by adding would give neighbours each other's streams: engines count on from it for the
+    responses to a prompt.
+
+    >>> request_seed(0, 3, 17, "train.jsonl:12")
+    154601940791279214
+
+    Args:
+        seed: that of the run's sampling.
+        step: the step, or what else the responses are for.
+        place: of the prompt among those drawn for that, from 0: where an epoch ends, a prompt can be drawn twice.
+        uid: the prompt's.
+    """
+    digest = hashlib.sha256(f"{seed}/{step}/{place}/{uid}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 2
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,14 +61,13 @@ def place(
     gpus = (inherited.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))).split(",") if count else []
     shared = _shared(engine, ranks)
     first = (0 if shared else ranks) + index * engine.tensor_parallel
-    seed = config.train.seed if engine.seed is None else engine.seed
     return Place(
         index=index,
         host=engine.host,
         port=port,
         gpus=tuple(gpu.strip() for gpu in gpus[first : first + engine.tensor_parallel]),
         memory_fraction=engine.memory_fraction or (_OF_A_SHARED_GPU if shared else _OF_ITS_OWN_GPU),
-        seed=_seed(seed, index),
+        seed=_seed(config.sampling_seed, index),
     )
 
 

@@ -8,7 +8,7 @@ import pytest
 from dapo_megatron.config import EvalConfig
 from dapo_megatron.errors import EngineError, RolloutError
 from dapo_megatron.eval.evaluate import EvalResult, evaluate
-from dapo_megatron.rollout.engine import Sampling
+from dapo_megatron.rollout.engine import Sampling, request_seed
 from dapo_megatron.types import Completion, FinishReason, Group, Prompt
 from tests.helpers.completions import read, written
 
@@ -37,15 +37,16 @@ async def judge(prompt: Prompt, completions: Sequence[Completion]) -> Group:
     return Group(prompt, tuple(completions), texts, correct, tuple(map(float, correct)))
 
 
-def measure(engine: Scripted, **settings: float) -> EvalResult:
+def measure(engine: Scripted, seed: int = 0, **settings: float) -> EvalResult:
     config = EvalConfig.model_validate({"data": "x", **settings})
-    return asyncio.run(evaluate(engine, PROMPTS, judge, read, config, max_tokens=8, stop_token_ids=(0,)))
+    return asyncio.run(evaluate(engine, PROMPTS, judge, read, config, seed=seed, max_tokens=8, stop_token_ids=(0,)))
 
 
 def test_evaluate() -> None:
     engine = Scripted("1", "1", "2222+")
     result = measure(engine, samples=3, temperature=0.5, top_p=0.7)
-    assert engine.asked == [(prompt.uid, Sampling(0.5, 0.7, 8, (0,)), 3) for prompt in PROMPTS]
+    hows = [Sampling(0.5, 0.7, 8, (0,), request_seed(0, "eval", n, PROMPTS[n].uid)) for n in range(5)]
+    assert engine.asked == [(prompt.uid, how, 3) for prompt, how in zip(PROMPTS, hows, strict=True)]
     assert (result.prompts, result.samples) == (5, 3)
     assert result.accuracy == pytest.approx(2 / 15)  # two of three responses to the first of five prompts
     assert result.pass_at_k == pytest.approx({1: 2 / 15, 2: 1 / 5, 3: 1 / 5})
@@ -54,6 +55,15 @@ def test_evaluate() -> None:
     assert result.truncated == pytest.approx(1 / 3)
     low, high = result.interval
     assert low <= result.accuracy <= high
+
+
+def test_every_evaluation_of_a_run_has_the_same_seeds() -> None:
+    first, second, other = Scripted("1"), Scripted("1"), Scripted("1")
+    for engine, seed in ((first, 3), (second, 3), (other, 4)):
+        measure(engine, seed=seed)
+    assert first.asked == second.asked
+    seeds = [sampling.seed for _, sampling, _ in (*first.asked, *other.asked)]
+    assert len(set(seeds)) == 10
 
 
 def test_examples_are_the_first_prompts_whichever_is_done_first() -> None:

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ from dapo_megatron.algo.filter import is_mixed
 from dapo_megatron.config import RolloutConfig
 from dapo_megatron.errors import RolloutError
 from dapo_megatron.measures import Mean
-from dapo_megatron.rollout.collect import Grader, Rollout, collect
-from dapo_megatron.rollout.engine import Sampling
+from dapo_megatron.rollout.collect import Grader, Rollout, Seeds, collect
+from dapo_megatron.rollout.engine import Sampling, request_seed
 from dapo_megatron.types import Completion, FinishReason, Group, Prompt, VersionSpan
 from tests.helpers.completions import completion
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "fill.json").read_text())
 RESPONSES = 4
+SEEDS = partial(request_seed, 0, 0)
 
 
 class Prompts:
@@ -60,14 +62,28 @@ async def judge(prompt: Prompt, completions: Sequence[Completion]) -> Group:
 
 
 def roll(
-    source: Prompts, carried: Sequence[Group] = (), engine: Engine | None = None, judge: Grader = judge, **config: Any
+    source: Prompts,
+    carried: Sequence[Group] = (),
+    engine: Engine | None = None,
+    judge: Grader = judge,
+    seeds: Seeds = SEEDS,
+    **config: Any,
 ) -> Rollout:
     values = {"prompts": 4, "responses": RESPONSES} | config
     if values.get("dynamic_sampling", True):
         values = {"generation_batch": 6} | values
     settings = RolloutConfig.model_validate(values)
     sampling = Sampling.from_config(settings, (2,))
-    work = collect(engine or Engine(), source.take, judge, settings, keep=is_mixed, sampling=sampling, carried=carried)
+    work = collect(
+        engine or Engine(),
+        source.take,
+        judge,
+        settings,
+        keep=is_mixed,
+        sampling=sampling,
+        seeds=seeds,
+        carried=carried,
+    )
     return asyncio.run(work)
 
 
@@ -104,6 +120,65 @@ def test_giving_up_says_what_was_found() -> None:
 def test_groups_keep_the_order_of_generation() -> None:
     rollout = roll(Prompts(["mixed", "wrong", "mixed", "right", "mixed", "mixed", "mixed"]))
     assert uids(rollout.groups) == [0, 2, 4, 5]
+
+
+class Seeded(Engine):
+    """Answers with what it was asked, in an order that `hurry` decides."""
+
+    def __init__(self, hurry: int) -> None:
+        super().__init__()
+        self.hurry = hurry
+        self.seeds: dict[str, int] = {}
+
+    async def generate(self, prompt: Prompt, sampling: Sampling, n: int) -> list[Completion]:
+        for _ in range(hash((self.hurry, prompt.uid)) % 20):
+            await asyncio.sleep(0)
+        assert sampling.seed is not None
+        self.seeds[prompt.uid] = sampling.seed
+        digits = [int(digit) for digit in str(sampling.seed)]
+        return [completion((index, *digits)) for index in range(n)]
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_responses_are_those_of_step_place_and_prompt_whoever_answers_first(dynamic: bool) -> None:
+    def rolls(hurry: int) -> list[dict[str, int]]:
+        prompts, carried, seeds = Prompts(["mixed", "wrong"]), (), []
+        for step in range(3):
+            engine = Seeded(hurry)
+            filling: dict[str, Any] = {"surplus_groups": "carry"} if dynamic else {"dynamic_sampling": False}
+            rollout = roll(prompts, carried, engine, seeds=partial(request_seed, 0, step), **filling)
+            for group in rollout.groups:
+                want = engine.seeds.get(group.prompt.uid)
+                assert want is None or group.completions[0].token_ids.tolist() == [0, *map(int, str(want))]
+            carried = rollout.carried
+            seeds.append(engine.seeds)
+        return seeds
+
+    first = rolls(1)
+    assert rolls(2) == first and rolls(3) == first
+    # Dynamic: two batches of six bring six groups of four wanted, and two are carried. Places count on.
+    drawn = [12, 6, 6] if dynamic else [4, 4, 4]
+    assert [len(step) for step in first] == drawn
+    uids = iter(range(sum(drawn)))
+    for step, seeds in enumerate(first):
+        wanted = [(place, str(next(uids))) for place in range(len(seeds))]
+        assert seeds == {uid: request_seed(0, step, place, uid) for place, uid in wanted}
+
+
+def test_a_prompt_that_is_drawn_twice_in_a_step_has_two_seeds() -> None:
+    seeds: list[int | None] = []
+
+    class Listening(Engine):
+        async def generate(self, prompt: Prompt, sampling: Sampling, n: int) -> list[Completion]:
+            seeds.append(sampling.seed)
+            return await super().generate(prompt, sampling, n)
+
+    class Two(Prompts):
+        def take(self, count: int) -> list[Prompt]:
+            return [replace(prompt, uid=str(int(prompt.uid) % 2)) for prompt in super().take(count)]
+
+    roll(Two(["mixed", "wrong"]), engine=Listening())
+    assert len(seeds) == len(set(seeds)) == 12
 
 
 def test_surplus_is_discarded() -> None:
@@ -243,6 +318,7 @@ def test_grading_does_not_wait_for_the_slowest_prompt() -> None:
         config,
         keep=is_mixed,
         sampling=Sampling.from_config(config, (2,)),
+        seeds=SEEDS,
     )
     assert uids(asyncio.run(asyncio.wait_for(work, 5)).groups) == [0, 1, 2, 3]
     assert graded[-1] == "0"

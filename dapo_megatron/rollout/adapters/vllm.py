@@ -31,9 +31,15 @@ WORKER_EXTENSION = "dapo_megatron.weights.workers.vllm.WorkerExtension"
 ENDPOINT = "dapo_megatron.rollout.endpoints.vllm.Endpoint"
 """Named, not imported: vLLM imports it in its server."""
 
+_BATCHED_TOKENS = 8192
+"""Tokens that go through the model at once on CPU, where there are so many."""
+
 
 class Adapter(EngineAdapter):
-    """See `EngineAdapter`."""
+    """See `EngineAdapter`.
+
+    Seeds: responses are those of the seed, bit for bit on CPU, and on GPUs as far as engine.batch_invariant goes.
+    """
 
     packages = {"vllm": "pip install -e '.[cpu]' in the checkout; with CUDA, as requirements/gpu.txt says"}
     health = "/health"
@@ -80,7 +86,9 @@ class Adapter(EngineAdapter):
             if engine.kv_cache_gib:
                 command += ["--kv-cache-memory-bytes", str(engine.kv_cache_gib << 30)]
         else:
-            command.append("--enforce-eager")
+            # Prompts are read whole: with a seed, vLLM fails over part of one ("CPU Generator does not use offset").
+            command += ["--enforce-eager", "--no-enable-chunked-prefill"]
+            command += ["--max-num-batched-tokens", str(self._batched_tokens)]
             if engine.tensor_parallel == 1:
                 # One process less to start and to talk to.
                 command += ["--distributed-executor-backend", "uni"]
@@ -96,10 +104,12 @@ class Adapter(EngineAdapter):
             "VLLM_HOST_IP": "127.0.0.1",
         }
         if place.gpus:
-            return env
+            return env | ({"VLLM_BATCH_INVARIANT": "1"} if engine.batch_invariant else {})
         return env | {
             "VLLM_CPU_KVCACHE_SPACE": str(engine.kv_cache_gib or 1),
             "TORCH_COMPILE_DISABLE": "1",
+            # Otherwise attention adds up in parts that depend on the other sequences and on the number of threads.
+            "VLLM_CPU_ATTN_SPLIT_KV": "0",
             # vLLM's condition for honouring `uni` on CPU.
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if engine.tensor_parallel == 1 else "1",
         }
@@ -112,6 +122,11 @@ class Adapter(EngineAdapter):
             control=Client(server, place.url, answer_seconds=engine.stall_seconds),
             workers=engine.tensor_parallel,
         )
+
+    @property
+    def _batched_tokens(self) -> int:
+        """Room for the longest sequence, which may have to be read again, and for a token of each."""
+        return max(_BATCHED_TOKENS, self._config.max_sequence_tokens, self._config.engine.max_sequences)
 
 
 class VllmEngine:

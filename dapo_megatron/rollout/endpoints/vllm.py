@@ -32,9 +32,9 @@ Send = Callable[[Message], Awaitable[None]]
 class Endpoint:
     """ASGI middleware that answers two paths and passes everything else on.
 
-    `POST GENERATE` takes JSON {"token_ids", "n", "temperature", "top_p", "max_tokens", "stop_token_ids"} and answers
-    what `answer.encode` makes of the `n` responses; their versions are missing where vLLM reports none (0.25). A client
-    that goes away ends the request.
+    `POST GENERATE` takes JSON {"token_ids", "n", "temperature", "top_p", "max_tokens", "stop_token_ids", "seed"} and
+    answers what `answer.encode` makes of the `n` responses; their versions are missing where vLLM reports none (0.25).
+    A client that goes away ends the request.
 
     `GET PROGRESS` answers JSON, the fields of `engine.Progress`.
 
@@ -96,6 +96,8 @@ class Endpoint:
             top_p=request["top_p"],
             max_tokens=max_tokens,
             stop_token_ids=request["stop_token_ids"],
+            # Response k has the stream of seed + k.
+            seed=request["seed"],
             # Otherwise the end tokens of the checkpoint's config would stop a response as well.
             ignore_eos=True,
             # The sampled token's own, no alternatives.

@@ -1,4 +1,6 @@
-"""Runs inside vLLM's worker processes: naming `WorkerExtension` to vLLM registers the gloo transport there."""
+"""Runs inside vLLM's worker processes: naming `WorkerExtension` to vLLM registers the gloo transport there, and on CPU
+keeps sequences apart (`vllm_cpu`).
+"""
 
 from __future__ import annotations
 
@@ -11,6 +13,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.platforms import current_platform
 
 from dapo_megatron.weights.buckets import allocate, unflatten
 from dapo_megatron.weights.gloo import BACKEND, join_group, transmit
@@ -83,7 +86,11 @@ class GlooWeightTransfer(WeightTransferEngine[GlooInit, GlooUpdate]):
 
 
 WeightTransferEngineFactory.register_engine(BACKEND, GlooWeightTransfer)
+if current_platform.is_cpu():
+    from dapo_megatron.weights.workers.vllm_cpu import keep_rows_apart
+
+    keep_rows_apart()
 
 
 class WorkerExtension:
-    """Adds nothing to the worker: vLLM imports this module to find it, and that registers the transport."""
+    """Adds nothing to the worker: vLLM imports this module to find it, and that does what there is to do."""

@@ -74,6 +74,28 @@ def test_memory_on_cpu_is_the_cache() -> None:
     assert "--kv-cache-memory-bytes" not in adapter(engine={"kv_cache_gib": 3}).command(CPU)
 
 
+def test_on_cpu_whole_prompts_go_through_the_model_however_long_and_many() -> None:
+    command = adapter().command(CPU)
+    assert "--no-enable-chunked-prefill" in command
+    assert argument(command, "--max-num-batched-tokens") == str(2048 + 20_480)
+    small = {
+        "data": {"max_prompt_tokens": 16},
+        "rollout": {"max_response_tokens": 64},
+        "reward": {"overlong": {"cache": 16}},
+    }
+    assert argument(adapter(**small).command(CPU), "--max-num-batched-tokens") == "8192"
+    many = adapter(**small, engine={"max_sequences": 9000}).command(CPU)
+    assert argument(many, "--max-num-batched-tokens") == "9000"
+    assert "--max-num-batched-tokens" not in adapter().command(replace(CPU, gpus=("0",)))
+
+
+def test_batch_invariant_kernels_are_for_gpus() -> None:
+    on, gpu = {"batch_invariant": True}, replace(CPU, gpus=("0",))
+    assert adapter(engine=on).environment(gpu)["VLLM_BATCH_INVARIANT"] == "1"
+    assert "VLLM_BATCH_INVARIANT" not in adapter().environment(gpu)
+    assert "VLLM_BATCH_INVARIANT" not in adapter(engine=on).environment(CPU)
+
+
 def test_a_python_of_its_own_runs_the_engine() -> None:
     assert adapter(engine={"python": "/venv/bin/python"}).command(CPU)[0] == "/venv/bin/python"
 
@@ -167,10 +189,9 @@ def test_what_is_asked_of_an_engine_is_the_sampling_and_no_more(tmp_path: Path) 
         asked.append(await request.json())
         return web.Response(body=encode([WRITTEN]))
 
-    ask(tmp_path, {GENERATE: keep}, lambda engine: engine.generate(PROMPT, SAMPLING, 1))
-    assert asked == [
-        {"token_ids": [3, 4], "n": 1, "temperature": 1.0, "top_p": 1.0, "max_tokens": 4, "stop_token_ids": [2]}
-    ]
+    ask(tmp_path, {GENERATE: keep}, lambda engine: engine.generate(PROMPT, replace(SAMPLING, seed=2**62 - 1), 1))
+    how = {"temperature": 1.0, "top_p": 1.0, "max_tokens": 4, "stop_token_ids": [2], "seed": 2**62 - 1}
+    assert asked == [{"token_ids": [3, 4], "n": 1, **how}]
 
 
 def test_progress_is_read_with_care(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from abc import ABC, abstractmethod
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, Generic, TypeVar
 
 import pytest
@@ -56,11 +56,13 @@ class Registry:
 
 def test_nothing_abstract_is_left_for_vllm_25(monkeypatch: pytest.MonkeyPatch) -> None:
     registry = Registry()
-    base, factory = ModuleType("base"), ModuleType("factory")
+    base, factory, platforms = ModuleType("base"), ModuleType("factory"), ModuleType("platforms")
     base.__dict__.update(WeightTransferEngine=Base25, WeightTransferInitInfo=object, WeightTransferUpdateInfo=object)
     factory.__dict__.update(WeightTransferEngineFactory=registry)
+    platforms.__dict__.update(current_platform=SimpleNamespace(is_cpu=lambda: False))
     for package in ("vllm", "vllm.distributed", "vllm.distributed.weight_transfer"):
         monkeypatch.setitem(sys.modules, package, ModuleType(package))
+    monkeypatch.setitem(sys.modules, "vllm.platforms", platforms)
     monkeypatch.setitem(sys.modules, "vllm.distributed.weight_transfer.base", base)
     monkeypatch.setitem(sys.modules, "vllm.distributed.weight_transfer.factory", factory)
     spec = importlib.util.find_spec(NAME)

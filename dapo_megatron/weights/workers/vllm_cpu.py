@@ -1,0 +1,25 @@
+"""Runs inside vLLM's worker processes on CPU: what a sequence comes to does not depend on whether it is alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm import _custom_ops
+
+
+def keep_rows_apart() -> None:
+    """Never let oneDNN multiply a single row.
+
+    With AVX-512, it cuts the sum over more than 1,024 products in another way for one row than for that row among
+    others. So the last sequence of a rollout would have other last bits, depending on how long another one had been
+    there. A second row costs nothing: the weights are read once.
+    """
+    multiply: Any = _custom_ops.onednn_mm
+
+    def with_company(handler: Any, x: Any, bias: Any) -> Any:
+        if x.numel() != handler.k:
+            return multiply(handler, x, bias)
+        return multiply(handler, x.reshape(1, -1).repeat(2, 1), bias)[:1].reshape(*x.shape[:-1], -1)
+
+    # vLLM's layers look the name up with every call.
+    _custom_ops.onednn_mm = with_company
