@@ -1,0 +1,78 @@
+"""A rank of a run whose processes, engines included, are all killed at a certain place: `PLACE CALL CONFIG ...`.
+
+They get SIGKILL when this rank, or with "leader" in PLACES the first one, comes to the place for the CALLth time.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import itertools
+import os
+import signal
+import sys
+import time
+from contextlib import suppress
+from typing import Any
+
+import psutil
+
+PLACES = {
+    "start": "dapo_megatron.rollout.engines:Engines.wait_ready",
+    "restoring": "dapo_megatron.checkpoint.checkpoints:read_shards",
+    "evaluating": "dapo_megatron.leader:evaluate",
+    "rollout": "dapo_megatron.rollout.engines:Engines.generate",
+    "grading": "dapo_megatron.reward.judge:Judge.__call__",
+    "logprobs": "dapo_megatron.actor.actor:Actor.with_old_logprobs",
+    "update": "dapo_megatron.actor.actor:gradient_norm",
+    "publishing": "dapo_megatron.weights.gloo:transmit",
+    "recording": "dapo_megatron.obs.rollouts:RolloutWriter.write",
+    "copying": "dapo_megatron.checkpoint.checkpoints:copy_shards",
+    "writing": "dapo_megatron.checkpoint.shards:Shards.write",
+    "finishing": "dapo_megatron.checkpoint.shards:Shards.finish",
+    "naming": "dapo_megatron.checkpoint.folder:complete",
+    "pointing": "dapo_megatron.checkpoint.folder:_write",
+    "pruning": "dapo_megatron.checkpoint.folder:prune",
+}
+"""What a run does there -> the function that does it."""
+
+
+def kill_everything() -> None:
+    """SIGKILL for torchrun and all its descendants, this process last."""
+    launcher = psutil.Process(os.getppid())
+    doomed = [launcher, *(process for process in launcher.children(recursive=True) if process.pid != os.getpid())]
+    for process in doomed:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)
+
+
+def kill_at(place: str, call: int) -> None:
+    """Have the function of a place kill everything when it is called for the `call`th time."""
+    module_name, _, path = PLACES[place].partition(":")
+    owner: Any = importlib.import_module(module_name)
+    *classes, name = path.split(".")
+    for part in classes:
+        owner = getattr(owner, part)
+    function, calls = getattr(owner, name), itertools.count(1)
+
+    @functools.wraps(function)
+    def killing(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == call:
+            kill_everything()
+        return function(*args, **kwargs)
+
+    setattr(owner, name, killing)
+
+
+if __name__ == "__main__":
+    from dapo_megatron.actor import topology
+    from dapo_megatron.processes import leave
+
+    topology.prepare()
+    from dapo_megatron import rank
+
+    if sys.argv[1] != "nowhere":
+        kill_at(sys.argv[1], int(sys.argv[2]))
+    leave(rank.main(sys.argv[3:]))
