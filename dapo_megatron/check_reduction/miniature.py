@@ -42,8 +42,9 @@ def hf_config(source: Any, layouts: Sequence[Layout], *, tied: bool, shared_keys
     splits = [layout.parallel.tp for layout in layouts]
     tp = math.lcm(*splits)
     stages = math.lcm(*(layout.parallel.pp * layout.parallel.vpp for layout in layouts))
-    groups = max(tp, 2)
+    groups, head = max(tp, 2), HEAD
     if shared_keys:
+        head = math.lcm(HEAD, tp)  # ranks split the rows of a shared head
         groups = max(n for n in range(1, max(*splits, 2)) if all(n % tp == 0 or tp % n == 0 for tp in splits))
     heads = groups * min(4, max(1, source.num_attention_heads // source.num_key_value_heads))
     heads = math.lcm(heads, tp)
@@ -54,9 +55,9 @@ def hf_config(source: Any, layouts: Sequence[Layout], *, tied: bool, shared_keys
         "num_hidden_layers": max(stages, 2),
         "num_attention_heads": heads,
         "num_key_value_heads": groups,
-        "head_dim": HEAD,
-        "hidden_size": 8 * max(1, round(heads * HEAD * width / 8)),
-        "intermediate_size": 3 * heads * HEAD // 2,
+        "head_dim": head,
+        "hidden_size": 8 * max(1, round(heads * head * width / 8)),
+        "intermediate_size": 3 * heads * head // 2,
         "vocab_size": VOCAB,
         "tie_word_embeddings": tied,
         "dtype": "float32",
