@@ -21,7 +21,7 @@ from tests.helpers.distributed import run_distributed
 from tests.helpers.models import load_reference, make_config, save_qwen2
 
 Seen = tuple[set[str], dict[str, Tensor], dict[str, Tensor]]
-SLOW_SECONDS = 5.0
+SLOW_SECONDS, LIMIT = 15.0, 10.0
 
 
 def load(
@@ -130,13 +130,12 @@ class Slow:
 
 
 @pytest.mark.multiproc
-@pytest.mark.parametrize("late", [0, 1])
-def test_reading_may_take_longer_than_a_collective(late: int, tmp_path: Path) -> None:
+def test_reading_may_take_longer_than_a_collective(tmp_path: Path) -> None:
     """Ranks 0 and 1 read, 2 and 3 wait for them."""
     save_qwen2(tmp_path / "model")
     (tmp_path / "board").mkdir()
-    together = Slow(tmp_path / "board", late)
-    found = run_distributed(load, 4, tmp_path / "model", {"tp": 2}, together, SLOW_SECONDS - 3)
+    together = Slow(tmp_path / "board", late=1)
+    found = run_distributed(load, 4, tmp_path / "model", {"tp": 2}, together, LIMIT, timeout=240)
     assert all(not tensor.isnan().any() for _, mine, _ in found for tensor in mine.values())
 
 
