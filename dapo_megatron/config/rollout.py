@@ -110,7 +110,8 @@ class EngineConfig(Section):
     """How long an engine may go without a sign of life, an answer or, while it writes responses, a new token."""
     batch_invariant: bool = False
     """On GPUs, use vLLM's batch-invariant kernels, which are slower: a response then depends on the weights and its
-    seed alone, and not on what else an engine has to do. On CPU that is always so."""
+    seed alone, and not on what else an engine has to do. On CPU it does nothing: docs/architecture.md says how far
+    responses are reproducible there."""
     extra_args: list[str] = []
     """More arguments for the engine's own command line."""
     seed: int | None = None

@@ -38,7 +38,7 @@ _BATCHED_TOKENS = 8192
 class Adapter(EngineAdapter):
     """See `EngineAdapter`.
 
-    Seeds: responses are those of the seed, bit for bit on CPU, and on GPUs as far as engine.batch_invariant goes.
+    Seeds: responses are those of the seed, as far as "Reproducible rollouts" in docs/architecture.md says.
     """
 
     packages = {"vllm": "pip install -e '.[cpu]' in the checkout; with CUDA, as requirements/gpu.txt says"}
