@@ -112,7 +112,8 @@ def test_what_fails_after_a_request_is_its_consequence() -> None:
 def test_it_leaves_an_event_loop_wherever_it_is_raised() -> None:
     async def busy() -> None:
         def call_back() -> None:
-            sum(range(100_000))
+            for _ in range(100_000):
+                pass
             loop.call_soon(call_back)
 
         loop = asyncio.get_running_loop()
