@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import os
 import queue
 import signal
@@ -68,20 +69,20 @@ def test_only_the_first_request_counts() -> None:
 def test_no_request_is_lost_wherever_it_comes() -> None:
     """One at a random moment around a short section either raises in it, or is seen after it."""
     raised = 0
-    for turn in range(300):
+    for turn in range(200):
         stop = Stop()
-        asker = threading.Thread(target=lambda stop=stop, turn=turn: (time.sleep(turn * 1e-6), stop.ask("enough")))
+        asker = threading.Thread(target=lambda stop=stop, turn=turn: (time.sleep(turn * 1e-5), stop.ask("enough")))
         asker.start()
         try:
             with stop.interruptible():
-                sum(range(5_000))
+                time.sleep(0.001)
         except StopRequested:
             raised += 1
         asker.join()
         with pytest.raises(StopRequested), stop.interruptible():
             raise AssertionError("not to be entered")
         assert stop.reason == "enough"
-    assert raised > 0
+    assert 0 < raised < 200, "some come before its end, some after"
 
 
 def test_the_section_is_left_undisturbed() -> None:
@@ -109,14 +110,13 @@ def test_what_fails_after_a_request_is_its_consequence() -> None:
 
 
 def test_it_leaves_an_event_loop_wherever_it_is_raised() -> None:
-    async def busy() -> None:
-        while True:
-            await asyncio.sleep(0)
+    async def wait() -> None:
+        asyncio.get_running_loop().call_soon(stop.ask, "enough")  # raises in a callback, whose errors a loop keeps
+        await asyncio.Event().wait()
 
     stop = Stop()
-    later(0.2, stop.ask, "enough")
     with pytest.raises(StopRequested), stop.interruptible():
-        asyncio.run(busy())
+        asyncio.run(wait())
 
 
 def test_the_main_thread_can_be_unwound_anywhere() -> None:
@@ -162,10 +162,9 @@ def test_signals_are_heard_while_the_main_thread_hears_none() -> None:
     stop = Stop()
     stop._wake()  # has a handler as well, and is nobody's business
     later(0.2, os.kill, os.getpid(), signal.SIGUSR1)
-    lock = threading.Lock()
-    lock.acquire()
-    later(1.0, lock.release)
-    lock.acquire()  # the handlers let it go on waiting
+    end, start = os.pipe()
+    later(1.0, os.write, start, b"!")
+    assert ctypes.CDLL(None).read(end, ctypes.create_string_buffer(1), 1) == 1, "a library's call is not cut short"
     over = time.monotonic()
     number, at = heard.get(timeout=1)
     assert number is signal.SIGUSR1 and over - at > 0.4
