@@ -62,7 +62,7 @@ class RandomWeights:
             **{**shape, "num_hidden_layers": layers or shape["num_hidden_layers"]}
         )
 
-    def load(self, chunks: Sequence[torch.nn.Module]) -> None:
+    def load(self, chunks: Sequence[torch.nn.Module], together: Callable[[str], object]) -> None:
         with torch.no_grad():
             for name, param in (pair for chunk in chunks for pair in chunk.named_parameters()):
                 if param.dim() > 1:

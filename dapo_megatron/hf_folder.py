@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,27 @@ def read_hf_config(path: Path, *, trust_remote_code: bool = False) -> Any:
         raise ConfigError(f"cannot read {path / 'config.json'}: {error}") from error
 
 
-def tensor_names(path: Path) -> set[str]:
-    """Return the names of all tensors in *.safetensors."""
-    from safetensors import safe_open
+def tensor_files(path: Path) -> dict[str, Path]:
+    """Return where every tensor of the checkpoint is, by name: in the files that transformers would read.
 
-    names: set[str] = set()
-    for file in sorted(path.glob("*.safetensors")):
-        with safe_open(file, framework="numpy") as opened:
-            names.update(opened.keys())
-    return names
+    Those are the files of the index, or model.safetensors. Some folders hold the same weights once more, under other
+    names, for other programs. Without either, all *.safetensors count.
+
+    Raises:
+        ConfigError: where a file that the index names is missing, or a file cannot be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    index, single = path / "model.safetensors.index.json", path / "model.safetensors"
+    try:
+        if index.is_file():
+            files = {path / file for file in json.loads(index.read_text())["weight_map"].values()}
+        else:
+            files = {single} if single.is_file() else set(path.glob("*.safetensors"))
+        found: dict[str, Path] = {}
+        for file in sorted(files):
+            with safe_open(file, framework="numpy") as opened:
+                found |= dict.fromkeys(opened.keys(), file)
+    except (OSError, ValueError, LookupError, SafetensorError) as error:
+        raise ConfigError(f"model.path: cannot read the weights in {path}: {error}") from error
+    return found

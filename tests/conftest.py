@@ -2,8 +2,14 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
+
+from dapo_megatron.config import ParallelConfig
+
+if TYPE_CHECKING:
+    from dapo_megatron.actor.topology import Topology
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -28,3 +34,12 @@ def interruptible() -> Iterator[None]:
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def alone() -> Iterator[Topology]:
+    """A process group of this process only."""
+    from dapo_megatron.actor import topology
+
+    yield topology.initialize(ParallelConfig())
+    topology.shutdown()

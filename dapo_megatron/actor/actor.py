@@ -57,8 +57,12 @@ class Checkpoint(Protocol):
     @property
     def hf_config(self) -> Any: ...
 
-    def load(self, chunks: Sequence[torch.nn.Module]) -> None:
-        """Fill `chunks`, the bare GPTModels of this rank, with its weights."""
+    def load(self, chunks: Sequence[torch.nn.Module], together: Callable[[str], object]) -> None:
+        """Fill `chunks`, the bare GPTModels of this rank, with its weights.
+
+        Args:
+            together: as the actor's own.
+        """
         ...
 
 
@@ -71,8 +75,8 @@ class Actor:
 
     Args:
         trainable: False keeps neither gradients nor optimizer, for a frozen reference.
-        together: called once the weights are read, for which ranks take as long as their storage does; returns when
-            all have come there.
+        together: called on every rank once it has read its weights, which takes as long as its storage does; returns
+            when all have come there.
 
     Raises:
         ConfigError: where the model is not supported or does not split into the configured layout.
@@ -96,8 +100,7 @@ class Actor:
         self._megatron_config: Any = transformer_config(hf_config, config.model, config.parallel, config.memory)
         chunks = build_chunks(hf_config, config.model, self._megatron_config, self._groups)
         self._chunks: list[torch.nn.Module] = list(chunks)
-        checkpoint.load(self._chunks)
-        together("weights read")
+        checkpoint.load(self._chunks, together)
         heads = [RowSelection(chunk) for chunk in chunks if chunk.post_process]
         dtype = DTYPES[config.model.dtype]
         modules: list[Any] = list(chunks)

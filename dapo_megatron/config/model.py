@@ -120,8 +120,7 @@ class LaunchConfig(Section):
     """CPU threads of each rank that `dapo-megatron train` starts, whatever OMP_NUM_THREADS it was started with."""
     collective_seconds: Annotated[float, Field(ge=1, le=1e9)] = 600.0
     """How long ranks wait for one another in a collective. What the leader does alone, a rollout for example, has no
-    limit here. While the checkpoint is read, the ranks of a tensor-parallel group wait for the one that reads: where
-    storage takes longer than this for a replica's weights, raise it."""
+    limit here, and neither has reading the checkpoint."""
     join_seconds: Annotated[float, Field(ge=1, le=1e9)] = 1800.0
     """How long ranks wait for one another at the start, while machines pull images and read their software. How long
     torchrun waits before it starts any is its own: `--rdzv-conf join_timeout=...`."""

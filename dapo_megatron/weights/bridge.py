@@ -66,6 +66,11 @@ def make_bridge(hf_config: Any, parallel_states: Any = None) -> Any:
             self, mcore_weights_name: str, mcore_weights: Tensor, param: Tensor, tp_split_size: int
         ) -> list[Tensor]:
             if _is_vocabulary(mcore_weights_name):
+                if len(mcore_weights) != hf_config.vocab_size:
+                    raise ConfigError(
+                        f"model.path: {', '.join(self._weight_name_mapping_mcore_to_hf(mcore_weights_name))} has "
+                        f"{len(mcore_weights)} rows, but vocab_size is {hf_config.vocab_size} in config.json"
+                    )
                 rows = param.shape[0]
                 parts = [mcore_weights[rows * rank : rows * (rank + 1)] for rank in range(tp_split_size)]
                 return [functional.pad(x, (0, 0, 0, rows - len(x))) if len(x) < rows else x for x in parts]

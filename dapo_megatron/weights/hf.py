@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dapo_megatron.errors import ConfigError, DapoError
-from dapo_megatron.hf_folder import read_hf_config, tensor_names
+from dapo_megatron.hf_folder import read_hf_config, tensor_files
 from dapo_megatron.weights.bridge import make_bridge
 from dapo_megatron.weights.buckets import Named, buckets, only_sizes
 from dapo_megatron.weights.publish import AfterLeader
+from dapo_megatron.weights.read import fill, held, share
 from dapo_megatron.weights.side_files import copy_side_files, declare_tokenizer
 
 _SHARD_BYTES = 4 << 30
@@ -39,16 +40,24 @@ class HfCheckpoint:
         self.hf_config: Any = read_hf_config(path, trust_remote_code=trust_remote_code)
         self._bridge = make_bridge(self.hf_config)
 
-    def load(self, chunks: Sequence[torch.nn.Module]) -> None:
+    def load(self, chunks: Sequence[torch.nn.Module], together: Callable[[str], object] = lambda what: None) -> None:
         """Fill this rank's GPTModels, converted to their dtype.
 
+        The ranks of one replica read, each its own part and without the others. From them, the other replicas get it.
+
+        Args:
+            together: called on every rank between the two; returns when all have come there, however long one reads.
+
         Raises:
-            ConfigError: where the checkpoint lacks a tensor of the model, or has one that the model has no place for.
+            ConfigError: on ranks that read, where the checkpoint lacks a tensor of the model, or has one that the model
+                has no place for, or that has another shape.
         """
-        self._check_names(chunks)
         self._bridge.dtype = next(chunks[0].parameters()).dtype
-        with torch.no_grad():
-            self._bridge.load_weights(list(chunks), str(self.path), memory_efficient=True)
+        replicas: Any = mpu.get_data_parallel_group(with_context_parallel=True)
+        if replicas.rank() == 0:
+            fill(self._bridge, chunks, self._checked(chunks))
+        together("weights read")
+        share([param for _, _, param in held(self._bridge, chunks)], replicas)
 
     def export(self, chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the model under its Hugging Face name, whole, on every rank.
@@ -104,17 +113,15 @@ class HfCheckpoint:
         except (OSError, SafetensorError) as error:
             raise DapoError(f"cannot save the model in {folder}: {error}") from error
 
-    def _check_names(self, chunks: Sequence[torch.nn.Module]) -> None:
-        there = tensor_names(self.path)
-        mine = {
-            hf_name
-            for chunk in chunks
-            for name in self._bridge._weight_name_mapping_mcore_local_to_global(chunk).values()
-            for hf_name in self._bridge._weight_name_mapping_mcore_to_hf(name)
-        }
+    def _checked(self, chunks: Sequence[torch.nn.Module]) -> dict[str, Path]:
+        """Return where every tensor is, if these are what the stages want together. Collective over them."""
+        mine = {source for _, sources, _ in held(self._bridge, chunks) for source in sources}
         stages: list[Any] = [None] * mpu.get_pipeline_model_parallel_world_size()
+        # Before files are opened: storage may answer late.
         dist.all_gather_object(stages, mine, group=mpu.get_pipeline_model_parallel_group())
         wanted = set().union(*stages)
+        files = tensor_files(self.path)
+        there = set(files)
         # Copies that some exporters write although the model computes or ties them.
         spare = {name for name in there if name.endswith("rotary_emb.inv_freq")}
         if self.hf_config.tie_word_embeddings:
@@ -125,6 +132,7 @@ class HfCheckpoint:
                     f"model.path: the checkpoint in {self.path} {problem} {len(names)} tensors, such as "
                     f"{', '.join(sorted(names)[:3])}; it has {len(there)}, the model wants {len(wanted)}"
                 )
+        return files
 
 
 def _write_tensors(weights: Iterable[Named], folder: Path) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -196,7 +196,7 @@ class Unloaded:
 
     hf_config: Any
 
-    def load(self, chunks: Sequence[torch.nn.Module]) -> None: ...
+    def load(self, chunks: Sequence[torch.nn.Module], together: Callable[[str], object]) -> None: ...
 
 
 # --- what would fail on a GPU alone -----------------------------------------------------------------------------------

@@ -85,7 +85,7 @@ class _Unloaded:
     def __init__(self, hf_config: Any) -> None:
         self.hf_config = hf_config
 
-    def load(self, chunks: Sequence[torch.nn.Module]) -> None: ...
+    def load(self, chunks: Sequence[torch.nn.Module], together: Callable[[str], object]) -> None: ...
 
 
 def fake_rank_cost(

@@ -10,11 +10,8 @@ import asyncio
 import random
 import sys
 import time
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Coroutine, Iterator
 from typing import Any
-
-import torch
-import torch.distributed as dist
 
 from dapo_megatron import leader, rank, train
 from dapo_megatron.errors import EngineError
@@ -84,15 +81,13 @@ def save_slowly(tensors: dict[str, Any], *arguments: Any, **more: Any) -> None:
     save_file(tensors, *arguments, **more)
 
 
-class SlowCheckpoint(hf.HfCheckpoint):
-    def load(self, chunks: Sequence[torch.nn.Module]) -> None:
-        super().load(chunks)
-        if dist.get_rank() == 0:
-            time.sleep(SECONDS)
+def read_slowly(*arguments: Any) -> None:
+    time.sleep(SECONDS)
+    fill(*arguments)
 
 
 if __name__ == "__main__":
-    train.HfCheckpoint = SlowCheckpoint
+    fill, hf.fill = hf.fill, read_slowly
     save_file = hf.save_file
     hf.save_file, hf._SHARD_BYTES = save_slowly, BYTES
     leader.Engines = SlowEngines  # pyright: ignore[reportAttributeAccessIssue]

@@ -66,15 +66,6 @@ def test_round_trip_is_bit_exact(parallel: dict[str, int], tmp_path: Path) -> No
         assert all(torch.equal(ranks[-1][f"{name}:{key}"], want[key]) for key in exported)
 
 
-@pytest.fixture
-def alone() -> Iterator[None]:
-    from dapo_megatron.actor import topology
-
-    topology.initialize(ParallelConfig())
-    yield
-    topology.shutdown()
-
-
 def build(path: Path) -> tuple[Any, Any]:
     from dapo_megatron.actor.model import build_chunks, transformer_config
     from dapo_megatron.actor.topology import process_groups
