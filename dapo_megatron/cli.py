@@ -1,4 +1,4 @@
-"""The command line: `dapo-megatron train|eval|check-reduction|convert|inspect|config`, also as `python -m dapo_megatron`.
+"""The command line: `dapo-megatron train|eval|check-reduction|convert|inspect|config`, or `python -m dapo_megatron`.
 
 Exit codes: 0 done, 1 the run failed, 2 input that cannot work (nothing was started then), 130 interrupted, 141 the
 reader of the output went away.

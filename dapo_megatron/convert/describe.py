@@ -89,14 +89,16 @@ def _megatron(place: Place) -> dict[str, Any]:
     except CheckpointError as error:
         missing.append(str(error))
     names = sorted({info.relative_path for info in metadata.storage_data.values()})
-    specs = {key: Spec(value.properties.dtype, tuple(value.size)) for key, value in model.items()}
+    told = _model_of(place.hf) if place.hf else {"model_type": None}
+    rows = told.get("vocab_size")
+    specs = {key: Spec(value.properties.dtype, _unpadded(key, value.size, rows)) for key, value in model.items()}
     extra = {key: Spec(value.properties.dtype, tuple(value.size)) for key, value in others.items()}
     return {
         "kind": "megatron",
         "format": "torch_dist",
         "path": str(folder),
         "step": step if isinstance(step, int) else None,
-        **(_model_of(place.hf) if place.hf else {"model_type": None}),
+        **told,
         **_tensors(specs.values()),
         "layers": _layers(model),
         "tensor_parallel": _cuts(model),
@@ -105,6 +107,12 @@ def _megatron(place: Place) -> dict[str, Any]:
         "side_files": [str(file) for file in side_files(place.hf)] if place.hf else [],
         "missing": missing,
     }
+
+
+def _unpadded(key: str, size: torch.Size, vocab_size: Any) -> tuple[int, ...]:
+    """Without the rows that pad the vocabulary, where it is known how many words there are."""
+    is_vocabulary = key.startswith(("embedding.", "output_layer.")) and isinstance(vocab_size, int)
+    return (min(size[0], vocab_size), *size[1:]) if is_vocabulary else tuple(size)
 
 
 def _size(file: Path) -> int | None:
@@ -120,6 +128,7 @@ def _model_of(folder: Path) -> dict[str, Any]:
             "architectures": config.get("architectures"),
             "declared_dtype": config.get("dtype") or config.get("torch_dtype"),
             "tied": config.get("tie_word_embeddings"),
+            "vocab_size": config.get("vocab_size"),
         }
     except (OSError, ValueError, AttributeError):
         return {"model_type": None}

@@ -1,4 +1,4 @@
-"""Ranks that do not exist: Megatron's process groups of a mesh of any size, in one process that may be any of its ranks."""
+"""Ranks that do not exist: one process has Megatron's groups of a mesh of any size, and may be any rank of it."""
 
 from __future__ import annotations
 

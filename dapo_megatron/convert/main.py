@@ -53,7 +53,9 @@ def add_convert(parser: argparse.ArgumentParser, *, to: str | None = None) -> No
 
 
 def add_inspect(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", metavar="PATH", type=Path, help="the folder of a checkpoint, of whatever kind, or a run")
+    parser.add_argument(
+        "path", metavar="PATH", type=Path, help="the folder of a checkpoint, of whatever kind, or a run"
+    )
     parser.add_argument("--json", action="store_true", help="for programs")
     parser.set_defaults(run=_inspect)
 
@@ -134,7 +136,9 @@ def _parallel(arguments: argparse.Namespace) -> ParallelConfig:
         if size < 1:
             raise ConfigError(f"--{name} {size}: at least 1 is needed")
     if sizes["vpp"] > 1 and sizes["pp"] == 1:
-        raise ConfigError(f"--vpp {sizes['vpp']} splits pipeline stages into chunks, but --pp is 1; give --pp 2 or more")
+        raise ConfigError(
+            f"--vpp {sizes['vpp']} splits pipeline stages into chunks, but --pp is 1; give --pp 2 or more"
+        )
     return ParallelConfig(**sizes)
 
 

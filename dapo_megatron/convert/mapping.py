@@ -111,8 +111,8 @@ def written_dtypes(model: Model, specs: Mapping[str, Spec], dtype: torch.dtype |
             wanted = dtype or specs[name].dtype
             if found.setdefault(weight.key, wanted) is not wanted:
                 raise ConfigError(
-                    f"{name} is {specs[name].dtype} and {first[weight.key]} is {specs[first[weight.key]].dtype}, but in "
-                    f"Megatron's format both are part of {weight.key}; give --dtype"
+                    f"{name} is {specs[name].dtype} and {first[weight.key]} is {specs[first[weight.key]].dtype}, but "
+                    f"in Megatron's format both are part of {weight.key}; give --dtype"
                 )
             first.setdefault(weight.key, name)
     return found

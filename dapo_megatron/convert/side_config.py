@@ -1,4 +1,4 @@
-"""config.json beside the weights: what it says about the model, and about their dtype, which a conversion may change."""
+"""config.json: what it says about the model, and about the dtype of the weights, which a conversion may change."""
 
 from __future__ import annotations
 

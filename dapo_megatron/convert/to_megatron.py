@@ -13,9 +13,9 @@ from dapo_megatron.convert.mapping import DTYPES, Model, written_dtypes
 from dapo_megatron.convert.output import copy_side_files, side_files, unfinished
 from dapo_megatron.convert.places import HF
 from dapo_megatron.convert.progress import progress
+from dapo_megatron.convert.side_config import declare_dtype, read_config
 from dapo_megatron.convert.tensors_file import TensorsFolder
 from dapo_megatron.errors import ConfigError
-from dapo_megatron.convert.side_config import declare_dtype, read_config
 
 _COMMON = {"iteration": 0, "checkpoint_version": 3.0}
 """What Megatron-LM asks for; by the version, heads of queries, keys and values lie side by side in groups."""

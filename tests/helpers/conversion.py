@@ -90,7 +90,7 @@ def save_by_megatron(path: Path, saved: Path, parallel: dict[str, int], dtype: s
 
 
 def load_by_megatron(path: Path, converted: Path, parallel: dict[str, int], dtype: str) -> int:
-    """Called on ranks: has Megatron load a converted checkpoint, and compares with the Hugging Face checkpoint's weights.
+    """Called on ranks: has Megatron load a converted checkpoint, and compares with Hugging Face's weights.
 
     Returns how many parameters this rank compared.
     """
