@@ -34,6 +34,7 @@ EXAMPLES = """\
 examples:
   dapo-megatron train configs/quickstart_cpu.yaml
   dapo-megatron train configs/quickstart_cpu.yaml train.steps=50 run.name=longer optimizer.lr=1e-5
+  dapo-megatron train --resume configs/quickstart_cpu.yaml    go on from the last checkpoint, or begin
   dapo-megatron eval configs/quickstart_cpu.yaml eval.samples=4 model.path=runs/quickstart/hf
   dapo-megatron check-reduction configs/quickstart_cpu.yaml    every layout gives the gradient of a single process
   dapo-megatron check-reduction configs/quickstart_cpu.yaml algo.loss_scope=prompt --layouts yours,tp2xcp2+sp
@@ -93,6 +94,11 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     _add_config(train)
+    train.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the run in the folder from its last checkpoint, or begin it: run.existing=resume",
+    )
     train.set_defaults(run=_train)
 
     evaluate = commands.add_parser(
@@ -178,11 +184,17 @@ def _config(arguments: argparse.Namespace) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    config = config_file.load(arguments.config, arguments.overrides)
+    from dapo_megatron.obs.run_folder import nothing_to_do
+
+    overrides = [*arguments.overrides, *(["run.existing=resume"] if arguments.resume else [])]
+    config = config_file.load(arguments.config, overrides)
+    if over := nothing_to_do(config):
+        print(f"dapo-megatron: {over}", flush=True)
+        return 0
     ranks = config.launch.processes
     print(f"dapo-megatron: {_check(config, ranks)}", flush=True)
     _set_threads(config.launch.threads)
-    return _launch(ranks, ["dapo_megatron.train", str(arguments.config), *arguments.overrides])
+    return _launch(ranks, ["dapo_megatron.train", str(arguments.config), *overrides])
 
 
 def _check(config: Config, ranks: int) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -46,7 +45,6 @@ class Leader:
 
     def __init__(self, config: Config, obs: Observer, checked: Checked) -> None:
         self.config, self._obs = config, obs
-        self._started = time.monotonic()
         self._held_out = checked.held_out
         self._attention_tokens = attention_tokens(checked.hf_config)
         self.sampling = Sampling.from_config(config.rollout, checked.stop_token_ids)
@@ -65,7 +63,12 @@ class Leader:
     @property
     def state(self) -> dict[str, Stateful]:
         """The leader's parts that survive a restart, by name."""
-        return {"prompts": self.prompts, "carried": self.carried, "evaluations": self.evaluations}
+        return {
+            "prompts": self.prompts,
+            "carried": self.carried,
+            "evaluations": self.evaluations,
+            "record": self._obs,
+        }
 
     def pack(self, samples: Sequence[TrainSample], replicas: int, step: int) -> tuple[Packed, Measures]:
         """Decide which replica trains on which samples of a step, and in which micro-batches."""
@@ -110,7 +113,6 @@ class Leader:
     def summarise(self) -> None:
         """Write summary.json: the held-out accuracy and length before and after, where there is held-out data."""
         summary: dict[str, float | int | str] = {
-            "seconds": round(time.monotonic() - self._started, 1),
             "seed": self.config.train.seed,
             "steps": self.config.train.steps,
         }
@@ -118,7 +120,7 @@ class Leader:
             if result := self.evaluations.value.get(when):
                 summary[f"{name}_accuracy"] = result.accuracy
                 summary[f"{name}_length"] = result.mean_length
-        self._obs.summary(summary)
+        self._obs.summary(summary, self.evaluations.value)
 
     def close(self) -> None:
         """End engines and graders. Safe to call at any point, also after a failure."""

@@ -70,7 +70,7 @@ def preflight(config: Config, world_size: int, local_ranks: int | None = None) -
     config.parallel.data_parallel(world_size)
     _check_optimizer(config.optimizer)
     _check_packages({"megatron.core": _EXTRAS} | _layer_packages(config.model) | _sink_packages(config.run))
-    check_run_folder(config.run)
+    check_run_folder(config)
     hf_config = _check_sampling(config)
     check_layout(hf_config, config.parallel)
     _check_recompute(config, hf_config.num_hidden_layers)

@@ -11,6 +11,7 @@ from dapo_megatron.algo.filter import is_mixed
 from dapo_megatron.algo.objective import Objective
 from dapo_megatron.algo.samples import to_samples
 from dapo_megatron.algo.weighing import weigh
+from dapo_megatron.checkpoint.checkpoints import Checkpoints
 from dapo_megatron.config import Config, OptimizerConfig, ParallelConfig
 from dapo_megatron.heartbeat import Peers
 from dapo_megatron.leader import Batch, Leader
@@ -55,6 +56,12 @@ def train(
         publisher = open_publisher(config.weights, leader.engines if leader else None, peers.after_leader)
         opened.enter_context(closing(publisher))
     state = RunState(leader.state if leader else None, skipped_in_a_row=skipped.in_a_row)
+    checkpoints = Checkpoints(config, topo, actor, checkpoint, state, peers.after_leader, obs.message)
+    with obs.phase("restoring"):
+        checkpoints.restore()
+    with obs.phase("publish"):
+        publisher.push(checkpoint.export(actor.chunks), version=state.steps_done.value)
+    peers.after_leader("publish")
 
     if leader and not state.steps_done.value:
         leader.evaluate("before")
@@ -83,6 +90,11 @@ def train(
             leader.log(step, batch, {**policy, **weighing, **memory}, results)
             if config.eval.due(step + 1) and step + 1 < config.train.steps:
                 leader.evaluate(f"step {step + 1}")
+        last = step + 1 == config.train.steps
+        if topo.broadcast(last or (leader is not None and checkpoints.due(step + 1))):
+            with obs.phase("checkpoint"):
+                checkpoints.save(step + 1)
+        checkpoints.news()
 
     if config.run.save_hf:
         with obs.phase("saving"):

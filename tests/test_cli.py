@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import psutil
@@ -161,6 +162,33 @@ RESULT = EvalResult(
 
 def refuse(constant: str) -> None:
     raise AssertionError(f"{constant} is not JSON")
+
+
+@pytest.mark.parametrize("option", ["--resume", "run.existing=resume"])
+def test_resume_begins_a_run_goes_on_with_it_and_tells_when_it_is_over(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    from dapo_megatron.obs.run_folder import open_run_folder
+
+    launched: list[Sequence[str]] = []
+    monkeypatch.setattr(cli, "_launch", lambda ranks, module: launched.append(module) or 0)
+    monkeypatch.setattr(cli, "_set_threads", lambda threads: None)
+
+    def train(steps: int) -> int:
+        return cli.main(["train", str(config), option, f"train.steps={steps}"])
+
+    assert train(3) == 0
+    ((module, *arguments),) = launched
+    assert (module, set(arguments)) == ("dapo_megatron.train", {str(config), "run.existing=resume", "train.steps=3"})
+    with closing(open_run_folder(config_file.load(config, ["run.existing=resume", "train.steps=3"]))) as run:
+        assert train(3) == 2 and len(launched) == 1
+        assert "in use by process" in capsys.readouterr().err
+        run.summarise({"steps": 3})
+    assert train(3) == 0 and len(launched) == 1
+    assert "is over: it has done 3 steps, and train.steps is 3; set train.steps to more" in capsys.readouterr().out
+    assert cli.main(["train", str(config), option, "train.steps=4", "train.seed=1"]) == 2 and len(launched) == 1
+    assert "train.seed: 0 -> 1" in capsys.readouterr().err
+    assert train(4) == 0 and len(launched) == 2
 
 
 def test_eval_prints_json_also_where_there_is_no_standard_error(

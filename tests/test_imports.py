@@ -33,6 +33,7 @@ ROOMS: dict[str, set[str]] = {
     "rollout": {*VOCABULARY, "processes"},
     "actor": VOCABULARY,
     "weights": VOCABULARY,
+    "checkpoint": VOCABULARY,
     "eval": {*VOCABULARY, "rollout.collect", "rollout.engine"},
     "preflight": {
         *(*VOCABULARY, "actor.architecture", "data", "obs.run_folder", "obs.sinks"),
@@ -44,6 +45,8 @@ ROOMS: dict[str, set[str]] = {
 ALLOWED_HEAVY: dict[str, set[str]] = {
     "actor": {"megatron", "torch.distributed"},
     "weights": {"megatron", "mbridge", "torch.distributed"},
+    "checkpoint": {"megatron", "torch.distributed"},
+    "checkpoint.folder": set(),
     "rollout.endpoints": {"vllm", "sglang"},
     "weights.workers": {"vllm", "sglang", "torch.distributed"},
     "check_reduction": {"torch.distributed"},

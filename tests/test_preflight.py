@@ -342,4 +342,5 @@ def test_a_run_folder_that_is_there(tmp_path: Path) -> None:
     config = changed(tmp_path)
     config.run.folder.mkdir(parents=True)
     assert "run.existing=rename" in refused(config)
-    preflight(changed(tmp_path / "other", run={"dir": str(tmp_path / "runs"), "existing": "rename"}), 1)
+    for existing in ("rename", "resume"):
+        preflight(changed(tmp_path / existing, run={"dir": str(tmp_path / "runs"), "existing": existing}), 1)

@@ -40,6 +40,7 @@ from dapo_megatron.actor.optimizer import (
 from dapo_megatron.actor.reduce import SumOverRanks, over_ranks
 from dapo_megatron.actor.schedule import Schedule
 from dapo_megatron.actor.shard import Shard, concatenated, runs_of, slots_of
+from dapo_megatron.actor.sharded import load_sharded_state, sharded_state
 from dapo_megatron.actor.topology import Topology, process_groups
 from dapo_megatron.config import Config
 from dapo_megatron.errors import DapoError
@@ -107,7 +108,7 @@ class Actor:
         if dtype is torch.bfloat16:
             modules = [Float16Module(self._megatron_config, chunk) for chunk in modules]
         self.optimizer: Any = None
-        """Megatron's optimizer, for checkpoints; None where not trainable."""
+        """Megatron's optimizer; None where not trainable."""
         self._divisor: Tensor | None = None
         if trainable:
             accumulate_in_main_grad(chunks)
@@ -141,6 +142,19 @@ class Actor:
         if self.optimizer is not None:
             gather_parameters(self._modules)
         return self._chunks
+
+    @property
+    def replicas(self) -> dist.ProcessGroup:
+        """The ranks that hold the same weights as this one."""
+        return self._groups.dp_cp
+
+    def sharded_state(self, *, loading: bool = False) -> dict[str, Any]:
+        """Return weights and the optimizer's state as parts of global tensors, to be saved, or to be filled."""
+        return sharded_state(self.chunks, self.optimizer, self._groups, loading=loading)
+
+    def load_sharded_state(self, loaded: dict[str, Any]) -> None:
+        """Go on from weights and an optimizer's state that Megatron has filled `sharded_state` with."""
+        load_sharded_state(self.chunks, self.optimizer, loaded)
 
     @contextmanager
     def away(self, phase: Callable[[str], AbstractContextManager[None]] = nullcontext) -> Iterator[None]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pydantic import Field, model_validator
 
 from dapo_megatron.config.algo import AlgoConfig, CorrectionConfig, KlConfig, OptimizerConfig, TrainConfig
+from dapo_megatron.config.checkpoint import CheckpointConfig
 from dapo_megatron.config.model import LaunchConfig, MemoryConfig, ModelConfig, ParallelConfig
 from dapo_megatron.config.reward import OverlongConfig, RewardConfig
 from dapo_megatron.config.rollout import DataConfig, EngineConfig, RolloutConfig, WeightsConfig
@@ -16,6 +17,7 @@ from dapo_megatron.config.section import Section
 
 __all__ = [
     "AlgoConfig",
+    "CheckpointConfig",
     "Config",
     "CorrectionConfig",
     "DataConfig",
@@ -52,6 +54,7 @@ class Config(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     run: RunConfig = RunConfig()
 
     @property

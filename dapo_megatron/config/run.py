@@ -32,8 +32,9 @@ class RunConfig(Section):
     """Results go to dir/name."""
     dir: Path = Path("runs")
     """Folder that runs are kept in."""
-    existing: Literal["refuse", "rename"] = "refuse"
-    """What to do when dir/name is there already: stop, or move it aside to dir/name.1, .2, ..."""
+    existing: Literal["refuse", "rename", "resume"] = "refuse"
+    """What to do when dir/name is there already: stop, move it aside to dir/name.1, .2, ..., or go on from its last
+    checkpoint (dapo-megatron train --resume). Where it is not there yet, all three begin it."""
     save_hf: bool = True
     """Write the trained policy as a Hugging Face checkpoint to dir/name/hf."""
     sampled_groups: NonNegativeInt = 4

@@ -12,7 +12,7 @@ from dapo_megatron.convert.tensors_file import INDEX
 HF = "hf"
 """Folder of a Megatron checkpoint with what lies beside the weights in Hugging Face's form."""
 _TRACKER = "latest_checkpointed_iteration.txt"
-_RUN = "checkpoints"
+_RUN, _LATEST = "checkpoints", "latest"
 _STEP = re.compile(r"(?:step-|iter_)(\d+)")
 
 
@@ -58,9 +58,12 @@ def resolve(path: Path) -> Place:
 
 
 def _steps(folder: Path) -> list[Path]:
-    """Folders of steps, the newest first."""
+    """Folders of steps, the newest first; before them, the one that a run points to as its latest."""
     found = [(int(match[1]), entry) for entry in _folders(folder) if (match := _STEP.fullmatch(entry.name))]
-    return [entry for _, entry in sorted(found, reverse=True)]
+    steps = [entry for _, entry in sorted(found, reverse=True)]
+    latest = folder / _LATEST
+    name = latest.read_text(errors="replace").strip() if latest.is_file() else None
+    return sorted(steps, key=lambda entry: entry.name != name)
 
 
 def _folders(folder: Path) -> list[Path]:

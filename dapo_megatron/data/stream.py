@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
 
 from dapo_megatron.errors import ConfigError
 from dapo_megatron.types import Prompt
@@ -22,7 +25,7 @@ class PromptStream:
         if not prompts:
             raise ConfigError("there are no prompts to draw from")
         self._prompts, self._seed = prompts, seed
-        self._uids = hashlib.sha256("\n".join(prompt.uid for prompt in prompts).encode()).hexdigest()[:16]
+        self._digest = _digest(prompts)
         self._start_epoch(0)
 
     def take(self, count: int) -> list[Prompt]:
@@ -40,7 +43,7 @@ class PromptStream:
         return {
             "seed": self._seed,
             "size": len(self._prompts),
-            "uids": self._uids,
+            "digest": self._digest,
             "epoch": self._epoch,
             "position": self._position,
         }
@@ -49,13 +52,18 @@ class PromptStream:
         """Go on where the stream that gave `state` stood.
 
         Raises:
-            ConfigError: where that stream had another seed or number of prompts.
+            ConfigError: where that stream had another seed or other prompts.
         """
-        for key, here in (("seed", self._seed), ("size", len(self._prompts)), ("uids", self._uids)):
+        for key, what, here in (
+            ("seed", "train.seed", self._seed),
+            ("size", "a number of prompts of", len(self._prompts)),
+            ("digest", "prompts that come to", self._digest),
+        ):
             if state[key] != here:
                 raise ConfigError(
-                    f"cannot continue the prompts of a run with {key} {state[key]}: this one has {here}; "
-                    f"resume with the same data and seed"
+                    f"cannot go on with the prompts of a run with {what} {state[key]}: this one has {here}; "
+                    f"resume with the same seed and the same data, file names, tokens and answers included (the folder "
+                    f"may be another)"
                 )
         self._start_epoch(state["epoch"])
         self._position = state["position"]
@@ -64,3 +72,14 @@ class PromptStream:
         self._epoch, self._position = epoch, 0
         self._order = list(range(len(self._prompts)))
         random.Random(f"{self._seed}/{epoch}").shuffle(self._order)
+
+
+def _digest(prompts: Sequence[Prompt]) -> str:
+    """A name for what training sees of the prompts, and for their order. `rollouts.jsonl` and samples that are carried
+    over refer to uids, so these belong to it.
+    """
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(json.dumps([prompt.uid, prompt.answer, len(prompt.token_ids)]).encode())
+        digest.update(np.array(prompt.token_ids, "<i4").tobytes())
+    return digest.hexdigest()[:16]

@@ -23,6 +23,10 @@ _PACE_STEPS = 10
 
 
 class Display(Protocol):
+    def go_on(self, done: int) -> None:
+        """The run begins with `done` steps done, in an earlier life."""
+        ...
+
     def begin(self, phase: str) -> None: ...
 
     def end(self, phase: str, seconds: float) -> None: ...
@@ -69,6 +73,8 @@ class PlainDisplay:
     def __init__(self, file: TextIO, steps: int) -> None:
         self._file, self._steps, self._pace = file, steps, Pace(steps)
 
+    def go_on(self, done: int) -> None: ...
+
     def begin(self, phase: str) -> None:
         if phase not in PHASES:
             self.show(f"{phase} ...")
@@ -114,6 +120,9 @@ class LiveDisplay:
         )
         self._live.start()
 
+    def go_on(self, done: int) -> None:
+        self._done = done
+
     def begin(self, phase: str) -> None:
         self._phase = phase, time.monotonic()
 
@@ -154,7 +163,7 @@ class LiveDisplay:
         if parts := _by_phase(metrics, "memory", "{:.1f}"):
             rows.add_row("peak GiB", Text(parts))
         left = ""
-        if self._done:
+        if self._done and "seconds/step" in metrics:
             left = f"  {clock(self._pace.left(self._done, metrics.get('seconds/step', 0)))} left"
         title = f"{self._name}  step {self._done}/{self._steps}  {clock(now - self._started)}{left}"
         return Panel(Group(rows), title=Text(title, style="bold"), title_align="left", expand=False)

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
-from typing import Protocol
+from dataclasses import asdict
+from typing import Any, Protocol
 
+from pydantic import TypeAdapter
 from rich.text import Text
 
 from dapo_megatron.config import Config
+from dapo_megatron.errors import ConfigError
 from dapo_megatron.obs.display import open_display
 from dapo_megatron.obs.memory import PeakMemory
 from dapo_megatron.obs.metrics import PHASES
+from dapo_megatron.obs.place import ROLLOUTS, Place, go_back, sizes
 from dapo_megatron.obs.rollouts import RolloutWriter
 from dapo_megatron.obs.run_folder import LOG, open_run_folder
-from dapo_megatron.obs.sinks import Tried, open_sinks
+from dapo_megatron.obs.sinks import Sink, Tried, open_sinks
 from dapo_megatron.obs.terminal import Diverted, printable
+from dapo_megatron.state import Stateful
 from dapo_megatron.types import Decode, Group
 
 SHOWN_CHARACTERS = 400
@@ -51,10 +55,16 @@ class Evaluation(Protocol):
     def examples(self) -> Sequence[Example]: ...
 
 
-class Observer(Protocol):
+class Observer(Stateful, Protocol):
+    """Its state is the place that the record has come to: loaded before `begin`, it goes on there."""
+
     @property
     def memory(self) -> PeakMemory:
         """What the phases of the step took at their peak on this rank."""
+        ...
+
+    def begin(self) -> None:
+        """Open the record. Called once, when it is known where it goes on and before there is anything to record."""
         ...
 
     def phase(self, name: str) -> AbstractContextManager[None]:
@@ -71,8 +81,12 @@ class Observer(Protocol):
 
     def message(self, text: str) -> None: ...
 
-    def summary(self, values: Mapping[str, float | int | str]) -> None:
-        """The run is over; `values` go to summary.json."""
+    def summary(self, values: Mapping[str, float | int | str], evaluations: Mapping[str, Evaluation]) -> None:
+        """The run is over; `values` go to summary.json, with the seconds that it took.
+
+        Args:
+            evaluations: when -> result. Those of "before" and "after" are shown once more, with examples.
+        """
         ...
 
     def close(self) -> None: ...
@@ -84,6 +98,13 @@ class NullObserver:
     def __init__(self) -> None:
         self.memory = PeakMemory()
 
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any], /) -> None: ...
+
+    def begin(self) -> None: ...
+
     def phase(self, name: str) -> AbstractContextManager[None]:
         return self.memory.phase(name)
 
@@ -93,7 +114,7 @@ class NullObserver:
 
     def message(self, text: str) -> None: ...
 
-    def summary(self, values: Mapping[str, float | int | str]) -> None: ...
+    def summary(self, values: Mapping[str, float | int | str], evaluations: Mapping[str, Evaluation]) -> None: ...
 
     def close(self) -> None: ...
 
@@ -104,35 +125,79 @@ class RunObserver:
     While it is open, standard output and error of this process go to log.txt: what libraries say does not disturb the
     display. Warnings of this package are shown as well.
 
+    The record of a new folder begins at once. Where a run goes on, nothing in the folder changes before `begin`, which
+    takes the record back to the place that was loaded, or to nothing without one: what was written later is made again.
+
     Args:
         decode: makes the texts of rollouts.jsonl.
 
     Raises:
-        ConfigError: where the folder cannot be opened, or a package for a sink is not installed.
+        ConfigError: where the folder cannot be opened, or a sink; `begin` raises it as well.
     """
 
     def __init__(self, config: Config, decode: Decode) -> None:
-        self._folder = open_run_folder(config)
         self.memory = PeakMemory()
+        self._config = config
+        self._started = time.monotonic()
+        self._loaded: Place | None = None
+        """Where the record goes on, where a checkpoint says so."""
+        self._begun = False
+        self._sinks: dict[str, Sink] = {}
         self._done = 0
         self._seconds: dict[str, float] = {}
         self._step_started = 0.0
         self._eval_seconds = 0.0
-        self._evaluations: dict[str, Evaluation] = {}
+        self._writing_rollouts = Tried(ROLLOUTS, OSError)
+        self._writing_summary = Tried("summary.json", OSError)
         with ExitStack() as stack:
-            self._output = stack.enter_context(closing(Diverted(self._folder / LOG)))
+            self._folder = stack.enter_context(closing(open_run_folder(config)))
+            self._output = stack.enter_context(closing(Diverted(self._folder.path / LOG)))
             self._shown = stack.enter_context(ExitStack())
             display = open_display(self._output.terminal, config.run.name, config.train.steps)
             self._display = self._shown.enter_context(closing(display))
             relay = _Relay(self._display.show)
             logging.getLogger("dapo_megatron").addHandler(relay)
             self._shown.callback(logging.getLogger("dapo_megatron").removeHandler, relay)
-            self._rollouts = RolloutWriter(self._folder / "rollouts.jsonl", config.run.sampled_groups, decode)
-            self._sinks = [stack.enter_context(closing(sink)) for sink in open_sinks(config, self._folder)]
+            rollouts = self._folder.path / ROLLOUTS
+            self._rollouts = RolloutWriter(rollouts, config.run.sampled_groups, decode)
+            self._sinks_open = stack.enter_context(ExitStack())
+            if not self._folder.resumed:
+                self.begin()
             self._open = stack.pop_all()
-        self._writing_rollouts = Tried("rollouts.jsonl", OSError)
-        self._writing_summary = Tried("summary.json", OSError)
-        self.message(f"{self._folder}: metrics, responses and {LOG} of this run")
+        self.message(f"{self._folder.path}: metrics, responses and {LOG} of this run")
+        for note in self._folder.notes:
+            self.message(note)
+
+    def state_dict(self) -> dict[str, Any]:
+        """
+        Raises:
+            OSError: where what is written so far does not reach the disk.
+        """
+        places = {name: sink.place for name, sink in self._sinks.items()}
+        return asdict(Place(self._done, self._seconds_so_far(), sizes(self._folder.path), places))
+
+    def load_state_dict(self, state: dict[str, Any], /) -> None:
+        self._loaded = TypeAdapter(Place).validate_python(state)
+
+    def begin(self) -> None:
+        if self._begun:
+            return
+        folder, place = self._folder, self._loaded or Place()
+        try:
+            if folder.resumed:
+                go_back(folder.path, place.files)
+                folder.go_on(place.steps)
+        except OSError as error:
+            raise ConfigError(f"run: cannot go on with the record in {folder.path}: {error}") from error
+        self._sinks = open_sinks(self._config, folder.path, self._loaded)
+        for sink in self._sinks.values():
+            self._sinks_open.enter_context(closing(sink))
+        self._done = place.steps
+        self._display.go_on(place.steps)
+        self._begun = True
+        if folder.resumed:
+            where = f"goes on after step {place.steps}" if self._loaded else "has no checkpoint yet: it begins again"
+            self.message(f"resumed: the run {where}")
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -164,7 +229,6 @@ class RunObserver:
         self._display.step(self._done, row)
 
     def evaluation(self, when: str, result: Evaluation) -> None:
-        self._evaluations[when] = result
         low, high = result.interval
         self._log(
             {
@@ -182,10 +246,10 @@ class RunObserver:
         self._output.note(printable(text))
         self._display.show(text)
 
-    def summary(self, values: Mapping[str, float | int | str]) -> None:
+    def summary(self, values: Mapping[str, float | int | str], evaluations: Mapping[str, Evaluation]) -> None:
         with self._writing_summary("write it"):
-            (self._folder / "summary.json").write_text(json.dumps(dict(values), indent=1) + "\n")
-        both = {when: self._evaluations[when] for when in ("before", "after") if when in self._evaluations}
+            self._folder.summarise({"seconds": round(self._seconds_so_far(), 1), **values})
+        both = {when: evaluations[when] for when in ("before", "after") if when in evaluations}
         text = Text()
         for when, result in both.items():
             text.append(f"\n{when} training\n", style="bold")
@@ -196,7 +260,7 @@ class RunObserver:
         if both:
             self._output.note(text.plain)
             self._display.show(text)
-        self.message(f"summary: {self._folder / 'summary.json'}")
+        self.message(f"summary: {self._folder.path / 'summary.json'}")
 
     def last_words(self, text: str) -> None:
         """Take the display off the terminal and print `text`, the last that is seen of this run."""
@@ -209,8 +273,13 @@ class RunObserver:
         self._open.close()
 
     def _log(self, row: Mapping[str, float]) -> None:
-        for sink in self._sinks:
+        assert self._begun, "nothing is recorded before begin()"
+        for sink in self._sinks.values():
             sink.log(self._done, row)
+
+    def _seconds_so_far(self) -> float:
+        earlier = self._loaded.seconds if self._loaded else 0.0
+        return earlier + time.monotonic() - self._started
 
 
 class _Relay(logging.Handler):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from dapo_megatron.obs.place import Lines
 from dapo_megatron.types import Decode, Group
 
 
@@ -19,8 +19,7 @@ class RolloutWriter:
     """
 
     def __init__(self, path: Path, groups: int, decode: Decode) -> None:
-        self._path, self._groups, self._decode = path, groups, decode
-        path.touch()
+        self._lines, self._groups, self._decode = Lines(path), groups, decode
 
     def write(self, step: int, groups: Sequence[Group]) -> None:
         """Append a step, whole or not at all.
@@ -28,15 +27,8 @@ class RolloutWriter:
         Raises:
             OSError: where it cannot be written.
         """
-        size = self._path.stat().st_size if self._path.exists() else 0
-        try:
-            # Model output may hold halves of surrogate pairs, which have no bytes in UTF-8: JSON spells them \ud83d.
-            with self._path.open("a", encoding="utf-8", errors="backslashreplace") as file:
-                for group in groups[: self._groups]:
-                    file.write(json.dumps({"step": step, **_plain(group, self._decode)}, ensure_ascii=False) + "\n")
-        except OSError:
-            os.truncate(self._path, size)
-            raise
+        rows = ({"step": step, **_plain(group, self._decode)} for group in groups[: self._groups])
+        self._lines.append("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def _plain(group: Group, decode: Decode) -> dict[str, object]:

@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread
@@ -17,6 +17,8 @@ from urllib.request import urlopen
 
 from dapo_megatron.config import Config, RunConfig
 from dapo_megatron.errors import ConfigError
+from dapo_megatron.obs.changes import flat
+from dapo_megatron.obs.place import METRICS, TENSORBOARD, Lines, Place
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +29,11 @@ _FINISH_SECONDS = 60.0
 
 class Sink(Protocol):
     """Takes the metrics of one step, by name."""
+
+    @property
+    def place(self) -> dict[str, str]:
+        """What it takes to go on here after a restart; empty where it is all in the run's folder."""
+        ...
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
@@ -46,24 +53,36 @@ def check_sinks(run: RunConfig) -> None:
         _check_mlflow(run.mlflow_uri)
 
 
-def open_sinks(config: Config, folder: Path) -> list[Sink]:
+def open_sinks(config: Config, folder: Path, at: Place | None = None) -> dict[str, Sink]:
     """Open the sinks that `config.run` names. What one of them cannot write later is no error: see `Resilient`.
+
+    Args:
+        at: where the record goes on, whose files have been taken back there; None for a record that begins.
+
+    Returns:
+        Name -> sink.
 
     Raises:
         ConfigError: for a sink that cannot be opened, although `check_sinks` has passed.
     """
     run, values = config.run, config.model_dump(mode="json")
-    sinks: list[Sink] = []
+    before: Mapping[str, dict[str, str]] = at.sinks if at else {}
+    openers: dict[str, Callable[[], Sink]] = {METRICS: lambda: JsonlSink(folder / METRICS)}
+    if run.tensorboard:
+        after = at.steps if at else None
+        openers["run.tensorboard"] = lambda: TensorBoardSink(folder / TENSORBOARD, after)
+    if (project := run.wandb_project) is not None:
+        known = before.get("run.wandb_project", {})
+        openers["run.wandb_project"] = lambda: WandbSink(project, run.name, folder, values, known)
+    if (uri := run.mlflow_uri) is not None:
+        place = before.get("run.mlflow_uri", {})
+        openers["run.mlflow_uri"] = lambda: MlflowSink(uri, run.name, values, place)
+    sinks: dict[str, Sink] = {}
     try:
-        sinks.append(Resilient("metrics.jsonl", JsonlSink(folder / "metrics.jsonl")))
-        if run.tensorboard:
-            sinks.append(Resilient("run.tensorboard", TensorBoardSink(folder / "tensorboard")))
-        if run.wandb_project is not None:
-            sinks.append(Resilient("run.wandb_project", WandbSink(run.wandb_project, run.name, folder, values)))
-        if run.mlflow_uri is not None:
-            sinks.append(Resilient("run.mlflow_uri", MlflowSink(run.mlflow_uri, run.name, values)))
+        for name, open_sink in openers.items():
+            sinks[name] = Resilient(name, open_sink())
     except Exception as error:  # each library has errors of its own, and so have the ones beneath it
-        for sink in sinks:
+        for sink in sinks.values():
             sink.close()
         raise ConfigError(f"cannot open the metrics of this run: {type(error).__name__}: {error}") from error
     return sinks
@@ -106,6 +125,10 @@ class Resilient:
         # Whatever the library or the system raises, training does not depend on it.
         self._logging = Tried(name, Exception)
 
+    @property
+    def place(self) -> dict[str, str]:
+        return self._sink.place
+
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         with self._logging(f"log step {step}"):
             self._sink.log(step, metrics)
@@ -120,26 +143,34 @@ class Resilient:
 class JsonlSink:
     """One JSON object per line: step, time (seconds since 1970) and the metrics.
 
-    A number that JSON has no word for, such as nan, is null. Every line is flushed when `log` returns.
+    A number that JSON has no word for, such as nan, is null. Every line is written when `log` returns.
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("a", encoding="utf-8")
+        self.place: dict[str, str] = {}
+        self._lines = Lines(path)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         values = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}, allow_nan=False) + "\n")
-        self._file.flush()
+        row = {"step": step, "time": round(time.time(), 3), **values}
+        self._lines.append(json.dumps(row, allow_nan=False) + "\n")
 
-    def close(self) -> None:
-        self._file.close()
+    def close(self) -> None: ...
 
 
 class TensorBoardSink:
-    def __init__(self, folder: Path) -> None:
+    """Events in a file of their own for each life of a run.
+
+    Args:
+        after: where a run goes on, the steps that are done. A TensorBoard that is open meanwhile forgets what it has
+            read of later ones.
+    """
+
+    def __init__(self, folder: Path, after: int | None = None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder))
+        self.place: dict[str, str] = {}
+        self._writer = SummaryWriter(str(folder), purge_step=None if after is None else after + 1)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():
@@ -153,13 +184,28 @@ class TensorBoardSink:
 class WandbSink:
     """A run of Weights & Biases. WANDB_MODE=offline keeps it in the run's folder, for `wandb sync`.
 
-    wandb sends from a process of its own, which waits for a server that is gone.
+    wandb sends from a process of its own, which waits for a server that is gone. By its documentation, a run goes on
+    from the last step that the server has: what is made again after a restart stays as it was.
+
+    Args:
+        place: that of the sink whose run goes on. In another project a new one begins.
     """
 
-    def __init__(self, project: str, name: str, folder: Path, config: Mapping[str, Any]) -> None:
+    def __init__(
+        self, project: str, name: str, folder: Path, config: Mapping[str, Any], place: Mapping[str, str]
+    ) -> None:
         import wandb
 
-        self._run: Any = wandb.init(project=project, name=name, dir=str(folder), config=dict(config))
+        known = place.get("id") if place.get("project") == project else None
+        self._run: Any = wandb.init(
+            project=project,
+            name=name,
+            dir=str(folder),
+            config=dict(config),
+            id=known,
+            resume="allow" if known else None,
+        )
+        self.place = {"project": project, "id": str(self._run.id)}
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log(dict(metrics), step=step)
@@ -175,19 +221,42 @@ class WandbSink:
 
 
 class MlflowSink:
-    """A run of MLflow: metrics, and the config as parameters `section.key`. Writes no artifacts."""
+    """A run of MLflow: metrics, and the config as parameters `section.key`. Writes no artifacts.
 
-    def __init__(self, uri: str, name: str, config: Mapping[str, Any]) -> None:
-        self._mlflow = _mlflow()
-        self._mlflow.set_tracking_uri(tracking_uri(uri))
-        self._mlflow.start_run(run_name=name)
-        self._mlflow.log_params(dict(_flat(config)))
+    Of steps that MLflow has, it is sent nothing again: it would keep both.
+
+    Args:
+        place: that of the sink whose run goes on, with the parameters it has. At another address a new one begins.
+    """
+
+    def __init__(self, uri: str, name: str, config: Mapping[str, Any], place: Mapping[str, str]) -> None:
+        self._mlflow, address = _mlflow(), tracking_uri(uri)
+        self._mlflow.set_tracking_uri(address)
+        self._last_steps: dict[str, int] = {}
+        if place.get("uri") == address:
+            run_id = self._mlflow.start_run(run_id=place["run_id"]).info.run_id
+            self._last_steps = _last_steps(self._mlflow.MlflowClient(address), run_id)
+        else:
+            run_id = self._mlflow.start_run(run_name=name).info.run_id
+            self._mlflow.log_params(flat(config))
+        self.place = {"uri": address, "run_id": run_id}
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._mlflow.log_metrics({name: value for name, value in metrics.items() if math.isfinite(value)}, step=step)
+        new = {
+            name: value
+            for name, value in metrics.items()
+            if math.isfinite(value) and step > self._last_steps.get(name, -1)
+        }
+        self._mlflow.log_metrics(new, step=step)
 
     def close(self) -> None:
         self._mlflow.end_run()
+
+
+def _last_steps(client: Any, run_id: str) -> dict[str, int]:
+    """Return metric -> the last step that a run of MLflow has of it."""
+    names = client.get_run(run_id).data.metrics
+    return {name: max(point.step for point in client.get_metric_history(run_id, name)) for name in names}
 
 
 def tracking_uri(uri: str) -> str:
@@ -251,11 +320,3 @@ def _check_answers(address: str) -> None:
         return
     except OSError as error:
         raise OSError(f"{address} does not answer: {error}") from error
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

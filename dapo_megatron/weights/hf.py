@@ -101,17 +101,25 @@ class HfCheckpoint:
         if dist.get_rank() != 0:
             deque(shards(only_sizes(weights)), maxlen=0)
             return
-        dtype = next(chunks[0].parameters()).dtype
+        # Copies: safetensors refuses tensors that share memory.
+        copies = shards((name, tensor.to("cpu", copy=True).contiguous()) for name, tensor in weights)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            # Copies: safetensors refuses tensors that share memory.
-            copies = ((name, tensor.to("cpu", copy=True).contiguous()) for name, tensor in weights)
-            _write_tensors(shards(copies), folder)
-            copy_side_files(self.path, folder)
-            _write_config(self.path / "config.json", folder / "config.json", dtype)
-            declare_tokenizer(folder)
+            _write_tensors(copies, folder)
+            self.copy_side_files(folder, next(chunks[0].parameters()).dtype)
         except (OSError, SafetensorError) as error:
+            deque(copies, maxlen=0)  # the others gather to the end
             raise DapoError(f"cannot save the model in {folder}: {error}") from error
+
+    def copy_side_files(self, folder: Path, dtype: torch.dtype) -> None:
+        """Copy what lies beside the weights to a folder for weights of `dtype`. Not collective.
+
+        Raises:
+            OSError: where it cannot be written.
+        """
+        copy_side_files(self.path, folder)
+        _write_config(self.path / "config.json", folder / "config.json", dtype)
+        declare_tokenizer(folder)
 
     def _checked(self, chunks: Sequence[torch.nn.Module]) -> dict[str, Path]:
         """Return where every tensor is, if these are what the stages want together. Collective over them."""

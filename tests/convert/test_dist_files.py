@@ -38,7 +38,8 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
 
 
 def test_torch_reads_it_too(tmp_path: Path) -> None:
-    from torch.distributed.checkpoint import FileSystemReader, load
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     whole = write(tmp_path / "a")
     state = {KEY: torch.zeros(2, 4, 3)}

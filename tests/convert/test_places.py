@@ -60,6 +60,10 @@ def test_of_a_run_the_newest_complete_step_is_taken(inner: str, tmp_path: Path) 
     want = tmp_path / "checkpoints/step-10" / inner
     for path in (tmp_path, tmp_path / "checkpoints", tmp_path / "checkpoints/step-10"):
         assert resolve(path) == Place(want, is_megatron=True, step=10, hf=tmp_path / "checkpoints/step-10/hf")
+    (tmp_path / "checkpoints/latest").write_text("step-9")
+    assert resolve(tmp_path).step == 9
+    (tmp_path / "checkpoints/latest").write_text("step-11")
+    assert resolve(tmp_path).step == 10
 
 
 def test_what_is_no_checkpoint_is_refused_with_what_was_looked_for(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -48,12 +49,29 @@ def test_a_restored_stream_goes_on_where_it_stood(before, after):
 
 def test_cursor_of_another_stream_is_refused():
     state = PromptStream(PROMPTS, 3).state_dict()
-    with pytest.raises(ConfigError, match="seed 3: this one has 4"):
+    with pytest.raises(ConfigError, match=r"train\.seed 3: this one has 4"):
         PromptStream(PROMPTS, 4).load_state_dict(state)
-    with pytest.raises(ConfigError, match="size 10: this one has 9"):
+    with pytest.raises(ConfigError, match="a number of prompts of 10: this one has 9"):
         PromptStream(PROMPTS[:9], 3).load_state_dict(state)
-    with pytest.raises(ConfigError, match=r"uids [0-9a-f]+: this one has"):
+    with pytest.raises(ConfigError, match=r"prompts that come to [0-9a-f]+: this one has"):
         PromptStream(PROMPTS[::-1], 3).load_state_dict(state)
+
+
+@pytest.mark.parametrize("change", [{"uid": "b:4"}, {"token_ids": (4, 4)}, {"answer": "2"}])
+def test_a_prompt_that_has_changed_is_refused(change):
+    state = PromptStream(PROMPTS, 3).state_dict()
+    PromptStream([replace(prompt) for prompt in PROMPTS], 3).load_state_dict(state)
+    others = [replace(prompt, **change) if prompt.uid == "a:4" else prompt for prompt in PROMPTS]
+    with pytest.raises(ConfigError, match="resume with the same seed and the same data"):
+        PromptStream(others, 3).load_state_dict(state)
+
+
+def test_tokens_that_move_to_the_next_prompt_are_seen():
+    pairs = [
+        [Prompt("a:1", one, "", "1"), Prompt("a:2", two, "", "1")] for one, two in (((1, 2), (3,)), ((1,), (2, 3)))
+    ]
+    first, second = (PromptStream(prompts, 0).state_dict()["digest"] for prompts in pairs)
+    assert first != second
 
 
 def test_no_prompts():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from safetensors.torch import load_file
@@ -31,7 +32,7 @@ def add_sides(folder: Path) -> Path:
     return folder
 
 
-def to_megatron(source: Path, target: Path, dtype: str | None = None, **parallel: int) -> list[str]:
+def to_megatron(source: Path, target: Path, dtype: str | None = None, **parallel: Any) -> list[str]:
     from dapo_megatron.convert.to_megatron import hf_to_megatron
 
     return hf_to_megatron(source, target, ParallelConfig(**parallel), dtype, io.StringIO())
@@ -56,7 +57,7 @@ def assert_same_tensors(got: dict[str, Tensor], want: dict[str, Tensor]) -> None
         assert torch.equal(got[name], tensor), name
 
 
-def build_ranks(path: Path, parallel: dict[str, int], dtype: str) -> tuple[Any, list[Any]]:
+def build_ranks(path: Path, parallel: dict[str, Any], dtype: str) -> tuple[Any, list[Any]]:
     """Joins the process group and builds this rank's model. Returns the chunks and Hugging Face's weights for them."""
     from dapo_megatron.actor import topology
     from dapo_megatron.actor.model import build_chunks, transformer_config
@@ -77,7 +78,7 @@ def sharded(chunks: list[Any]) -> dict[str, Any]:
     return {f"model{number}": chunk.sharded_state_dict() for number, chunk in enumerate(chunks)}
 
 
-def save_by_megatron(path: Path, saved: Path, parallel: dict[str, int], dtype: str) -> None:
+def save_by_megatron(path: Path, saved: Path, parallel: dict[str, Any], dtype: str) -> None:
     """Called on ranks: loads a Hugging Face checkpoint and has Megatron save it."""
     from megatron.core import dist_checkpointing
 
@@ -85,11 +86,13 @@ def save_by_megatron(path: Path, saved: Path, parallel: dict[str, int], dtype: s
 
     checkpoint, chunks = build_ranks(path, parallel, dtype)
     checkpoint.load(chunks)
-    dist_checkpointing.save({**sharded(chunks), "iteration": 7}, str(saved))
+    # Megatron waits for a device before it writes, whether there is one or not.
+    with patch("torch.cuda.synchronize"):
+        dist_checkpointing.save({**sharded(chunks), "iteration": 7}, str(saved))
     topology.shutdown()
 
 
-def load_by_megatron(path: Path, converted: Path, parallel: dict[str, int], dtype: str) -> int:
+def load_by_megatron(path: Path, converted: Path, parallel: dict[str, Any], dtype: str) -> int:
     """Called on ranks: has Megatron load a converted checkpoint, and compares with Hugging Face's weights.
 
     Returns how many parameters this rank compared.
@@ -105,7 +108,7 @@ def load_by_megatron(path: Path, converted: Path, parallel: dict[str, int], dtyp
         for chunk in chunks:
             for param in chunk.parameters():
                 param.fill_(torch.nan)
-    state = dist_checkpointing.load(sharded(chunks), str(converted))
+    state: Any = dist_checkpointing.load(sharded(chunks), str(converted))
     for number, chunk in enumerate(chunks):
         chunk.load_state_dict(state["model" if len(chunks) == 1 else f"model{number}"])
         for name, param in chunk.named_parameters():

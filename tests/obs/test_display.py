@@ -62,6 +62,14 @@ def test_live_display_shows_where_the_run_is() -> None:
         assert shown in last
 
 
+def test_live_display_begins_where_a_run_goes_on() -> None:
+    display, file = live()
+    display.go_on(6)
+    display.close()
+    last = file.getvalue()[file.getvalue().rindex("quick") :]
+    assert "step 6/25" in last and "left" not in last  # before a step of this life, nobody knows how long they take
+
+
 def test_live_display_obeys_no_model_text() -> None:
     display, file = live()
     display.show("\x1b[2J\x1b]0;owned\x07 [bold]x[/bold] [/]")

@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from dapo_megatron import config_file
 from dapo_megatron.config import Config
 from dapo_megatron.errors import ConfigError
+from dapo_megatron.obs.place import Place, go_back, sizes
 from dapo_megatron.obs.sinks import JsonlSink, Resilient, TensorBoardSink, WandbSink, check_sinks, open_sinks
 
 
@@ -53,6 +54,76 @@ def test_tensorboard_reads_it_back(tmp_path: Path) -> None:
     assert [(event.step, event.value) for event in events.Scalars("seconds/rollout")] == [(3, 1.5)]
 
 
+def scalars(folder: Path, name: str) -> list[tuple[int, float]]:
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return [(event.step, round(event.value, 3)) for event in events.Scalars(name)]
+
+
+def test_tensorboard_sees_no_step_twice_where_a_run_goes_on(tmp_path: Path) -> None:
+    """Also one that keeps what it has read: it is told to forget."""
+    sink = TensorBoardSink(tmp_path / "tensorboard")
+    watching = EventAccumulator(str(tmp_path / "tensorboard"))
+    sink.log(0, {"eval/accuracy": 0.1})
+    for step in (1, 2):
+        sink.log(step, {"loss": step / 10})
+    place = Place(2, 1.0, sizes(tmp_path))
+    sink.log(2, {"eval/accuracy": 0.2})
+    sink.log(3, {"loss": 99.0})
+    sink.close()
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    with file.open("ab") as cut_short:
+        cut_short.write(b"\x18\0\0\0")  # the beginning of a record
+    watching.Reload()
+    assert len(watching.Scalars("loss")) == 3
+
+    go_back(tmp_path, place.files)
+    sink = TensorBoardSink(tmp_path / "tensorboard", place.steps)
+    sink.log(2, {"eval/accuracy": 0.3})
+    for step in (3, 4):
+        sink.log(step, {"loss": step / 10})
+    sink.close()
+    assert scalars(tmp_path / "tensorboard", "loss") == [(1, 0.1), (2, 0.2), (3, 0.3), (4, 0.4)]
+    assert scalars(tmp_path / "tensorboard", "eval/accuracy") == [(0, 0.1), (2, 0.3)]
+    watching.Reload()
+    assert [event.step for event in watching.Scalars("loss")] == [1, 2, 3, 4]
+
+
+def test_mlflow_goes_on_in_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow import MlflowClient
+
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
+    config = parse({"mlflow_uri": str(tmp_path / "mlflow"), "name": "sums"})
+    _, sink = open_sinks(config, tmp_path).values()
+    sink.log(1, {"loss": 0.1, "accuracy": math.nan})
+    place = Place(1, 1.0, sizes(tmp_path), {"run.mlflow_uri": sink.place})
+    sink.log(2, {"loss": 0.2, "accuracy": 0.5})
+    sink.log(2, {"eval/accuracy": 0.7})
+    sink.close()
+
+    longer = config_file.parse({**config.model_dump(mode="json"), "train": {"steps": 1000}})
+    _, sink = open_sinks(longer, tmp_path, place).values()
+    for step in (2, 3):
+        sink.log(step, {"loss": step / 10, "accuracy": step / 10})
+        sink.log(step, {"eval/accuracy": 0.7})
+    sink.close()
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow/mlflow.db")
+    (run,) = client.search_runs(["0"])
+    assert run.info.status == "FINISHED" and run.data.params["train.steps"] == "330"
+    for name, expected in {
+        "loss": [(1, 0.1), (2, 0.2), (3, 0.3)],
+        "accuracy": [(2, 0.5), (3, 0.3)],
+        "eval/accuracy": [(2, 0.7), (3, 0.7)],
+    }.items():
+        history = client.get_metric_history(run.info.run_id, name)
+        assert sorted((point.step, point.value) for point in history) == expected
+
+    elsewhere = parse({"mlflow_uri": str(tmp_path / "elsewhere")})
+    _, sink = open_sinks(elsewhere, tmp_path, place).values()
+    sink.close()
+    assert len(MlflowClient(f"sqlite:///{tmp_path}/elsewhere/mlflow.db").search_runs(["0"])) == 1
+
+
 @pytest.mark.parametrize("form", ["{}", "file:{}", "file://{}", "sqlite:///{}/mlflow.db"])
 def test_mlflow_reads_it_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
     """The real MLflow: a folder that is not there yet, and the database that it becomes."""
@@ -65,7 +136,7 @@ def test_mlflow_reads_it_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, f
         (tmp_path / "results/mlflow").mkdir(parents=True)
     config = parse({"mlflow_uri": uri, "name": "sums"})
     check_sinks(config.run)
-    _, sink = open_sinks(config, tmp_path)
+    _, sink = open_sinks(config, tmp_path).values()
     sink.log(1, {"seconds/rollout": 1.5, "loss": math.nan})
     sink.log(2, {"seconds/rollout": 2.5, "loss": 0.25})
     sink.close()
@@ -138,7 +209,7 @@ def test_wandb_offline_reads_it_back(tmp_path: Path, monkeypatch: pytest.MonkeyP
     in_a_process_of_its_own(
         "config = parse({'wandb_project': 'math', 'name': 'sums'})\n"
         "check_sinks(config.run)\n"
-        "_, sink = open_sinks(config, Path(sys.argv[1]))\n"
+        "_, sink = open_sinks(config, Path(sys.argv[1])).values()\n"
         "sink.log(1, {'seconds/rollout': 1.5})\n"
         "sink.log(2, {'seconds/rollout': 2.5})\n"
         "sink.close()",
@@ -150,6 +221,30 @@ def test_wandb_offline_reads_it_back(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert (run.project, run.display_name) == ("math", "sums")
     settings = {item.key: json.loads(item.value_json) for item in run.config.update}
     assert settings["run"]["name"] == "sums"
+
+
+@pytest.mark.usefixtures("nobody")
+def test_wandb_offline_goes_on_in_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each life of a run has a file of its own, and all have one run's id. In another project a new run begins."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    life = (
+        "config = parse({'wandb_project': sys.argv[2], 'name': 'sums'})\n"
+        "at = Place(1, 1.0, {}, {'run.wandb_project': json.loads(sys.argv[3])}) if sys.argv[3] else None\n"
+        "_, sink = open_sinks(config, Path(sys.argv[1]), at).values()\n"
+        "sink.log(2 if at else 1, {'loss': 1.5})\n"
+        "sink.close()\n"
+        "print('PLACE', json.dumps(sink.place))"
+    )
+    places = [""]
+    for number, project in enumerate(("math", "math", "other")):
+        (folder := tmp_path / str(number)).mkdir()
+        said = in_a_process_of_its_own(life, folder, project, places[-1])
+        places.append(said.split("PLACE ")[1])
+    runs = [read_wandb(next(tmp_path.glob(f"{number}/wandb/offline-run-*/run-*.wandb"))) for number in range(3)]
+    assert [[row["_step"] for row in history] for history, _ in runs] == [[1], [2], [2]]
+    first, second, third = (run.run_id for _, run in runs)
+    assert first == second != third
+    assert json.loads(places[2]) == {"project": "math", "id": first}
 
 
 def read_wandb(file: Path) -> tuple[list[dict[str, Any]], Any]:
@@ -198,6 +293,7 @@ class Flaky:
     def __init__(self) -> None:
         self.broken: Exception | None = None
         self.steps: list[int] = []
+        self.place = {"at": "home"}
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         if self.broken:
@@ -225,7 +321,7 @@ def test_a_sink_that_fails_in_between_is_told_once(caplog: pytest.LogCaptureFixt
     inner.broken = ValueError("gone")
     sink.log(6, {})
     sink.close()
-    assert inner.steps == [1, 5]
+    assert inner.steps == [1, 5] and sink.place == {"at": "home"}
     assert [record.getMessage().split(" (")[0] for record in caplog.records[1:]] == [
         "run.mlflow_uri: could not log step 6",
         "run.mlflow_uri: could not be closed",
@@ -244,7 +340,7 @@ def test_mlflow_whose_database_is_gone_does_not_end_a_run(tmp_path: Path, caplog
     import sqlite3
 
     config = parse({"mlflow_uri": str(tmp_path / "mlflow")})
-    lines, sink = open_sinks(config, tmp_path)
+    lines, sink = open_sinks(config, tmp_path).values()
     with sqlite3.connect(tmp_path / "mlflow/mlflow.db") as database:
         database.execute("DROP TABLE metrics")
     for step in (1, 2):

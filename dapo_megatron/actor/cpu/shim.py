@@ -48,6 +48,10 @@ _MODULES = (
     "optimizer.distrib_optimizer",
     "optimizer.clip_grads",
     "optimizer.grad_scaler",
+    "dist_checkpointing.exchange_utils",
+    "dist_checkpointing.serialization",
+    "dist_checkpointing.strategies.fully_parallel",
+    "dist_checkpointing.strategies.torch",
 )
 
 
@@ -176,6 +180,9 @@ def _wrap_tensor_methods() -> None:
     build_groups = distributed.__dict__["_build_model_and_main_param_groups"].__func__
     distributed._build_model_and_main_param_groups = classmethod(_wrapped(build_groups))
     mixed.__init__ = _wrapped(mixed.__init__)
+    distributed.get_parameter_state_dp_zero = _wrapped(distributed.get_parameter_state_dp_zero)
+    parallel: Any = sys.modules[core + "dist_checkpointing.strategies.fully_parallel"]
+    parallel.exchange_by_distribution = _wrapped(parallel.exchange_by_distribution)
     # A tied embedding on two pipeline stages.
     language.setup_embeddings_and_output_layer = _wrapped(language.setup_embeddings_and_output_layer)
     for module in ("optimizer.clip_grads", "optimizer.optimizer"):  # the second has taken it in by name

@@ -1,0 +1,323 @@
+"""Saves the whole of a run, and brings it back."""
+
+from __future__ import annotations
+
+import json
+import logging
+import queue
+import shutil
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from threading import Thread
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load, save
+
+from dapo_megatron import __version__
+from dapo_megatron.checkpoint import folder as folders
+from dapo_megatron.checkpoint.folder import BrokenCheckpointError, File, Manifest
+from dapo_megatron.checkpoint.random_states import random_states, restore_random_states
+from dapo_megatron.checkpoint.shards import Shards, copy_shards, read_shards
+from dapo_megatron.config import Config
+from dapo_megatron.errors import DapoError
+
+log = logging.getLogger(__name__)
+
+STATE = "state.json"
+RANDOM = "random.safetensors"
+SIDE_FILES = "hf"
+_WRITING = timedelta(days=30)
+"""How long the ranks' writers wait for one another: as long as storage takes. Whoever dies meanwhile ends the run."""
+
+
+class Trained(Protocol):
+    """What is trained (`actor.actor.Actor`)."""
+
+    @property
+    def chunks(self) -> list[torch.nn.Module]: ...
+
+    @property
+    def replicas(self) -> dist.ProcessGroup:
+        """The ranks that hold the same weights as this one."""
+        ...
+
+    def sharded_state(self, *, loading: bool = False) -> dict[str, Any]: ...
+
+    def load_sharded_state(self, loaded: dict[str, Any], /) -> None: ...
+
+
+class Exporter(Protocol):
+    """Knows the model as a Hugging Face checkpoint (`weights.hf.HfCheckpoint`)."""
+
+    def copy_side_files(self, folder: Path, dtype: torch.dtype, /) -> None: ...
+
+    def save(self, chunks: Sequence[torch.nn.Module], folder: Path, after_leader: Callable[[str], object]) -> None: ...
+
+
+class Ranks(Protocol):
+    """The ranks of a run, and what they tell one another through host memory (`actor.topology.Topology`)."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def world_size(self) -> int: ...
+    @property
+    def is_leader(self) -> bool: ...
+    @property
+    def host_world(self) -> dist.ProcessGroup: ...
+    def broadcast(self, value: Any) -> Any: ...
+
+
+class State(Protocol):
+    """What a run keeps besides weights and optimizer (`state.RunState`)."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any], /) -> None: ...
+
+
+class SaveError(DapoError):
+    """The last checkpoint of a run could not be written."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Written:
+    """What a rank's writer tells the leader's."""
+
+    results: list[Any]
+    files: dict[str, File]
+    error: str | None
+
+
+class Checkpoints:
+    """The checkpoints of a run. Methods are collective, unless they say otherwise.
+
+    Args:
+        after_leader: what the others wait with for work that only the leader does.
+        tell: on the leader, shows a line to the person who runs this.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        ranks: Ranks,
+        trained: Trained,
+        exporter: Exporter,
+        state: State,
+        after_leader: Callable[[str], object] = lambda what: None,
+        tell: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self._config, self._settings = config, config.checkpoint
+        self._root = config.run.folder / "checkpoints"
+        self._ranks, self._trained, self._exporter, self._state = ranks, trained, exporter, state
+        self._after_leader, self._tell = after_leader, tell
+        # The writers' own: the main threads go on with collectives of theirs meanwhile.
+        self._writers: Any = dist.new_group(backend="gloo", timeout=_WRITING)
+        self._thread: Thread | None = None
+        self._news: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._failed: str | None = None
+        self._saved_step: int | None = None
+        self._saved_at = time.monotonic()
+
+    def restore(self) -> int | None:
+        """Go on from the best checkpoint there is: the one that `latest` names, or the one before where it is broken.
+
+        Returns:
+            Its step, None where there is none yet.
+
+        Raises:
+            DapoError: where there are checkpoints and all of them are broken, or one does not fit this run.
+        """
+        found: list[Path] = []
+        if self._ranks.is_leader:
+            folders.clear(self._root)
+            found, problem = folders.candidates(self._root)
+            if problem:
+                self._tell(f"warning: {problem}; going on from {found[0].name if found else 'the start'}")
+        self._after_leader("look for checkpoints")
+        found = self._ranks.broadcast(found)
+        for place, folder in enumerate(found):
+            broken = self._check(folder)
+            if broken is None:
+                self._load(folder)
+                return self._saved_step
+            following = found[place + 1].name if place + 1 < len(found) else "none: there is no other"
+            self._tell(f"warning: checkpoint {folder.name} is broken: {broken}; taking {following}")
+        if found:
+            raise DapoError(
+                f"none of the {len(found)} checkpoints in {self._root} can be read; the lines above say what is wrong "
+                f"with each. Put one back from a copy, or move the folder away to begin anew"
+            )
+        return None
+
+    def due(self, step: int) -> bool:
+        """Return whether to save after `step` steps are done. Asked on the leader; not collective."""
+        minutes = self._settings.every_minutes
+        late = minutes is not None and time.monotonic() - self._saved_at >= minutes * 60
+        return self._settings.due(step) or late
+
+    def save(self, step: int) -> None:
+        """Save the run after `step` steps. Returns once this rank's part is copied, or with asynchronous=False written.
+
+        What cannot be written is told by `news`, and does not end the run.
+        """
+        if step == self._saved_step:
+            return
+        self._wait()
+        self._after_leader("checkpoint before this one")
+        shards = copy_shards(self._trained.sharded_state(), self._trained.replicas, self._ranks.host_world)
+        contents = self._small_files()
+        unfinished = self._root / f".step-{step}.unfinished"
+        if self._settings.export_hf:
+            self._export(step, unfinished)
+        self._saved_step, self._saved_at = step, time.monotonic()
+        self._thread = Thread(target=self._write, args=(step, shards, contents, unfinished), daemon=True)
+        self._thread.start()
+        if not self._settings.asynchronous:
+            self._wait()
+            self._after_leader("checkpoint")
+
+    def news(self) -> None:
+        """Tell what writers have come to since. Not collective."""
+        while not self._news.empty():
+            self._tell(self._news.get())
+
+    def finish(self) -> None:
+        """Wait until the last checkpoint is written.
+
+        Raises:
+            SaveError: on the leader, where it could not be.
+        """
+        self._wait()
+        self._after_leader("last checkpoint")
+        self.news()
+        if self._failed:
+            raise SaveError(self._failed)
+
+    def _wait(self) -> None:
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+
+    def _small_files(self) -> dict[str, bytes]:
+        """Return, on the leader, what lies beside the shards, by name."""
+        states: list[Any] | None = [None] * self._ranks.world_size if self._ranks.is_leader else None
+        dist.gather_object(random_states(), states, dst=0, group=self._ranks.host_world)
+        if states is None:
+            return {}
+        tensors = {f"rank{rank}.{name}": tensor for rank, state in enumerate(states) for name, tensor in state.items()}
+        return {STATE: json.dumps(self._state.state_dict()).encode(), RANDOM: save(tensors)}
+
+    def _export(self, step: int, unfinished: Path) -> None:
+        try:
+            if self._ranks.is_leader:
+                folders.begin(self._root, step)
+            self._exporter.save(self._trained.chunks, unfinished / SIDE_FILES, self._after_leader)
+        except (DapoError, OSError) as error:
+            self._news.put(f"warning: checkpoint of step {step}: no Hugging Face checkpoint beside it: {error}")
+        self._after_leader("Hugging Face checkpoint")
+
+    def _write(self, step: int, shards: Shards, contents: dict[str, bytes], unfinished: Path) -> None:
+        """Write this rank's part and, on the leader, make it a checkpoint once all have. In a thread of its own."""
+        started = time.monotonic()
+        written = self._write_part(shards, unfinished)
+        parts: list[Any] | None = [None] * self._ranks.world_size if self._ranks.is_leader else None
+        dist.gather_object(written, parts, dst=0, group=self._writers)
+        if parts is None:
+            return
+        try:
+            errors = [f"rank {rank}: {part.error}" for rank, part in enumerate(parts) if part.error]
+            if errors:
+                raise OSError("; ".join(errors[:3]))
+            self._complete(step, shards, contents, unfinished, parts)
+        except Exception as error:  # whatever the disk does to the libraries that write to it
+            shutil.rmtree(unfinished, ignore_errors=True)
+            self._failed = f"checkpoint of step {step}: {_said(error)}; {self._last_good()}"
+            self._news.put(f"warning: {self._failed}. The run goes on")
+            log.debug("checkpoint of step %d", step, exc_info=True)
+        else:
+            self._failed = None
+            size = sum(file.bytes for part in parts for file in part.files.values())
+            self._news.put(f"checkpoint step-{step}: {size:,} bytes in {time.monotonic() - started:.1f} s")
+
+    def _write_part(self, shards: Shards, unfinished: Path) -> _Written:
+        try:
+            unfinished.mkdir(parents=True, exist_ok=True)
+            results = shards.write(unfinished)
+            names = sorted({result.storage_data.relative_path for result in results})
+            return _Written(results, {name: folders.describe(unfinished / name) for name in names}, None)
+        except Exception as error:  # the leader is to hear of it, whatever it is
+            return _Written([], {}, _said(error))
+
+    def _complete(
+        self, step: int, shards: Shards, contents: dict[str, bytes], unfinished: Path, parts: Sequence[_Written]
+    ) -> None:
+        dtype = self._config.model.dtype
+        shards.finish(unfinished, [part.results for part in parts])
+        folders.write_files(unfinished, contents)
+        if not (unfinished / SIDE_FILES / "config.json").exists():
+            (unfinished / SIDE_FILES).mkdir(exist_ok=True)
+            self._exporter.copy_side_files(unfinished / SIDE_FILES, getattr(torch, dtype))
+        files = {name: file for part in parts for name, file in part.files.items()}
+        others = {str(path.relative_to(unfinished)) for path in unfinished.rglob("*") if path.is_file()} - files.keys()
+        files |= {name: folders.describe(unfinished / name) for name in sorted(others)}
+        manifest = Manifest(
+            step=step,
+            world_size=self._ranks.world_size,
+            parallel=self._config.parallel.model_dump(mode="json"),
+            dtype=dtype,
+            written=datetime.now(UTC).isoformat(timespec="seconds"),
+            dapo_megatron=__version__,
+            files=files,
+        )
+        folders.complete(unfinished, manifest)
+        folders.prune(self._root, keep_last=self._settings.keep_last, keep_every=self._settings.keep_every)
+
+    def _last_good(self) -> str:
+        found, _ = folders.candidates(self._root)
+        return f"the last good one is {found[0]}" if found else "there is none yet"
+
+    def _check(self, folder: Path) -> str | None:
+        """Read a checkpoint's files, each on one of the ranks, and say what is wrong with it; None if it is whole."""
+        problem = None
+        try:
+            manifest = folders.read_manifest(folder)
+            for name, file in sorted(manifest.files.items())[self._ranks.rank :: self._ranks.world_size]:
+                folders.check_file(folder, name, file)
+        except BrokenCheckpointError as error:
+            problem = str(error)
+        problems: list[str | None] = [None] * self._ranks.world_size
+        dist.all_gather_object(problems, problem, group=self._ranks.host_world)
+        return next((problem for problem in problems if problem), None)
+
+    def _load(self, folder: Path) -> None:
+        manifest = folders.read_manifest(folder)
+        state: Any = None
+        if self._ranks.is_leader:
+            state = json.loads((folder / STATE).read_bytes())
+            self._state.load_state_dict(state)
+            state = {**state, "leader": None}
+        self._after_leader("state of the run")
+        state = self._ranks.broadcast(state)
+        if not self._ranks.is_leader:
+            self._state.load_state_dict(state)
+        try:
+            loaded = read_shards(self._trained.sharded_state(loading=True), folder, self._trained.replicas)
+        except (KeyError, ValueError) as error:
+            raise DapoError(f"checkpoint {folder} does not fit this run: {_said(error)}") from error
+        self._trained.load_sharded_state(loaded)
+        if manifest.world_size == self._ranks.world_size:
+            prefix = f"rank{self._ranks.rank}."
+            states = load((folder / RANDOM).read_bytes())
+            mine = {name.removeprefix(prefix): tensor for name, tensor in states.items() if name.startswith(prefix)}
+            restore_random_states(mine)
+        self._saved_step = manifest.step
+
+
+def _said(error: BaseException) -> str:
+    return "".join(traceback.format_exception_only(error)).strip()

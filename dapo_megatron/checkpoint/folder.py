@@ -1,0 +1,215 @@
+"""The folder `checkpoints` of a run: one folder a checkpoint, whole or not there, and a pointer to the latest.
+
+    checkpoints/latest                the text "step-40"
+    checkpoints/step-40/manifest.json what is in it: step, layout, and each file's size and SHA-256
+    checkpoints/.step-50.unfinished/  being written, or left by a run that was killed meanwhile
+
+A checkpoint gets its name once every file of it is on the disk, and loses it before the first is deleted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from dapo_megatron.errors import DapoError
+
+LATEST = "latest"
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"step-(\d+)")
+
+
+class BrokenCheckpointError(DapoError):
+    """A checkpoint that is not what its manifest says."""
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What a checkpoint is, and what is in it."""
+
+    step: int
+    """Rollout steps done; also the version of the weights."""
+    world_size: int
+    parallel: dict[str, Any]
+    """The section `parallel` of the run that wrote it."""
+    dtype: str
+    written: str
+    """When, in UTC: 2026-11-28T09:30:00+00:00."""
+    dapo_megatron: str
+    """The version that wrote it."""
+    files: dict[str, File]
+    """Path in the folder -> what it has to be."""
+
+
+_MANIFEST: TypeAdapter[Manifest] = TypeAdapter(Manifest)
+
+
+def step_of(folder: Path) -> int | None:
+    """Return the step in the name of a complete checkpoint's folder, None for any other name."""
+    return _step(folder.name)
+
+
+def _step(name: str) -> int | None:
+    match = _NAME.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def begin(root: Path, step: int) -> Path:
+    """Return an empty folder to write the checkpoint of `step` to.
+
+    Raises:
+        OSError: where it cannot be made.
+    """
+    folder = root / f".step-{step}.unfinished"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def clear(root: Path) -> None:
+    """Delete what a run left that was killed while it wrote or deleted a checkpoint."""
+    for pattern in (".step-*.unfinished", ".step-*.deleted"):
+        for folder in root.glob(pattern):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def describe(path: Path) -> File:
+    """Read a file back: its size, and the hash of what it holds.
+
+    Raises:
+        OSError: where it cannot be read.
+    """
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return File(file.tell(), digest)
+
+
+def complete(unfinished: Path, manifest: Manifest) -> Path:
+    """Write the manifest, give the folder of `begin` its name and point `latest` to it.
+
+    Raises:
+        OSError: where any of this cannot be written, or the file of another rank is not seen here.
+    """
+    for name, file in manifest.files.items():
+        size = (unfinished / name).stat().st_size
+        if size != file.bytes:
+            raise OSError(f"{name} has {size:,} bytes, {file.bytes:,} were written; do all machines share the folder?")
+    _write(unfinished / MANIFEST, json.dumps(asdict(manifest), indent=1) + "\n")
+    for folder in {(unfinished / name).parent for name in manifest.files} | {unfinished}:
+        _sync(folder)
+    root, final = unfinished.parent, unfinished.parent / f"step-{manifest.step}"
+    _delete(final)
+    unfinished.rename(final)
+    _sync(root)
+    _write(root / f".{LATEST}.unfinished", f"{final.name}\n")
+    (root / f".{LATEST}.unfinished").replace(root / LATEST)
+    _sync(root)
+    return final
+
+
+def candidates(root: Path) -> tuple[list[Path], str | None]:
+    """Return the checkpoints to go on from, the best first, and what is wrong with `latest`, if anything.
+
+    The best is the one that `latest` names, then those of fewer steps. Where it names none that is there: all, by step.
+    """
+    steps = {step: folder for folder in root.glob("step-*") if (step := step_of(folder)) is not None}
+    ordered = [steps[step] for step in sorted(steps, reverse=True)]
+    pointer = root / LATEST
+    if not pointer.is_file():
+        return ordered, f"{pointer} is missing" if ordered else None
+    name = pointer.read_text(errors="replace").strip()
+    step = _step(name)
+    if step is None or step not in steps:
+        return ordered, f"{pointer} says {name!r}, and there is no such checkpoint"
+    return [folder for folder in ordered if (step_of(folder) or 0) <= step], None
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """
+    Raises:
+        BrokenCheckpointError: where it is missing or none.
+    """
+    path = folder / MANIFEST
+    try:
+        return _MANIFEST.validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        raise BrokenCheckpointError(f"{path}: {error}") from error
+
+
+def check_file(folder: Path, name: str, expected: File, *, content: bool = True) -> None:
+    """Compare a file with its entry in the manifest.
+
+    Args:
+        content: whether to read it, rather than look at its size only.
+
+    Raises:
+        BrokenCheckpointError: naming it, and what is wrong.
+    """
+    path = folder / name
+    try:
+        size = path.stat().st_size
+        if size != expected.bytes:
+            raise BrokenCheckpointError(f"{path} has {size:,} bytes; {expected.bytes:,} were written")
+        if content and describe(path).sha256 != expected.sha256:
+            raise BrokenCheckpointError(f"{path} is not what was written: its SHA-256 differs from {MANIFEST}'s")
+    except OSError as error:
+        raise BrokenCheckpointError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def prune(root: Path, *, keep_last: int, keep_every: int | None) -> None:
+    """Delete all checkpoints but the last ones, and those whose step is a multiple of `keep_every`."""
+    steps = {step: folder for folder in root.glob("step-*") if (step := step_of(folder)) is not None}
+    for step in sorted(steps)[:-keep_last]:
+        if keep_every is None or step % keep_every:
+            _delete(steps[step])
+
+
+def _delete(folder: Path) -> None:
+    if folder.exists():
+        doomed = folder.with_name(f".{folder.name}.deleted")
+        shutil.rmtree(doomed, ignore_errors=True)
+        folder.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
+    """Write files, by their names, to the disk.
+
+    Raises:
+        OSError: where one cannot be written.
+    """
+    for name, content in contents.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _write(path: Path, text: str) -> None:
+    write_files(path.parent, {path.name: text.encode()})
+
+
+def _sync(folder: Path) -> None:
+    """Have the names in a folder on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,26 @@
+"""The section of what a run keeps to go on from."""
+
+from __future__ import annotations
+
+from dapo_megatron.config.section import NonNegativeInt, PositiveFloat, PositiveInt, Section
+
+
+class CheckpointConfig(Section):
+    every: NonNegativeInt = 10
+    """Rollout steps between checkpoints; 0 saves only at the end, and when the run is told to stop."""
+    every_minutes: PositiveFloat | None = None
+    """Save as well when a step ends and the last checkpoint began so long ago."""
+    keep_last: PositiveInt = 2
+    """Checkpoints to keep; older ones are deleted once a new one is complete."""
+    keep_every: PositiveInt | None = None
+    """Keep those for good whose step is a multiple of this."""
+    asynchronous: bool = True
+    """Write while the next step runs; the ranks only wait until their state is copied to host memory."""
+    export_hf: bool = False
+    """Write the policy as a Hugging Face checkpoint as well, to hf in the checkpoint's folder."""
+    signal_seconds: PositiveFloat = 120.0
+    """How long a run that is told to stop (SIGTERM, SIGUSR1, Ctrl-C) may take until it has saved."""
+
+    def due(self, step: int) -> bool:
+        """Return whether to save after `step` steps are done, whatever the clock says."""
+        return self.every > 0 and step % self.every == 0

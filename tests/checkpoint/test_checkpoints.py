@@ -1,0 +1,234 @@
+"""What is saved by ranks in one layout is what ranks in another go on with."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from dapo_megatron.errors import DapoError
+from dapo_megatron.state import Kept, RunState
+from tests.helpers.batches import make_micro_batch, make_mini_batch, ratio_loss
+from tests.helpers.distributed import run_distributed
+from tests.helpers.models import make_config, save_qwen2
+
+pytestmark = pytest.mark.multiproc
+
+DP2, TP2, PP2 = {}, {"tp": 2}, {"pp": 2, "vpp": 2}
+Act = Callable[[Any, Any, list[str]], object]
+"""(checkpoints, update, messages) -> whatever a test looks at."""
+
+
+def run(model: Path, folder: Path, parallel: dict[str, Any], dtype: str, act: Act, **settings: Any) -> Any:
+    """On every rank: build an actor and its checkpoints, and `act`."""
+    from dapo_megatron.actor import topology
+    from dapo_megatron.actor.actor import Actor
+    from dapo_megatron.checkpoint.checkpoints import Checkpoints
+    from dapo_megatron.weights.hf import HfCheckpoint
+
+    config = make_config(
+        model,
+        parallel=parallel,
+        model={"dtype": dtype},
+        checkpoint=settings,
+        run={"dir": str(folder), "name": "run"},
+        optimizer={"lr": 1e-2},
+    )
+    topo = topology.initialize(config.parallel)
+    hf = HfCheckpoint(model)
+    actor = Actor(config, topo, hf)
+    lists: Kept[list[int]] = Kept(list[int], [])
+    state = RunState({"lists": lists} if topo.is_leader else None)
+    messages: list[str] = []
+    checkpoints = Checkpoints(config, topo, actor, hf, state, tell=messages.append)
+
+    def update(number: int) -> list[Any]:
+        """Make an update whose data is the same in every layout. Returns loss, gradient norm and weights."""
+        batches = [make_micro_batch([12, 8, 4], seed=10 * number + part, multiple=4) for part in range(2)]
+        own = batches[topo.dp_rank :: topo.dp]
+        (mini_batch,), _ = actor.with_old_logprobs([make_mini_batch(own, sum(b.loss_tokens for b in batches))])
+        result = actor.update(mini_batch, ratio_loss, lr=1e-2)
+        state.steps_done.value = number
+        lists.value.append(number)
+        weights = {name: tensor.clone() for name, tensor in hf.export(actor.chunks)}
+        return [result["loss"], result["grad_norm"], weights]
+
+    try:
+        return act(checkpoints, update, messages), messages, (state.steps_done.value, lists.value)
+    finally:
+        checkpoints._wait()
+        topology.shutdown()
+
+
+def save_after_two(checkpoints: Any, update: Any, messages: list[str]) -> Any:
+    update(1)
+    checkpoints.save(1)
+    update(2)
+    checkpoints.save(2)
+    following = update(3)  # while the second is being written
+    checkpoints.finish()
+    return following
+
+
+def go_on(checkpoints: Any, update: Any, messages: list[str]) -> Any:
+    assert checkpoints.restore() == 2
+    return update(3)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_qwen2(tmp_path_factory.mktemp("model"), tied=False, layers=4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("saving", "loading"),
+    [(DP2, DP2), (DP2, TP2), (TP2, PP2), (PP2, DP2), (PP2, PP2)],
+    ids=["dp2", "dp2-tp2", "tp2-pp2", "pp2-dp2", "pp2"],
+)
+def test_another_layout_goes_on_to_rounding_and_the_same_bit_for_bit(
+    tmp_path: Path, model: Path, saving: dict[str, Any], loading: dict[str, Any], dtype: str
+) -> None:
+    (before, *_), _ = (run_distributed(run, 2, model, tmp_path, saving, dtype, save_after_two)[0], None)
+    after, messages, kept = run_distributed(run, 2, model, tmp_path, loading, dtype, go_on)[0]
+    assert kept == (3, [1, 2, 3])
+    assert messages == []
+    if saving == loading:
+        assert before[:2] == after[:2]
+        assert all(torch.equal(before[2][name], after[2][name]) for name in before[2])
+    else:
+        exact = dtype == "float32"
+        assert after[:2] == pytest.approx(before[:2], rel=1e-5 if exact else 2e-2, abs=1e-3)
+        worst = max(float((before[2][name] - after[2][name]).abs().max()) for name in before[2])
+        assert worst < (1e-5 if exact else 2e-2)
+
+
+def test_one_rank_goes_on_with_what_two_have_saved(tmp_path: Path, model: Path) -> None:
+    (before, *_), *_ = run_distributed(run, 2, model, tmp_path, TP2, "float32", save_after_two)
+    ((after, *_),) = run_distributed(run, 1, model, tmp_path, {}, "float32", go_on)
+    assert after[:2] == pytest.approx(before[:2], rel=1e-5)
+
+
+HARM: dict[str, tuple[str, Callable[[Path], object], str]] = {
+    "a flipped byte": ("__1_0.distcp", lambda path: flip(path), "SHA-256 differs"),
+    "a truncated file": ("__0_0.distcp", lambda path: os.truncate(path, 1000), "bytes; "),
+    "a missing rank's file": ("__1_0.distcp", lambda path: path.unlink(), "cannot be read"),
+    "no manifest": ("manifest.json", lambda path: path.unlink(), "manifest.json"),
+    "state of another run": ("state.json", lambda path: path.write_text("{}"), "bytes; "),
+    "a pickle that was swapped": (".metadata", lambda path: flip(path), "SHA-256 differs"),
+}
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def go_on_from_one(checkpoints: Any, update: Any, messages: list[str]) -> Any:
+    return checkpoints.restore()
+
+
+@pytest.fixture(scope="module")
+def saved(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved")
+    run_distributed(run, 2, model, folder, DP2, "float32", save_after_two)
+    return folder
+
+
+@pytest.mark.parametrize("harm", HARM)
+def test_what_is_broken_is_named_and_the_one_before_is_taken(
+    tmp_path: Path, model: Path, saved: Path, harm: str
+) -> None:
+    import shutil
+
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    name, breaks, said = HARM[harm]
+    breaks(tmp_path / "run/checkpoints/step-2" / name)
+    ranks = run_distributed(run, 2, model, tmp_path, DP2, "float32", go_on_from_one)
+    assert [rank[0] for rank in ranks] == [1, 1]
+    (message,) = ranks[0][1]
+    assert "step-2 is broken" in message
+    assert said in message
+    assert name in message
+    assert message.endswith("taking step-1")
+
+
+def test_where_all_are_broken_the_run_does_not_begin_anew(tmp_path: Path, model: Path, saved: Path) -> None:
+    import shutil
+
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    for step in (1, 2):
+        (tmp_path / f"run/checkpoints/step-{step}/common.pt").unlink()
+    with pytest.raises(DapoError, match="none of the 2 checkpoints"):
+        run_distributed(run, 1, model, tmp_path, {}, "float32", go_on_from_one)
+
+
+def full_disk(checkpoints: Any, update: Any, messages: list[str]) -> Any:
+    from dapo_megatron.checkpoint import shards
+
+    update(1)
+    checkpoints.save(1)
+    checkpoints._wait()
+    update(2)
+
+    def write(self: Any, folder: Path) -> Any:
+        if self.rank == 1:
+            (folder / "__1_0.distcp").write_bytes(b"half")
+            raise OSError(28, "No space left on device", str(folder / "__1_0.distcp"))
+        return original(self, folder)
+
+    original = shards.Shards.write
+    with patch.object(shards.Shards, "write", write):
+        checkpoints.save(2)
+        checkpoints._wait()
+    checkpoints.news()
+    update(3)
+    checkpoints.save(3)
+    checkpoints.finish()
+    return None
+
+
+def test_a_full_disk_is_told_and_the_next_one_is_saved(tmp_path: Path, model: Path) -> None:
+    ranks = run_distributed(partial(run, keep_last=5), 2, model, tmp_path, DP2, "float32", full_disk)
+    good, bad, again = ranks[0][1]
+    assert good.startswith("checkpoint step-1: ")
+    assert "checkpoint of step 2" in bad
+    assert "rank 1" in bad
+    assert "No space left" in bad
+    assert f"the last good one is {tmp_path / 'run/checkpoints/step-1'}" in bad
+    assert again.startswith("checkpoint step-3: ")
+    assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["latest", "step-1", "step-3"]
+
+
+def draws(checkpoints: Any, update: Any, messages: list[str]) -> Any:
+    update(1)
+    if not (restored := checkpoints.restore()):
+        torch.manual_seed(7)
+        checkpoints.save(1)
+    import random
+
+    import numpy as np
+
+    drawn = [torch.rand(3).tolist(), random.random(), np.random.rand(3).tolist()]
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    tracker: Any = get_cuda_rng_tracker()
+    with tracker.fork():
+        drawn.append(torch.rand(3).tolist())
+    return restored, drawn
+
+
+def test_random_numbers_go_on_where_they_were(tmp_path: Path, model: Path) -> None:
+    first = run_distributed(run, 2, model, tmp_path, TP2, "float32", draws)
+    second = run_distributed(run, 2, model, tmp_path, TP2, "float32", draws)
+    assert [rank[0][0] for rank in first] == [None, None]
+    assert [rank[0][0] for rank in second] == [1, 1]
+    assert [rank[0][1] for rank in first] == [rank[0][1] for rank in second]
+    assert first[0][0][1][-1] != first[1][0][1][-1], "each tensor-parallel rank has a stream of its own"
