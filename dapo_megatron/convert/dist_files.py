@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 
+from dapo_megatron.convert.memory import bytes_of, read_exactly
 from dapo_megatron.errors import ConfigError
 
 METADATA, COMMON, FORMAT = ".metadata", "common.pt", "metadata.json"
@@ -283,7 +284,7 @@ class _Part(io.RawIOBase):
         return count
 
 
-def _read_saved(part: _Part) -> Tensor:
+def _read_saved(part: Any) -> Tensor:
     """Return the tensor that torch.save wrote, its memory read once, straight to where it stays.
 
     Raises:
@@ -302,28 +303,14 @@ def _read_saved(part: _Part) -> Tensor:
     if record.file_size != form.untyped_storage().nbytes() or record.compress_type != zipfile.ZIP_STORED:
         raise ValueError(f"its data has {record.file_size:,} bytes, not {form.untyped_storage().nbytes():,}")
     read_exactly(part, memory)
-    if zlib.crc32(memory.numpy()) != record.CRC:
+    if zlib.crc32(bytes_of(memory)) != record.CRC:
         raise ValueError("its bytes do not have the checksum that they were saved with")
     tensor = torch.empty(0, dtype=form.dtype)
     return tensor.set_(memory.untyped_storage(), form.storage_offset(), form.size(), form.stride())
 
 
-def _exactly(part: _Part, count: int) -> bytes:
+def _exactly(part: Any, count: int) -> bytes:
     data = part.read(count)
     if data is None or len(data) != count:
         raise ValueError("it ends too early")
     return data
-
-
-def read_exactly(file: Any, memory: Tensor) -> None:
-    """Fill `memory`, uint8 on the CPU, from a file opened for reading bytes.
-
-    Raises:
-        ValueError: where the file ends before.
-    """
-    view = memoryview(memory.numpy())
-    while view:
-        count = file.readinto(view[: 1 << 30])
-        if not count:
-            raise ValueError(f"it ends {len(view):,} bytes too early")
-        view = view[count:]

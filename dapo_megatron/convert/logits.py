@@ -83,7 +83,7 @@ def _megatron_logits(folder: Path, hf_config: Any, tokens: Tensor) -> Tensor:
         config = transformer_config(hf_config, model, ParallelConfig(), MemoryConfig())
         (chunk,) = build_chunks(hf_config, model, config, topology.process_groups())
         # Megatron adds what common.pt holds at the top.
-        state = dist_checkpointing.load({"model": chunk.sharded_state_dict()}, str(folder))
+        state: Any = dist_checkpointing.load({"model": chunk.sharded_state_dict()}, str(folder))
         chunk.load_state_dict(state["model"])
         ones = torch.ones(len(tokens) + 1, dtype=torch.bool)
         ids = torch.cat([tokens, tokens[:1]]).to(torch.int32)  # the last is a label only

@@ -131,7 +131,9 @@ def _check_direction(arguments: argparse.Namespace, *, is_megatron: bool) -> Non
 
 
 def _parallel(arguments: argparse.Namespace) -> ParallelConfig:
-    sizes = {name: 1 if (size := getattr(arguments, name)) is None else size for name in ("tp", "pp", "vpp")}
+    sizes: dict[str, Any] = {
+        name: 1 if (size := getattr(arguments, name)) is None else size for name in ("tp", "pp", "vpp")
+    }
     for name, size in sizes.items():
         if size < 1:
             raise ConfigError(f"--{name} {size}: at least 1 is needed")

@@ -17,7 +17,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from dapo_megatron.convert.dist_files import CheckpointError, read_exactly
+from dapo_megatron.convert.dist_files import CheckpointError
+from dapo_megatron.convert.memory import read_exactly, write_exactly
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -197,9 +198,7 @@ class TensorsWriter:
         self._missing.remove(name)
         with (self._folder / file).open("r+b", buffering=0) as opened:
             opened.seek(begin)
-            view = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
-            while view:
-                view = view[opened.write(view[: 1 << 30]) :]
+            write_exactly(opened, tensor)
 
     def __enter__(self) -> Self:
         return self

@@ -6,10 +6,10 @@ import hashlib
 from pathlib import Path
 from typing import TextIO
 
-import torch
 from torch import Tensor
 
 from dapo_megatron.convert.mapping import DTYPES
+from dapo_megatron.convert.memory import bytes_of
 from dapo_megatron.convert.progress import progress
 from dapo_megatron.convert.tensors_file import TensorsFolder
 from dapo_megatron.convert.to_hf import MegatronModel
@@ -23,7 +23,7 @@ class VerifyError(DapoError):
 def digest(tensor: Tensor) -> str:
     """Return the SHA-256 of a tensor's dtype, shape and bytes."""
     found = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
-    found.update(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
+    found.update(bytes_of(tensor))
     return found.hexdigest()
 
 
