@@ -192,7 +192,7 @@ def test_it_imports_no_heavy_library(tmp_path: Path) -> None:
             r"memory.recompute_layers\(2\): each model chunk has 2 / \(pp\(2\) x vpp\(1\)\) = 1 layers",
         ),
         ({"parallel": {"tp": 2, "pp": 2}}, 6, r"tp\(2\) x pp\(2\) x cp\(1\) = 4 does not divide world size 6"),
-        ({"parallel": {"tp": 4}}, 4, r"tp\(4\) does not divide the model's num_key_value_heads\(2\)"),
+        ({"parallel": {"tp": 8}}, 8, r"tp\(8\) does not divide the model's num_attention_heads\(4\)"),
         ({"parallel": {"pp": 3}}, 3, r"pp\(3\) does not divide the model's num_hidden_layers\(2\)"),
         ({"engine": {"tensor_parallel": 3}}, 1, r"engine.tensor_parallel\(3\) .* num_attention_heads\(4\)"),
         (
@@ -288,7 +288,7 @@ def test_a_checkpoint_that_is_not_whole(tmp_path: Path, damage: Callable[[Path],
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "llama"}, "architecture 'llama' is not supported"),
+        ({"model_type": "gemma"}, "architecture 'gemma' is not supported"),
         ({"vocab_size": 4}, r"train.jsonl:1 holds token 12, but the model has a vocabulary of 4"),
         ({"end_token": False}, "no end token"),
     ],

@@ -5,13 +5,30 @@ It needs neither megatron nor torch.distributed, so that a run can be refused be
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from dapo_megatron.config import ModelConfig, ParallelConfig
 from dapo_megatron.errors import ConfigError
 
-SUPPORTED = ("qwen2",)
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """What is different from one family of dense models to the next and not said in config.json."""
+
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    """Whether each query and key is normalised before it is turned by its position."""
+
+
+FAMILIES = {
+    "qwen2": Family(qkv_bias=True),
+    "qwen3": Family(qk_norm=True),
+    "llama": Family(),
+    "mistral": Family(),
+}
 """`model_type` of the Hugging Face configs that `model.py` builds and `weights.hf` loads."""
+SUPPORTED = tuple(FAMILIES)
 
 _VOCAB_MULTIPLE = 16
 """Rows of the vocabulary per rank are a multiple of this, which FP8 and tensor cores want."""
@@ -50,11 +67,11 @@ def check_layout(hf_config: Any, parallel: ParallelConfig) -> None:
     if model_type not in SUPPORTED:
         raise ConfigError(f"model: architecture {model_type!r} is not supported; supported: {', '.join(SUPPORTED)}")
     _check_variant(hf_config)
+    _check_key_value_heads(hf_config, parallel.tp)
     tp, stages = parallel.tp, parallel.pp * parallel.vpp
     chunks = f"pp({parallel.pp})" if parallel.vpp == 1 else f"pp({parallel.pp}) x vpp({parallel.vpp}) = {stages}"
     for axis, parts, name in (
         (f"tp({tp})", tp, "num_attention_heads"),
-        (f"tp({tp})", tp, "num_key_value_heads"),
         (f"tp({tp})", tp, "intermediate_size"),
         (chunks, stages, "num_hidden_layers"),
     ):
@@ -66,20 +83,46 @@ def check_layout(hf_config: Any, parallel: ParallelConfig) -> None:
             )
 
 
+def _check_key_value_heads(hf_config: Any, tp: int) -> None:
+    """Refuse tensor parallel that splits the heads of keys unevenly, or shares them unevenly where it is larger."""
+    heads, keys, width = hf_config.num_attention_heads, hf_config.num_key_value_heads, head_size(hf_config)
+    rows = (heads + 2 * keys) * width
+
+    def shared_evenly(parts: int) -> bool:
+        return keys % parts == 0 or parts % keys == 0
+
+    if not shared_evenly(tp):
+        problem = f"is neither a divisor nor a multiple of the model's num_key_value_heads({keys})"
+    elif heads % tp == 0 and rows % tp:
+        problem = (
+            f"does not divide the (num_attention_heads({heads}) + 2 x num_key_value_heads({keys})) x head_dim({width}) "
+            f"= {rows} rows of the model's queries, keys and values"
+        )
+    else:
+        return
+    works = [n for n in range(1, heads + 1) if heads % n == 0 and shared_evenly(n) and rows % n == 0]
+    raise ConfigError(f"parallel: tp({tp}) {problem}; choose one of {', '.join(map(str, works))}")
+
+
 def _check_variant(hf_config: Any) -> None:
-    rope_type = rope_parameters(hf_config).get("rope_type", "default")
-    for name, value, wanted in (
-        ("rope_parameters.rope_type", rope_type, "default"),
-        ("use_sliding_window", getattr(hf_config, "use_sliding_window", False), False),
-        ("hidden_act", hf_config.hidden_act, "silu"),
-        ("attention_dropout", getattr(hf_config, "attention_dropout", 0.0), 0.0),
+    rope = rope_parameters(hf_config)
+    for name, value, allowed in (
+        ("rope_parameters.rope_type", rope.get("rope_type", "default"), ("default", "llama3")),
+        ("rope_parameters.partial_rotary_factor", rope.get("partial_rotary_factor", 1.0), (1.0,)),
+        ("use_sliding_window", getattr(hf_config, "use_sliding_window", False), (False,)),
+        ("sliding_window", getattr(hf_config, "sliding_window", None), (None,)),
+        ("hidden_act", hf_config.hidden_act, ("silu",)),
+        ("attention_dropout", getattr(hf_config, "attention_dropout", 0.0), (0.0,)),
+        ("attention_bias", getattr(hf_config, "attention_bias", False), (False,)),
+        ("mlp_bias", getattr(hf_config, "mlp_bias", False), (False,)),
     ):
-        if value != wanted:
-            raise ConfigError(f"model: {name} is {value!r} in config.json; only {wanted!r} is supported")
+        if value not in allowed:
+            wanted = f"{' and '.join(map(repr, allowed))} {'are' if len(allowed) > 1 else 'is'} supported"
+            raise ConfigError(f"model: {name} is {value!r} in config.json; only {wanted}")
 
 
 def rope_parameters(hf_config: Any) -> dict[str, Any]:
-    """Return the settings of the rotary embedding, `rope_theta` and where it is given `rope_type`."""
+    """Return the settings of the rotary embedding: `rope_theta`, and where they are given `rope_type` and its own."""
     return getattr(hf_config, "rope_parameters", None) or {"rope_theta": hf_config.rope_theta}
 
 

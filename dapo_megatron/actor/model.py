@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,13 @@ from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from dapo_megatron.actor import cpu
-from dapo_megatron.actor.architecture import head_size, padded_vocab, rope_parameters, uses_transformer_engine
+from dapo_megatron.actor.architecture import (
+    FAMILIES,
+    head_size,
+    padded_vocab,
+    rope_parameters,
+    uses_transformer_engine,
+)
 from dapo_megatron.config import MemoryConfig, ModelConfig, ParallelConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -23,6 +29,7 @@ def transformer_config(
 ) -> TransformerConfig:
     """Return Megatron's config for this model, which `architecture.check_layout` accepts, and layout."""
     dtype = DTYPES[model.dtype]
+    family = FAMILIES[hf_config.model_type]
     virtual = parallel.vpp > 1
     settings: dict[str, Any] = {
         "num_layers": hf_config.num_hidden_layers,
@@ -36,7 +43,8 @@ def transformer_config(
         "activation_func": torch.nn.functional.silu,
         "gated_linear_unit": True,
         "add_bias_linear": False,
-        "add_qkv_bias": True,
+        "add_qkv_bias": family.qkv_bias,
+        "qk_layernorm": family.qk_norm,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         "params_dtype": dtype,
@@ -143,4 +151,13 @@ def _build_chunk(
         pg_collection=groups,
         vp_stage=stage,
     )
+    _scale_rope(chunk, rope_parameters(hf_config))
     return chunk.cuda() if torch.cuda.is_available() else chunk
+
+
+def _scale_rope(chunk: GPTModel, rope: Mapping[str, Any]) -> None:
+    """Change the frequencies of the rotary embedding as Llama 3.1 does. GPTModel's own switch has but a factor."""
+    if rope.get("rope_type") == "llama3":
+        embedding: Any = chunk.rotary_pos_emb
+        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        embedding.inv_freq = embedding._apply_scaling(embedding.inv_freq, **{name: rope[name] for name in names})

@@ -133,7 +133,9 @@ def _jobs(
     from dapo_megatron.check_reduction.reference import Reference, errors
 
     model, answers = folder / "model", folder / "answers.pt"
-    miniature.save_model(miniature.hf_config(source, layouts, tied=tied), model, getattr(torch, dtype))
+    shared = source.num_key_value_heads < config.parallel.tp
+    small = miniature.hf_config(source, layouts, tied=tied, shared_keys=shared)
+    miniature.save_model(small, model, getattr(torch, dtype))
     own = miniature.run_config(config, layouts[0], model, dtype)
     reference = Reference(model, own)
     with torch.no_grad():

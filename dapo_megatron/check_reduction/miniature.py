@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from dapo_megatron.actor.architecture import head_size
 from dapo_megatron.check_reduction.layouts import Layout
 from dapo_megatron.config import Config
 
@@ -30,31 +31,43 @@ MAX_DECAY = 1.0
 """With the miniature's rate, more could take all of a weight away."""
 
 
-def hf_config(source: Any, layouts: Sequence[Layout], *, tied: bool) -> Any:
-    """Make `source` small: as many layers, heads and columns as the layouts need, all else as it is."""
+def hf_config(source: Any, layouts: Sequence[Layout], *, tied: bool, shared_keys: bool = False) -> Any:
+    """Make `source` small: as many layers, heads and columns as the layouts need, all else as it is.
+
+    Args:
+        shared_keys: whether there are fewer heads of keys than tensor-parallel ranks, in layouts where that can be.
+    """
     from transformers import AutoConfig
 
-    tp = math.lcm(*(layout.parallel.tp for layout in layouts))
+    splits = [layout.parallel.tp for layout in layouts]
+    tp = math.lcm(*splits)
     stages = math.lcm(*(layout.parallel.pp * layout.parallel.vpp for layout in layouts))
-    groups = max(tp, 2)
+    groups, head = max(tp, 2), HEAD
+    if shared_keys:
+        head = math.lcm(HEAD, tp)  # ranks split the rows of a shared head
+        groups = max(n for n in range(1, max(*splits, 2)) if all(n % tp == 0 or tp % n == 0 for tp in splits))
     heads = groups * min(4, max(1, source.num_attention_heads // source.num_key_value_heads))
-    values = source.to_dict() | {
+    heads = math.lcm(heads, tp)
+    # Heads may be wider, all together, than the hidden size.
+    width = source.hidden_size / (source.num_attention_heads * head_size(source))
+    values = source.to_dict()
+    values |= {
         "num_hidden_layers": max(stages, 2),
         "num_attention_heads": heads,
         "num_key_value_heads": groups,
-        "head_dim": HEAD,
-        "hidden_size": heads * HEAD,
-        "intermediate_size": 3 * heads * HEAD // 2,
+        "head_dim": head,
+        "hidden_size": 8 * max(1, round(heads * head * width / 8)),
+        "intermediate_size": 3 * heads * head // 2,
         "vocab_size": VOCAB,
-        "max_position_embeddings": 512,
-        "max_window_layers": max(stages, 2),
-        "layer_types": None,
         "tie_word_embeddings": tied,
         "dtype": "float32",
         "bos_token_id": None,
         "eos_token_id": None,
         "pad_token_id": None,
     }
+    # One entry for each layer, in the families that have them; None is for what follows from the rest.
+    of_layers = {"max_window_layers": max(stages, 2), "layer_types": None}
+    values |= {name: value for name, value in of_layers.items() if name in values}
     return AutoConfig.for_model(values.pop("model_type"), **values)
 
 

@@ -227,8 +227,8 @@ def test_a_frozen_reference_fills_its_own_field(alone: Any, tmp_path: Path) -> N
 
 def test_an_unsplittable_model_is_refused(alone: Any, tmp_path: Path) -> None:
     save_qwen2(tmp_path)
-    with pytest.raises(ConfigError, match=r"tp\(4\) does not divide the model's num_key_value_heads\(2\)"):
-        build(tmp_path, alone, parallel={"tp": 4})
+    with pytest.raises(ConfigError, match=r"tp\(8\) does not divide the model's num_attention_heads\(4\)"):
+        build(tmp_path, alone, parallel={"tp": 8})
 
 
 def test_an_offloaded_reference_takes_memory_only_while_it_is_used(alone: Any, tmp_path: Path) -> None:

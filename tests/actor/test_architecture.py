@@ -5,9 +5,9 @@ import sys
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig, Qwen2Config
+from transformers import GemmaConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from dapo_megatron.actor.architecture import attention_tokens, check_layout, padded_vocab
+from dapo_megatron.actor.architecture import attention_tokens, check_layout, padded_vocab, rope_parameters
 from dapo_megatron.config import ParallelConfig
 from dapo_megatron.errors import ConfigError
 
@@ -38,13 +38,24 @@ def test_attention_costs_as_much_as_the_weights_at_this_length() -> None:
 def test_layouts_that_divide_are_accepted() -> None:
     check_layout(Qwen2Config(**QWEN), ParallelConfig())
     check_layout(Qwen2Config(**QWEN), ParallelConfig(tp=2, pp=3, cp=4, sequence_parallel=True))
+    sizes = {**QWEN, "num_attention_heads": 8}
+    check_layout(Qwen2Config(**sizes), ParallelConfig(tp=8))  # four ranks for each head of keys
+
+
+def test_rows_of_queries_keys_and_values_have_to_divide() -> None:
+    sizes = {**QWEN, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 1}
+    with pytest.raises(ConfigError, match=r"tp\(8\) does not divide .* = 12 rows .*; choose one of 1, 2, 4$"):
+        check_layout(Qwen3Config(**sizes), ParallelConfig(tp=8))
 
 
 @pytest.mark.parametrize(
     ("parallel", "message"),
     [
         ({"tp": 4}, r"tp\(4\) does not divide the model's num_attention_heads\(6\); choose a divisor of 6: 1, 2, 3, 6"),
-        ({"tp": 3}, r"tp\(3\) does not divide the model's num_key_value_heads\(2\)"),
+        (
+            {"tp": 3},
+            r"tp\(3\) is neither a divisor nor a multiple of the model's num_key_value_heads\(2\); choose one of 1, 2$",
+        ),
         ({"pp": 4}, r"pp\(4\) does not divide the model's num_hidden_layers\(6\)"),
         ({"pp": 2, "vpp": 2}, r"pp\(2\) x vpp\(2\) = 4 does not divide the model's num_hidden_layers\(6\)"),
     ],
@@ -55,8 +66,8 @@ def test_the_arithmetic_is_in_the_message(parallel: dict[str, Any], message: str
 
 
 def test_other_architectures_are_refused_with_the_supported_ones() -> None:
-    with pytest.raises(ConfigError, match="'llama' is not supported; supported: qwen2"):
-        check_layout(LlamaConfig(), ParallelConfig())
+    with pytest.raises(ConfigError, match="'gemma' is not supported; supported: qwen2, qwen3, llama, mistral"):
+        check_layout(GemmaConfig(), ParallelConfig())
 
 
 @pytest.mark.parametrize(
@@ -70,6 +81,39 @@ def test_other_architectures_are_refused_with_the_supported_ones() -> None:
 def test_variants_that_would_be_computed_wrongly_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(change))):
         check_layout(Qwen2Config(**QWEN, **change), ParallelConfig())
+
+
+@pytest.mark.parametrize(
+    ("config", "change", "message"),
+    [
+        (LlamaConfig, {"mlp_bias": True}, "mlp_bias is True in config.json; only False is supported"),
+        (LlamaConfig, {"attention_bias": True}, "attention_bias is True"),
+        (Qwen3Config, {"attention_bias": True}, "attention_bias is True"),
+        (MistralConfig, {"sliding_window": 4096}, "sliding_window is 4096 in config.json; only None"),
+        (
+            LlamaConfig,
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}},
+            "rope_type is 'yarn' in config.json; only 'default' and 'llama3' are supported",
+        ),
+        (
+            LlamaConfig,
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor is 0.5",
+        ),
+    ],
+)
+def test_so_are_those_of_the_other_families(config: Any, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_layout(config(**{**QWEN, **change}), ParallelConfig())
+
+
+def test_llama_3_1_as_it_is_published_is_accepted() -> None:
+    scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope = {**scaling, "original_max_position_embeddings": 8192, "rope_type": "llama3"}
+    published: dict[str, Any] = {"max_position_embeddings": 131_072, "rope_scaling": rope, "rope_theta": 500_000.0}
+    config = LlamaConfig(**QWEN, **published, attention_bias=False, mlp_bias=False, pretraining_tp=1)
+    check_layout(config, ParallelConfig(tp=2))
+    assert rope_parameters(config) == {**rope, "rope_theta": 500_000.0}
 
 
 @pytest.mark.parametrize(("size", "tp", "padded"), [(32, 1, 32), (32, 2, 32), (33, 2, 64), (151_936, 8, 151_936)])

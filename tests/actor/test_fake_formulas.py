@@ -29,11 +29,15 @@ def ranks() -> Iterator[None]:
 def matrices(size: dict[str, Any], parallel: ParallelConfig, rank_stage: int) -> tuple[int, int]:
     """Weights of this stage's matrix products on a tensor-parallel rank: of its layers, and of the output layer."""
     hidden, layers = size["hidden_size"], size["num_hidden_layers"] // parallel.pp
-    queries = hidden
-    keys = hidden // size["num_attention_heads"] * size["num_key_value_heads"]
+    queries, keys = channels(size)
     layer = hidden * (queries + 2 * keys) + queries * hidden + 3 * hidden * size["intermediate_size"]
     last = rank_stage == parallel.pp - 1
     return layers * layer // parallel.tp, vocabulary(size, parallel) * hidden * last
+
+
+def channels(size: dict[str, Any]) -> tuple[int, int]:
+    width = size.get("head_dim", size["hidden_size"] // size["num_attention_heads"])
+    return width * size["num_attention_heads"], width * size["num_key_value_heads"]
 
 
 def vocabulary(size: dict[str, Any], parallel: ParallelConfig) -> int:
@@ -44,8 +48,10 @@ def vocabulary(size: dict[str, Any], parallel: ParallelConfig) -> int:
 
 def parameters(size: dict[str, Any], parallel: ParallelConfig, stage: int) -> int:
     hidden, layers = size["hidden_size"], size["num_hidden_layers"] // parallel.pp
-    keys = hidden // size["num_attention_heads"] * size["num_key_value_heads"]
-    biases_and_norms = layers * ((hidden + 2 * keys) // parallel.tp + 2 * hidden)
+    queries, keys = channels(size)
+    biases = (queries + 2 * keys) // parallel.tp * (size["model_type"] == "qwen2")
+    norms = 2 * hidden + 2 * size.get("head_dim", 0) * (size["model_type"] == "qwen3")
+    biases_and_norms = layers * (biases + norms)
     embedding = vocabulary(size, parallel) * hidden * (stage == 0)
     final_norm = hidden * (stage == parallel.pp - 1)
     return sum(matrices(size, parallel, stage)) + biases_and_norms + embedding + final_norm
@@ -71,6 +77,17 @@ def check_formulas(size: str, config: Config, world_size: int, lengths: tuple[in
         in_layers, in_head = matrices(SIZES[size], parallel, stage)
         passes = 8 if config.memory.recompute == "full" else 6
         assert cost.flops == (passes * in_layers + 6 * in_head) * sum(lengths) // parallel.cp
+
+
+@pytest.mark.parametrize("size", ["tiny", "qwen3", "llama"])
+@pytest.mark.parametrize("tp", [2, 4])
+def test_families(size: str, tp: int) -> None:
+    """With 4 ranks, two share each head of keys. It is in the memory of one; what it makes, they gather."""
+    config = tiny_config({"tp": tp, "pp": 2})
+    for stage in (0, 1):
+        cost = fake(size, config, 2 * tp, tp * stage, SLOTS)
+        assert cost.parameters == parameters(SIZES[size], config.parallel, stage)
+        assert cost.flops == 6 * sum(matrices(SIZES[size], config.parallel, stage)) * sum(SLOTS)
 
 
 def gpu_config(**parallel: Any) -> Config:

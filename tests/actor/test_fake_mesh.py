@@ -139,7 +139,7 @@ def _leaves_nothing() -> None:
     before = state()
     fake_here(SIZES["tiny"], tiny_config({"pp": 2}), 2, 1, SLOTS, {})
     assert state() == before
-    with pytest.raises(ConfigError, match="does not divide the model's num_key_value_heads"):
-        fake_here(SIZES["tiny"], tiny_config({"tp": 4}), 4, 0, SLOTS, {})
+    with pytest.raises(ConfigError, match="does not divide the model's num_attention_heads"):
+        fake_here(SIZES["tiny"], tiny_config({"tp": 8}), 8, 0, SLOTS, {})
     assert state() == before
     assert torch.ones(2).tolist() == [1.0, 1.0]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tests.helpers.batches import make_micro_batch, make_mini_batch, ratio_loss, reference_logprobs
-from tests.helpers.models import load_reference, make_config, save_qwen2
+from tests.helpers.models import load_reference, make_config, save_qwen2, save_tiny
 
 HERE = [
     pytest.param(None, id="cpu"),
@@ -26,6 +26,7 @@ ON_GPU = HERE[1:]
 BATCHES = [make_micro_batch([5, 130, 1, 90, 40], seed=1), make_micro_batch([200, 64], seed=2)]
 HIDDEN = 256
 """With four heads, of 64 channels: every attention kernel takes them."""
+FAMILIES: dict[str, dict[str, Any]] = {"qwen2": {}, "qwen3": {"head_dim": 128}, "llama3": {}}
 
 
 @pytest.fixture(autouse=True)
@@ -72,8 +73,11 @@ def reference(path: Path, dtype: torch.dtype) -> Tensor:
 
 
 @pytest.mark.parametrize("layers", HERE)
-def test_logprobs_are_as_exact_as_hugging_faces_in_bfloat16(layers: str | None, alone: Any, tmp_path: Path) -> None:
-    save_qwen2(tmp_path, hidden=HIDDEN, dtype=torch.bfloat16)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logprobs_are_as_exact_as_hugging_faces_in_bfloat16(
+    layers: str | None, family: str, alone: Any, tmp_path: Path
+) -> None:
+    save_tiny(tmp_path, family, hidden=HIDDEN, dtype=torch.bfloat16, **FAMILIES[family])
     actor, _ = build(tmp_path, alone, layers)
     exact, rounded = (reference(tmp_path, dtype) for dtype in (torch.float64, torch.bfloat16))
     error, unit = (math.sqrt(float((got - exact).square().mean())) for got in (logprobs_of(filled(actor)), rounded))
@@ -82,8 +86,9 @@ def test_logprobs_are_as_exact_as_hugging_faces_in_bfloat16(layers: str | None, 
 
 @pytest.mark.parametrize("layers", HERE)
 @pytest.mark.parametrize("tied", [True, False])
-def test_weights_come_back_bit_for_bit(layers: str | None, tied: bool, alone: Any, tmp_path: Path) -> None:
-    save_qwen2(tmp_path / "given", tied=tied, hidden=HIDDEN, dtype=torch.bfloat16)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_come_back_bit_for_bit(layers: str | None, tied: bool, family: str, alone: Any, tmp_path: Path) -> None:
+    save_tiny(tmp_path / "given", family, tied=tied, hidden=HIDDEN, dtype=torch.bfloat16, **FAMILIES[family])
     actor, checkpoint = build(tmp_path / "given", alone, layers)
     wanted = {
         name: param.detach() for name, param in load_reference(tmp_path / "given", torch.bfloat16).named_parameters()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import Qwen2Config
+from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
 from dapo_megatron.config import MemoryConfig, ModelConfig, ParallelConfig
 from tests.helpers.batches import make_micro_batch, make_mini_batch, ratio_loss, worst_relative_error
@@ -113,6 +113,29 @@ def test_megatrons_config_on_gpus(
     got = transformer_config(hf_config, model, sizes, saving)
     wanted = FUSED | expected
     assert {name: getattr(got, name) for name in wanted} == wanted
+
+
+@pytest.mark.parametrize(
+    ("hf_config", "expected"),
+    [
+        (QWEN_7B, {"add_qkv_bias": True, "qk_layernorm": False}),
+        (
+            Qwen3Config(hidden_size=1024, num_attention_heads=16, num_key_value_heads=8, head_dim=128),
+            {"add_qkv_bias": False, "qk_layernorm": True, "kv_channels": 128},
+        ),
+        (
+            LlamaConfig(hidden_size=4096, num_attention_heads=32, num_key_value_heads=8),
+            {"add_qkv_bias": False, "qk_layernorm": False, "kv_channels": 128, "num_query_groups": 8},
+        ),
+    ],
+    ids=["qwen2", "qwen3", "llama"],
+)
+def test_megatrons_config_of_a_family(hf_config: Any, expected: dict[str, Any]) -> None:
+    from dapo_megatron.actor.model import transformer_config
+
+    model = ModelConfig.model_validate({"path": "x", "layers": "torch"})
+    got = transformer_config(hf_config, model, ParallelConfig(), MemoryConfig())
+    assert {name: getattr(got, name) for name in expected} == expected
 
 
 def test_only_transformer_engines_modules_accumulate_in_main_grad() -> None:

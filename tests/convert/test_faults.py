@@ -50,7 +50,7 @@ def left(tmp_path: Path) -> set[str]:
 
 def test_an_unknown_architecture(own: Path, tmp_path: Path) -> None:
     change_config(own, model_type="gpt2", architectures=["GPT2LMHeadModel"])
-    with pytest.raises(ConfigError, match=r"'gpt2' is not supported; supported: qwen2"):
+    with pytest.raises(ConfigError, match=r"'gpt2' is not supported; supported: "):
         to_megatron(own, tmp_path / "out")
     change_config(own, model_type="no_such_model")
     with pytest.raises(ConfigError, match=r"cannot read .*config\.json: .*no_such_model"):

@@ -51,6 +51,8 @@ SIZES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     },
 }
+SIZES["qwen3"] = {**SIZES["tiny"], "model_type": "qwen3", "head_dim": 16}
+SIZES["llama"] = {**SIZES["tiny"], "model_type": "llama"}
 SLOTS = (64, 64)
 """Of the sequences of a micro-batch."""
 

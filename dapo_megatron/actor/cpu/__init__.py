@@ -60,8 +60,11 @@ def block_spec(config: TransformerConfig, vp_stage: int | None, pp_rank: int) ->
     from dapo_megatron.actor.cpu.attention import PackedAttention
     from dapo_megatron.actor.cpu.norm import RMSNorm
 
-    layer: Any = get_gpt_layer_local_spec(normalization="RMSNorm")
-    layer.submodules.self_attention.submodules.core_attention = PackedAttention
+    layer: Any = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
+    attention = layer.submodules.self_attention.submodules
+    attention.core_attention = PackedAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
     layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
     norm: Any = RMSNorm
