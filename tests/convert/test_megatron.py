@@ -53,7 +53,8 @@ CASES = [
 
 @pytest.mark.multiproc
 @pytest.mark.parametrize(("family", "layout", "tied"), CASES)
-def test_a_conversion_is_what_megatron_saves(family: str, parallel: dict[str, Any], tied: bool, tmp_path: Path) -> None:
+def test_a_conversion_is_what_megatron_saves(family: str, layout: str, tied: bool, tmp_path: Path) -> None:
+    parallel: dict[str, Any] = LAYOUTS[layout]
     source = save_tiny(tmp_path / "hf", family, tied=tied, layers=4, dtype=torch.bfloat16)
     (tmp_path / "saved").mkdir()
     ranks = parallel.get("tp", 1) * parallel.get("pp", 1)

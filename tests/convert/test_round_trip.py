@@ -27,7 +27,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_there_and_back_is_bit_exact(family: str, tied: bool, dtype: torch.dtype, tmp_path: Path) -> None:
-    """With 50 words, which no tensor-parallel size divides; two heads of keys, which are fewer than the ranks of tp4."""
+    """With 50 words, which no tensor-parallel size divides, and fewer heads of keys than tp4 has ranks."""
     source = save_tiny(tmp_path / "hf", family, tied=tied, layers=4, dtype=dtype)
     want = tensors(add_sides(source))
     for name, parallel in LAYOUTS.items():
