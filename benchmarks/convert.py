@@ -7,9 +7,9 @@ it as --tp ranks would, `tools/megatron_to_hf.py` writes it back, and every tens
 
 Memory is the most that is resident of the tool's process and all it starts, and may be 1.5 times the largest file of
 the source. Seconds are those of the whole command, Python's start and the imports included, and once more without
-those, which the same command takes for a model of two tiny layers. The copy writes the same files and, as the tools do,
-waits until they are on the disk. Source files are read once before, so that all three find them in the page cache as
-far as it reaches.
+those, which the same command takes for a model of two tiny layers. Where others use the machine, the seconds of CPU say
+more than those by the clock. The copy writes the same files and, as the tools do, waits until they are on the disk.
+Source files are read once before, so that all three find them in the page cache as far as it reaches.
 
 Exits with 1 where memory goes beyond the bound, or a tensor differs.
 """
@@ -60,8 +60,13 @@ TOOLS = Path(__file__).parent.parent / "tools"
 @dataclass(frozen=True)
 class Cost:
     seconds: float
-    peak: int
+    cpu: float
+    """Seconds, of user and system."""
+    peak: int = 0
     """Bytes."""
+
+    def __sub__(self, start: Cost) -> Cost:
+        return Cost(self.seconds - start.seconds, self.cpu - start.cpu, self.peak)
 
 
 def make_model(folder: Path, layers: int, **changes: int) -> None:
@@ -84,12 +89,16 @@ def run(tool: str, *arguments: str) -> Cost:
     process = subprocess.Popen([sys.executable, str(TOOLS / f"{tool}.py"), *arguments], env=environment)
     watched = psutil.Process(process.pid)
     peak = 0
-    while process.poll() is None:
+    while not (ended := os.wait4(process.pid, os.WNOHANG))[0]:
         peak = max(peak, sum(map(resident, (watched, *children(watched)))))
         time.sleep(0.01)
+    _, status, used = ended
+    process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"{tool} ended with {process.returncode}")
-    return Cost(time.monotonic() - begun, peak)
+    # The system has seen the peak of the process itself, in KiB.
+    peak = max(peak, used.ru_maxrss * 1024)
+    return Cost(time.monotonic() - begun, used.ru_utime + used.ru_stime, peak)
 
 
 def children(process: psutil.Process) -> list[psutil.Process]:
@@ -107,13 +116,13 @@ def resident(process: psutil.Process) -> int:
 
 
 def copy(source: Path, target: Path) -> Cost:
-    begun = time.monotonic()
+    begun, before = time.monotonic(), time.process_time()
     target.mkdir()
     for file in source.iterdir():
         shutil.copyfile(file, target / file.name)
         with (target / file.name).open("rb") as opened:
             os.fsync(opened.fileno())
-    return Cost(time.monotonic() - begun, 0)
+    return Cost(time.monotonic() - begun, time.process_time() - before)
 
 
 def read_once(folder: Path) -> None:
@@ -157,13 +166,15 @@ def main() -> int:
         differ = differing(folder / "source", folder / "back")
     size = largest / 1e9
     text = io.StringIO()
-    print(f"{size:.2f} GB; a copy takes {plain.seconds / size:.2f} s/GB", file=text)
+    print(f"{size:.2f} GB; a copy takes {plain.seconds / size:.2f} s/GB, {plain.cpu / size:.2f} of CPU", file=text)
     for what, cost, start in zip(("to Megatron", "to Hugging Face"), costs, starts, strict=True):
-        work = cost.seconds - start.seconds
+        work = cost - start
         print(
-            f"{what}: {cost.seconds / size:.2f} s/GB = {cost.seconds / plain.seconds:.1f} copies; "
-            f"{work / size:.2f} = {work / plain.seconds:.1f} without the {start.seconds:.1f} s of starting; "
-            f"peak {cost.peak / 1e9:.2f} GB = {cost.peak / largest:.2f} files ({start.peak / 1e9:.2f} GB tiny)",
+            f"{what}: {cost.seconds / size:.2f} s/GB = {cost.seconds / plain.seconds:.1f} copies, of CPU "
+            f"{cost.cpu / size:.2f} = {cost.cpu / plain.cpu:.1f}\n"
+            f"  without starting, {start.seconds:.1f} s and {start.cpu:.1f} of CPU: {work.seconds / size:.2f} = "
+            f"{work.seconds / plain.seconds:.1f} copies, of CPU {work.cpu / size:.2f} = {work.cpu / plain.cpu:.1f}\n"
+            f"  peak {cost.peak / 1e9:.2f} GB = {cost.peak / largest:.2f} files; tiny {start.peak / 1e9:.2f} GB",
             file=text,
         )
     print(f"{len(differ)} tensors differ after both", file=text)
