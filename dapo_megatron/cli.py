@@ -1,4 +1,4 @@
-"""The command line: `dapo-megatron train|eval|check-reduction|config`, also as `python -m dapo_megatron`.
+"""The command line: `dapo-megatron train|eval|check-reduction|convert|inspect|config`, or `python -m dapo_megatron`.
 
 Exit codes: 0 done, 1 the run failed, 2 input that cannot work (nothing was started then), 75 stopped and saved (started
 again, it goes on), 130 interrupted, 141 the reader of the output went away, 143 stopped and not saved.
@@ -14,7 +14,7 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from dapo_megatron import __version__, config_file
 from dapo_megatron.config import Config
+from dapo_megatron.convert.main import add_convert, add_inspect
 from dapo_megatron.errors import ConfigError, DapoError
 from dapo_megatron.signals import Insistence, heeded
 
@@ -41,6 +42,8 @@ examples:
   dapo-megatron eval configs/quickstart_cpu.yaml eval.samples=4 model.path=runs/quickstart/hf
   dapo-megatron check-reduction configs/quickstart_cpu.yaml    every layout gives the gradient of a single process
   dapo-megatron check-reduction configs/quickstart_cpu.yaml algo.loss_scope=prompt --layouts yours,tp2xcp2+sp
+  dapo-megatron convert Qwen2.5-7B Qwen2.5-7B-megatron --tp 2    Hugging Face to Megatron, or back
+  dapo-megatron inspect runs/quickstart                 what a checkpoint holds, and what is missing
   dapo-megatron config configs/quickstart_cpu.yaml      the configuration with every default filled in
   dapo-megatron config --schema                         every key, its type, default and meaning, as JSON schema
 
@@ -59,8 +62,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(more)}")
     elif more:
         arguments.overrides += more
+    return answered(lambda: arguments.run(arguments))
+
+
+def answered(run: Callable[[], int]) -> int:
+    """Return the exit code of what `run` does; what it raises for people is told on standard error."""
     try:
-        return arguments.run(arguments)
+        return run()
     except DapoError as error:
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
@@ -132,6 +140,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     check.add_argument("--verbose", action="store_true", help="a row for every split, not only for the worst")
     check.set_defaults(run=_check_reduction)
+
+    convert = commands.add_parser(
+        "convert",
+        help="convert a Hugging Face checkpoint to Megatron's format, or back",
+        description="Convert a Hugging Face checkpoint to Megatron's torch_dist format, or such a checkpoint, a run's "
+        "for example, to Hugging Face's: what SOURCE is decides.",
+        allow_abbrev=False,
+    )
+    add_convert(convert)
+
+    inspect = commands.add_parser(
+        "inspect",
+        help="tell what a checkpoint holds",
+        description="Tell what a checkpoint holds, and what is missing (exit code 1), without loading it.",
+        allow_abbrev=False,
+    )
+    add_inspect(inspect)
 
     config = commands.add_parser(
         "config",

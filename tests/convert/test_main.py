@@ -1,0 +1,204 @@
+"""The tools as programs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dapo_megatron.convert import main
+from tests.helpers.conversion import add_sides, assert_same_tensors, tensors, to_megatron
+from tests.helpers.models import save_tiny
+
+TOOLS = Path(__file__).parents[2] / "tools"
+
+
+def run(tool: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    program = [str(TOOLS / f"{tool}.py")] if (TOOLS / f"{tool}.py").exists() else ["-m", "dapo_megatron", tool]
+    command = [sys.executable, *program, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
+
+
+def test_both_tools_convert_and_verify(tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "hf", layers=4, dtype=torch.bfloat16)
+    there = run("hf_to_megatron", source, tmp_path / "m", "--tp", "2", "--pp", "2", "--vpp", "2", "--verify")
+    back = run("megatron_to_hf", tmp_path / "m", tmp_path / "back", "--verify")
+    for done, name in ((there, "m"), (back, "back")):
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == ""
+        wrote, hashes, logits = done.stderr.splitlines()
+        assert wrote.startswith(f"wrote {tmp_path / name} in ")
+        assert hashes == "all 50 tensors are equal by SHA-256"
+        assert logits.startswith("logits of 48 tokens agree with transformers' within ")
+        assert float(logits.split("within ")[1].split()[0]) < 2e-6
+    assert_same_tensors(tensors(tmp_path / "back"), tensors(source))
+
+
+def test_the_input_decides_the_direction(tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "hf")
+    there = run("convert", source, tmp_path / "m", "--tp", "2")
+    assert there.returncode == 0, there.stderr
+    back = run("convert", tmp_path / "m", tmp_path / "back")
+    assert back.returncode == 0, back.stderr
+    assert_same_tensors(tensors(tmp_path / "back"), tensors(source))
+
+
+@pytest.mark.parametrize(
+    ("tool", "arguments", "said"),
+    [
+        ("hf_to_megatron", ["m", "out"], "m is a Megatron checkpoint already; megatron_to_hf.py converts those"),
+        ("megatron_to_hf", ["hf", "out"], "hf is a Hugging Face checkpoint already; hf_to_megatron.py converts those"),
+        ("hf_to_megatron", ["hf", "out", "--tp", "0"], "--tp 0: at least 1 is needed"),
+        ("hf_to_megatron", ["hf", "out", "--vpp", "2"], "--vpp 2 splits pipeline stages into chunks, but --pp is 1"),
+        ("hf_to_megatron", ["hf", "hf"], "hf is there already"),
+        ("hf_to_megatron", ["empty", "out"], "empty holds no checkpoint"),
+        ("inspect_checkpoint", ["empty"], "empty holds no checkpoint"),
+    ],
+)
+def test_input_that_cannot_work_is_answered_with_2(
+    tool: str,
+    arguments: list[str],
+    said: str,
+    models: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(models)
+    monkeypatch.setattr(main, "_prepare", lambda: None)
+    assert getattr(main, tool)(arguments) == 2
+    assert said in capsys.readouterr().err
+    assert {entry.name for entry in models.iterdir()} == {"hf", "m", "empty"}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    add_sides(save_tiny(folder / "hf", layers=4, dtype=torch.bfloat16))
+    to_megatron(folder / "hf", folder / "m", tp=2, pp=2)
+    (folder / "empty").mkdir()
+    return folder
+
+
+def swap_layers(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    held = load_file(file)
+    first, second = (f"model.layers.{layer}.mlp.down_proj.weight" for layer in (0, 1))
+    save_file({**held, first: held[second], second: held[first]}, file, {"format": "pt"})
+
+
+def test_verify_names_tensors_that_differ(models: Path, tmp_path: Path) -> None:
+    from dapo_megatron.convert.logits import compare_logits
+    from dapo_megatron.convert.verify import VerifyError, compare_tensors
+
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in (models / "hf").glob("*.*"):
+        if file.is_file():
+            (other / file.name).write_bytes(file.read_bytes())
+    assert (
+        compare_tensors(models / "m", models / "m/hf", other, None, sys.stderr) == "all 50 tensors are equal by SHA-256"
+    )
+    swap_layers(other)
+    names = r"model\.layers\.0\.mlp\.down_proj\.weight, model\.layers\.1\.mlp\.down_proj\.weight"
+    with pytest.raises(VerifyError, match=rf"2 of 50 tensors of .*other differ from those of .*m, such as {names}"):
+        compare_tensors(models / "m", models / "m/hf", other, None, sys.stderr)
+    with pytest.raises(VerifyError, match=r"logits of .*m differ from those of transformers' model by"):
+        compare_logits(models / "m", other)
+
+
+def test_a_model_too_large_for_memory_has_no_logits_compared(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dapo_megatron.convert import logits
+
+    monkeypatch.setattr(logits, "_BASE", 10**18)
+    said = logits.compare_logits(models / "m", models / "hf")
+    assert said.startswith(
+        "logits are not compared: in float32, 32,864 parameters x 4 bytes x 1.2 + 1000000000.0 GB = "
+    )
+
+
+def inspect(path: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, object]]:
+    code = main.inspect_checkpoint([str(path), "--json"])
+    return code, json.loads(capsys.readouterr().out)
+
+
+def test_inspect_tells_what_a_hugging_face_checkpoint_holds(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, found = inspect(models / "hf", capsys)
+    assert code == 0
+    size = (models / "hf/model.safetensors").stat().st_size
+    assert found == {
+        "kind": "huggingface",
+        "path": str(models / "hf"),
+        "model_type": "qwen2",
+        "architectures": ["Qwen2ForCausalLM"],
+        "declared_dtype": "bfloat16",
+        "tied": True,
+        "vocab_size": 50,
+        "tensors": 50,
+        "parameters": 32_864,
+        "bytes": 65_728,
+        "dtypes": {"bfloat16": 32_864},
+        "files": [{"name": "model.safetensors", "bytes": size, "tensors": 50}],
+        "side_files": [
+            *("LICENSE", "additional_chat_templates/tools.jinja", "chat_template.jinja", "config.json"),
+            *("generation_config.json", "modeling_own.py", "tokenizer.model", "tokenizer_config.json"),
+        ],
+        "missing": [],
+    }
+
+
+def test_inspect_tells_what_a_megatron_checkpoint_holds(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, found = inspect(models / "m", capsys)
+    assert code == 0
+    assert {name: found[name] for name in ("kind", "format", "step", "layers", "tensor_parallel", "missing")} == {
+        "kind": "megatron",
+        "format": "torch_dist",
+        "step": 0,
+        "layers": 4,
+        "tensor_parallel": 2,
+        "missing": [],
+    }
+    # Rows that pad the vocabulary are no parameters.
+    assert (found["parameters"], found["dtypes"]) == (32_864, {"bfloat16": 32_864})
+    files = found["files"]
+    assert isinstance(files, list)
+    assert [file["name"] for file in files] == [f"__{rank}_0.distcp" for rank in range(4)]
+    assert main.inspect_checkpoint([str(models / "m")]) == 0
+    said = capsys.readouterr().out
+    assert "Megatron (torch_dist), Qwen2ForCausalLM, tied" in said
+    assert "4 layers, written tensor-parallel in 2" in said
+
+
+def test_inspect_names_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = save_tiny(tmp_path / "hf")
+    to_megatron(source, tmp_path / "m", tp=2)
+    os.truncate(tmp_path / "m/__0_0.distcp", 100)
+    (tmp_path / "m/__1_0.distcp").unlink()
+    (tmp_path / "m/common.pt").unlink()
+    code, found = inspect(tmp_path / "m", capsys)
+    assert code == 1
+    assert [str(said).split(":")[0] for said in found["missing"]] == [  # type: ignore[union-attr]
+        "__0_0.distcp is cut short",
+        "__1_0.distcp is missing",
+        f"{tmp_path / 'm/common.pt'} is missing; the checkpoint is incomplete",
+    ]
+    names = list(tensors(source))
+    places = {name: f"model-0000{1 + number % 3}-of-00003.safetensors" for number, name in enumerate(names)}
+    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    held = tensors(source)
+    first = [name for name, file in places.items() if file.startswith("model-00001")]
+    save_file({name: held[name] for name in first[1:]}, source / "model-00001-of-00003.safetensors")
+    (source / "model-00002-of-00003.safetensors").write_bytes(bytes(30))
+    code, found = inspect(source, capsys)
+    assert code == 1
+    one, two, three = found["missing"]  # type: ignore[misc]
+    assert (
+        one == f"model-00001-of-00003.safetensors lacks 1 tensors of model.safetensors.index.json, such as {first[0]}"
+    )
+    assert "model-00002-of-00003.safetensors is no whole safetensors file" in two
+    assert three.startswith("model-00003-of-00003.safetensors is missing, and 8 tensors with it")
