@@ -36,7 +36,7 @@ ROOMS: dict[str, set[str]] = {
     "rollout": {*VOCABULARY, "processes"},
     "actor": VOCABULARY,
     "weights": VOCABULARY,
-    "checkpoint": VOCABULARY,
+    "checkpoint": {*VOCABULARY, "convert.dist_files"},
     "eval": {*VOCABULARY, "rollout.collect", "rollout.engine"},
     "preflight": {
         *(*VOCABULARY, "actor.architecture", "data", "obs.run_folder", "obs.sinks"),

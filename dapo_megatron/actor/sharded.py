@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-_EXTRA = "_extra_state"
-"""Transformer Engine's record of FP8 scales, pickled; for higher precision it is empty."""
+EXTRA = "_extra_state"
+"""Ends the names of Transformer Engine's records of FP8 scales, which are empty otherwise. Megatron's own layers have
+them in name; how many there are depends on what the layers are made of."""
 
 
 def sharded_state(
@@ -27,14 +27,7 @@ def sharded_state(
     """
     metadata = _metadata(groups)
     models: list[Any] = list(chunks)
-    weights = {
-        f"model{index}": {
-            name: part
-            for name, part in model.sharded_state_dict(metadata=metadata).items()
-            if not (isinstance(part, ShardedObject) and part.key.endswith(_EXTRA))
-        }
-        for index, model in enumerate(models)
-    }
+    weights = {f"model{index}": model.sharded_state_dict(metadata=metadata) for index, model in enumerate(models)}
     if not loading:
         _begin(optimizer)
     state = optimizer.sharded_state_dict(weights, is_loading=loading, metadata=metadata)
@@ -46,7 +39,7 @@ def load_sharded_state(chunks: Sequence[torch.nn.Module], optimizer: Any, loaded
     """Take over what `dist_checkpointing.load` made of `sharded_state`. It may be changed on the way."""
     for index, chunk in enumerate(chunks):
         absent, unknown = chunk.load_state_dict(loaded[f"model{index}"], strict=False)
-        lost = [name for name in (*absent, *unknown) if not name.endswith(_EXTRA)]
+        lost = [name for name in (*absent, *unknown) if not name.endswith(EXTRA)]
         assert not lost, f"the sharded state of the model's own names is not the model's: {lost}"
     optimizer.load_state_dict(loaded["optimizer"])
 

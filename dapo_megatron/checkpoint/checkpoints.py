@@ -25,6 +25,8 @@ from dapo_megatron.checkpoint.folder import BrokenCheckpointError, File, Manifes
 from dapo_megatron.checkpoint.random_states import random_states, restore_random_states
 from dapo_megatron.checkpoint.shards import Shards, copy_shards, read_shards
 from dapo_megatron.config import Config
+from dapo_megatron.convert import dist_files
+from dapo_megatron.convert.dist_files import CheckpointError
 from dapo_megatron.errors import DapoError
 
 log = logging.getLogger(__name__)
@@ -298,7 +300,16 @@ class Checkpoints:
             problem = str(error)
         problems: list[str | None] = [None] * self._ranks.world_size
         dist.all_gather_object(problems, problem, group=self._ranks.host_world)
-        return next((problem for problem in problems if problem), None)
+        if found := next((problem for problem in problems if problem), None):
+            return found
+        if self._ranks.is_leader:
+            try:
+                # The manifest tells what was damaged, and not who wrote it. Megatron unpickles.
+                dist_files.check(folder)
+            except CheckpointError as error:
+                problem = str(error)
+        self._after_leader("look into the checkpoint")
+        return self._ranks.broadcast(problem)
 
     def _load(self, folder: Path) -> None:
         manifest = folders.read_manifest(folder)
@@ -312,7 +323,8 @@ class Checkpoints:
         if not self._ranks.is_leader:
             self._state.load_state_dict(state)
         try:
-            loaded = read_shards(self._trained.sharded_state(loading=True), folder, self._trained.replicas)
+            objects = dist_files.DistReader(folder).objects
+            loaded = read_shards(self._trained.sharded_state(loading=True), folder, self._trained.replicas, objects)
         except (KeyError, ValueError) as error:
             raise DapoError(f"checkpoint {folder} does not fit this run: {_said(error)}") from error
         self._trained.load_sharded_state(loaded)

@@ -7,8 +7,9 @@ that has threads, streams and process groups.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.serialization import (
     get_default_load_sharded_strategy,
@@ -43,15 +44,11 @@ class Shards:
 
     rank: int
     plan: SavePlan
-    tensors: Mapping[MetadataIndex, Tensor]
+    data: Mapping[MetadataIndex, Tensor | BytesIO]
     metadata: Metadata | None
     """On rank 0, what the files of all ranks will hold together."""
     common: dict[str, Any] | None
     """On rank 0, what is alike on all: plain values."""
-
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def write(self, folder: Path) -> list[WriteResult]:
         """Write this rank's file, `__RANK_0.distcp`, where it has anything to write.
@@ -64,7 +61,7 @@ class Shards:
         """
         if not self.plan.items:
             return []
-        results = _writer(folder).write_data(self.plan, _Copied(self.tensors)).wait()
+        results = _writer(folder).write_data(self.plan, _Copied(self.data)).wait()
         return list(results)
 
     def finish(self, folder: Path, results: Sequence[list[WriteResult]]) -> None:
@@ -91,7 +88,6 @@ def copy_shards(state: dict[str, Any], replicas: dist.ProcessGroup, host: dist.P
     FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy(), replicas).apply_saving_parallelization(
         sharded
     )
-    assert not any(isinstance(part, ShardedObject) for part in nested_values(sharded)), "objects would be pickled"
     renamed, _, _ = torch_dist._replace_state_dict_keys_with_sharded_keys(sharded, True)
     rank = dist.get_rank()
     planner = torch_dist.MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
@@ -103,18 +99,26 @@ def copy_shards(state: dict[str, Any], replicas: dist.ProcessGroup, host: dist.P
     # The file's name comes of a plan's place among all.
     plan = _writer(Path()).prepare_global_plan([plan] * (rank + 1))[rank]
     plan = planner.finish_plan(plan)
-    tensors: dict[MetadataIndex, Any] = {item.index: planner.resolve_data(item) for item in plan.items}
-    tensors = {index: _to_host(tensor) for index, tensor in tensors.items()}
+    data = {item.index: _to_host(planner.resolve_data(item)) for item in plan.items}
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return Shards(rank, plan, tensors, metadata, common if rank == 0 else None)
+    return Shards(rank, plan, data, metadata, common if rank == 0 else None)
 
 
-def read_shards(state: dict[str, Any], folder: Path, replicas: dist.ProcessGroup) -> dict[str, Any]:
+def read_shards(
+    state: dict[str, Any], folder: Path, replicas: dist.ProcessGroup, objects: Collection[str]
+) -> dict[str, Any]:
     """Read what `state` (`actor.sharded.sharded_state` for loading) names, and what is common to all. Collective.
 
     Every part of a tensor is read by one of the ranks that want it, and comes to the others from there.
+
+    Args:
+        objects: the keys of those that the checkpoint has besides tensors (`convert.dist_files.check`, which is to be
+            called before: they are unpickled). Others are left out.
     """
+    _, state = extract_matching_values(  # pyright: ignore[reportAssignmentType]
+        state, lambda part: isinstance(part, ShardedObject) and part.unique_key not in objects
+    )
     strategy = FullyParallelLoadStrategyWrapper(get_default_load_sharded_strategy(str(folder)), replicas)
     return dist_checkpointing.load(state, str(folder), sharded_strategy=strategy)  # pyright: ignore[reportReturnType]
 
@@ -122,12 +126,12 @@ def read_shards(state: dict[str, Any], folder: Path, replicas: dist.ProcessGroup
 class _Copied(torch_dist.MCoreSavePlanner):
     """Answers a writer with copies."""
 
-    def __init__(self, tensors: Mapping[MetadataIndex, Tensor]) -> None:
+    def __init__(self, data: Mapping[MetadataIndex, Tensor | BytesIO]) -> None:
         super().__init__(dedup_replicated_tensors=False, flatten_state_dict=False)
-        self._tensors = tensors
+        self._data = data
 
-    def resolve_data(self, write_item: WriteItem) -> Tensor:
-        return self._tensors[write_item.index]
+    def resolve_data(self, write_item: WriteItem) -> Tensor | BytesIO:
+        return self._data[write_item.index]
 
 
 def _writer(folder: Path) -> FileSystemWriter:
@@ -135,7 +139,9 @@ def _writer(folder: Path) -> FileSystemWriter:
     return FileSystemWriter(folder, single_file_per_rank=True, sync_files=True, thread_count=1, per_thread_copy_ahead=0)
 
 
-def _to_host(tensor: Tensor) -> Tensor:
+def _to_host(tensor: Tensor | BytesIO) -> Tensor | BytesIO:
+    if isinstance(tensor, BytesIO):
+        return tensor
     if tensor.device.type == "cpu":
         return tensor.detach().clone(memory_format=torch.contiguous_format)
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)

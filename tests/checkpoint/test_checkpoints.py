@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+import pickle
+import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +16,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
+from dapo_megatron.checkpoint import folder as folders
 from dapo_megatron.errors import DapoError
 from dapo_megatron.state import Kept, RunState
 from tests.helpers.batches import make_micro_batch, make_mini_batch, ratio_loss
@@ -146,8 +151,6 @@ def saved(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_what_is_broken_is_named_and_the_one_before_is_taken(
     tmp_path: Path, model: Path, saved: Path, harm: str
 ) -> None:
-    import shutil
-
     shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
     name, breaks, said = HARM[harm]
     breaks(tmp_path / "run/checkpoints/step-2" / name)
@@ -160,9 +163,30 @@ def test_what_is_broken_is_named_and_the_one_before_is_taken(
     assert message.endswith("taking step-1")
 
 
-def test_where_all_are_broken_the_run_does_not_begin_anew(tmp_path: Path, model: Path, saved: Path) -> None:
-    import shutil
+class Hostile:
+    def __init__(self, path: Path) -> None:
+        self.path = path
 
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+def test_a_hostile_pickle_is_refused_also_where_the_manifest_vouches_for_it(
+    tmp_path: Path, model: Path, saved: Path
+) -> None:
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    folder = tmp_path / "run/checkpoints/step-2"
+    (folder / ".metadata").write_bytes(pickle.dumps(Hostile(tmp_path / "run.sh")))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"][".metadata"] = asdict(folders.describe(folder / ".metadata"))
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    ((step, (message,), _),) = run_distributed(run, 1, model, tmp_path, {}, "float32", go_on_from_one)
+    assert step == 1
+    assert "step-2 is broken" in message and ".metadata" in message
+    assert not (tmp_path / "run.sh").exists()
+
+
+def test_where_all_are_broken_the_run_does_not_begin_anew(tmp_path: Path, model: Path, saved: Path) -> None:
     shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
     for step in (1, 2):
         (tmp_path / f"run/checkpoints/step-{step}/common.pt").unlink()
