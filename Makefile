@@ -1,5 +1,6 @@
 # make quickstart   learn to add by DAPO, on this machine's CPU
 # make test         all tests that this machine can run
+# make kill-test    kill whole runs at every place and at random, and see that they go on as if nothing had happened
 # make check        ruff, pyright and the import rule
 # make coverage     tests once more (ARGS="tests/actor"), and every line of the package that none of them reaches
 # Each makes .venv when it is not there yet. PYTHON=... chooses the interpreter (3.11 or 3.12).
@@ -23,7 +24,7 @@ GPU_PYTHON ?= python3
 GPU_RUN = PYTHONPATH="$(CURDIR)/.gpu/$(1):$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(GPU_PYTHON) -m benchmarks.gpu_report $(1) $(ARGS)
 GPU_PACKAGES = $(GPU_PYTHON) tools/gpu_packages.py
 
-.PHONY: quickstart test check coverage gpu gpu-smoke gpu-wheels
+.PHONY: quickstart test kill-test check coverage gpu gpu-smoke gpu-wheels
 .DELETE_ON_ERROR:
 
 quickstart: $(READY)
@@ -31,6 +32,9 @@ quickstart: $(READY)
 
 test: $(READY)
 	@$(BIN)/python -m pytest $(ARGS)
+
+kill-test: $(READY)
+	@$(BIN)/python -m pytest --long -s tests/test_kill.py tests/test_kill_long.py $(ARGS)
 
 check: $(READY)
 	@$(BIN)/ruff check .

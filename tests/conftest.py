@@ -12,8 +12,14 @@ if TYPE_CHECKING:
     from dapo_megatron.actor.topology import Topology
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that need a GPU are skipped, with the reason, where there is none."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="run the tests that take many minutes, too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests that need a GPU are skipped, with the reason, where there is none; long ones have a target of their own."""
+    if not config.getoption("--long"):
+        items[:] = [item for item in items if not item.get_closest_marker("long")]
     needing = [item for item in items if item.get_closest_marker("gpu")]
     if needing:
         import torch

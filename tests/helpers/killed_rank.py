@@ -1,6 +1,6 @@
 """A rank of a run whose processes, engines included, are all killed at a certain place: `PLACE CALL CONFIG ...`.
 
-They get SIGKILL when this rank, or with "leader" in PLACES the first one, comes to the place for the CALLth time.
+They get SIGKILL when any rank comes to the place for the CALLth time; PLACE is `nowhere` for a run that is left alone.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import itertools
 import os
 import signal
 import sys
-import time
 from contextlib import suppress
 from typing import Any
 
@@ -37,15 +36,14 @@ PLACES = {
 """What a run does there -> the function that does it."""
 
 
-def kill_everything() -> None:
+def kill_tree(launcher: int) -> None:
     """SIGKILL for torchrun and all its descendants, this process last."""
-    launcher = psutil.Process(os.getppid())
-    doomed = [launcher, *(process for process in launcher.children(recursive=True) if process.pid != os.getpid())]
-    for process in doomed:
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
-    os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(60)
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(launcher)
+        for doomed in (process, *process.children(recursive=True)):
+            if doomed.pid != os.getpid():
+                with suppress(psutil.NoSuchProcess):
+                    doomed.kill()
 
 
 def kill_at(place: str, call: int) -> None:
@@ -60,7 +58,8 @@ def kill_at(place: str, call: int) -> None:
     @functools.wraps(function)
     def killing(*args: Any, **kwargs: Any) -> Any:
         if next(calls) == call:
-            kill_everything()
+            kill_tree(os.getppid())
+            os.kill(os.getpid(), signal.SIGKILL)
         return function(*args, **kwargs)
 
     setattr(owner, name, killing)

@@ -17,12 +17,23 @@ _TIMES = re.compile(r"time|seconds/.*|eval/seconds|tokens_per_second|memory/.*")
 """What differs between two runs of the same: seconds, and the bytes that allocators hold."""
 
 
-def live(config: Path, *overrides: str, ranks: int = 2, place: str = "nowhere", call: int = 1) -> int:
-    """Let a run live until it is over or killed at a place (`killed_rank`). Returns torchrun's exit code."""
+def command(config: Path, *overrides: str, ranks: int = 2, place: str = "nowhere", call: int = 1) -> list[str]:
+    """The command line of one life of a run, to be started in ROOT."""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     module = ["-m", "tests.helpers.killed_rank", place, str(call)]
-    command = [sys.executable, *launch, *module, str(config), "run.existing=resume", *overrides]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    return [sys.executable, *launch, *module, str(config), "run.existing=resume", *overrides]
+
+
+def live(config: Path, *overrides: str, ranks: int = 2, place: str = "nowhere", call: int = 1) -> int:
+    """Let a run live until it is over or killed at a place (`killed_rank`). Returns torchrun's exit code."""
+    done = subprocess.run(
+        command(config, *overrides, ranks=ranks, place=place, call=call),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
     assert done.returncode in (0, -9), done.stdout + done.stderr
     return done.returncode
 
