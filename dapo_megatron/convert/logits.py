@@ -15,7 +15,7 @@ from dapo_megatron.convert.verify import VerifyError
 
 TOLERANCE = 2e-5
 """Largest difference of a logit, in units of the largest logit or 1. Both sides compute in float32, in another order:
-tiny models are within 2e-6, and 28 layers of 1536 columns within 1e-5. A wrong tensor gives about 1."""
+tiny models are within 5e-7, and 28 layers of 1536 columns were within 2.2e-6. Two tensors that are swapped gave 0.8."""
 _TOKENS = 48
 _ROOM = 1.2
 """Memory beside the parameters, as a factor, and in bytes:"""
