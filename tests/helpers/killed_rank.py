@@ -18,7 +18,6 @@ import psutil
 
 PLACES = {
     "start": "dapo_megatron.rollout.engines:Engines.wait_ready",
-    "restoring": "dapo_megatron.checkpoint.checkpoints:read_shards",
     "evaluating": "dapo_megatron.leader:evaluate",
     "rollout": "dapo_megatron.rollout.engines:Engines.generate",
     "grading": "dapo_megatron.reward.judge:Judge.__call__",
@@ -32,8 +31,9 @@ PLACES = {
     "naming": "dapo_megatron.checkpoint.folder:complete",
     "pointing": "dapo_megatron.checkpoint.folder:_write",
     "pruning": "dapo_megatron.checkpoint.folder:prune",
+    "restoring": "dapo_megatron.checkpoint.checkpoints:read_shards",
 }
-"""What a run does there -> the function that does it."""
+"""What a run does there -> the function that does it, in the order in which a run comes to them for the first time."""
 
 
 def kill_tree(launcher: int) -> None:
