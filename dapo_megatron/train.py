@@ -14,6 +14,7 @@ from dapo_megatron.algo.samples import to_samples
 from dapo_megatron.algo.weighing import weigh
 from dapo_megatron.checkpoint.checkpoints import Checkpoints
 from dapo_megatron.config import Config, OptimizerConfig, ParallelConfig
+from dapo_megatron.errors import DapoError
 from dapo_megatron.heartbeat import Peers
 from dapo_megatron.leader import Batch, Leader
 from dapo_megatron.obs.observer import Observer
@@ -103,7 +104,8 @@ def train(
         with obs.phase("checkpoint"):
             parts.checkpoints.save(steps_done.value)
     if steps_done.value < config.train.steps:
-        parts.checkpoints.finish()
+        if problem := parts.checkpoints.finish():
+            raise DapoError(f"{stop.reason}, and the run could not be saved: {problem}")
         stop.saved = f"saved after {steps_done.value} steps" if steps_done.value else "no step was done"
         return
     if config.run.save_hf:
@@ -137,7 +139,7 @@ def start(
         publisher = open_publisher(config.weights, leader.engines if leader else None, peers.after_leader)
         opened.enter_context(closing(publisher))
     state = RunState(leader.state if leader else None, skipped_in_a_row=skipped.in_a_row)
-    checkpoints = Checkpoints(config, topo, actor, hf, state, peers.after_leader, obs.message)
+    checkpoints = Checkpoints(config, topo, actor, hf, state, peers.after_leader, peers.together, obs.message)
     with obs.phase("restoring"):
         checkpoints.restore()
     obs.begin()

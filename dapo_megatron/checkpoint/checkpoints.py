@@ -83,10 +83,6 @@ class State(Protocol):
     def load_state_dict(self, state: dict[str, Any], /) -> None: ...
 
 
-class SaveError(DapoError):
-    """The last checkpoint of a run could not be written."""
-
-
 @dataclass(frozen=True, slots=True)
 class _Written:
     """What a rank's writer tells the leader's."""
@@ -101,6 +97,7 @@ class Checkpoints:
 
     Args:
         after_leader: what the others wait with for work that only the leader does.
+        together: what all wait with for the last of them.
         tell: on the leader, shows a line to the person who runs this.
     """
 
@@ -112,12 +109,13 @@ class Checkpoints:
         exporter: Exporter,
         state: State,
         after_leader: Callable[[str], object] = lambda what: None,
+        together: Callable[[str], object] = lambda what: None,
         tell: Callable[[str], None] = lambda text: None,
     ) -> None:
         self._config, self._settings = config, config.checkpoint
         self._root = config.run.folder / "checkpoints"
         self._ranks, self._trained, self._exporter, self._state = ranks, trained, exporter, state
-        self._after_leader, self._tell = after_leader, tell
+        self._after_leader, self._together, self._tell = after_leader, together, tell
         # The writers' own: the main threads go on with collectives of theirs meanwhile.
         self._writers: Any = dist.new_group(backend="gloo", timeout=_WRITING)
         self._thread: Thread | None = None
@@ -192,17 +190,12 @@ class Checkpoints:
         while not self._news.empty():
             self._tell(self._news.get())
 
-    def finish(self) -> None:
-        """Wait until the last checkpoint is written.
-
-        Raises:
-            SaveError: on the leader, where it could not be.
-        """
+    def finish(self) -> str | None:
+        """Wait until the last checkpoint is written. Returns, on the leader, why it could not be."""
         self._wait()
         self._after_leader("last checkpoint")
         self.news()
-        if self._failed:
-            raise SaveError(self._failed)
+        return self._failed
 
     def _wait(self) -> None:
         if self._thread:
@@ -223,13 +216,22 @@ class Checkpoints:
         return {STATE: state.encode(), RANDOM: save(tensors)}, None
 
     def _export(self, step: int, unfinished: Path) -> None:
-        try:
-            if self._ranks.is_leader:
+        problem = None
+        if self._ranks.is_leader:
+            try:
                 folders.begin(self._root, step)
-            self._exporter.save(self._trained.chunks, unfinished / SIDE_FILES, self._after_leader)
-        except (DapoError, OSError) as error:
-            self._news.put(f"warning: checkpoint of step {step}: no Hugging Face checkpoint beside it: {error}")
-        self._after_leader("Hugging Face checkpoint")
+            except OSError as error:
+                problem = _said(error)
+        self._after_leader("folder of the checkpoint")
+        if not (problem := self._ranks.broadcast(problem)):
+            try:
+                self._exporter.save(self._trained.chunks, unfinished / SIDE_FILES, self._after_leader)
+            except DapoError as error:
+                problem = str(error)
+                shutil.rmtree(unfinished / SIDE_FILES, ignore_errors=True)
+            self._after_leader("Hugging Face checkpoint")
+        if problem and self._ranks.is_leader:
+            self._news.put(f"warning: checkpoint of step {step}: no Hugging Face checkpoint beside it: {problem}")
 
     def _write(
         self, step: int, shards: Shards, contents: dict[str, bytes], unfinished: Path, problem: str | None
@@ -298,6 +300,7 @@ class Checkpoints:
                 folders.check_file(folder, name, file)
         except BrokenCheckpointError as error:
             problem = str(error)
+        self._together("checkpoint checked")
         problems: list[str | None] = [None] * self._ranks.world_size
         dist.all_gather_object(problems, problem, group=self._ranks.host_world)
         if found := next((problem for problem in problems if problem), None):

@@ -21,7 +21,7 @@ from dapo_megatron.errors import DapoError
 from dapo_megatron.state import Kept, RunState
 from tests.helpers.batches import make_micro_batch, make_mini_batch, ratio_loss
 from tests.helpers.distributed import run_distributed
-from tests.helpers.models import make_config, save_qwen2
+from tests.helpers.models import load_reference, make_config, save_qwen2
 
 pytestmark = pytest.mark.multiproc
 
@@ -229,6 +229,43 @@ def test_a_full_disk_is_told_and_the_next_one_is_saved(tmp_path: Path, model: Pa
     assert f"the last checkpoint is {tmp_path / 'run/checkpoints/step-1'}" in bad
     assert again.startswith("checkpoint step-3: ")
     assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["latest", "step-1", "step-3"]
+
+
+def save_one(checkpoints: Any, update: Any, messages: list[str]) -> Any:
+    trained = update(1)[2]
+    checkpoints.save(1)
+    assert checkpoints.finish() is None
+    return trained
+
+
+def test_the_policy_lies_beside_as_a_hugging_face_checkpoint_where_that_is_asked_for(
+    tmp_path: Path, model: Path
+) -> None:
+    trained, messages, _ = run_distributed(partial(run, export_hf=True), 2, model, tmp_path, TP2, "float32", save_one)[
+        0
+    ]
+    assert len(messages) == 1
+    state = load_reference(tmp_path / "run/checkpoints/step-1/hf", torch.float32).state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in trained.items())
+
+
+def no_room_beside(checkpoints: Any, update: Any, messages: list[str]) -> Any:
+    from dapo_megatron.weights import hf
+
+    def write(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with patch.object(hf, "_write_tensors", write):
+        return save_one(checkpoints, update, messages)
+
+
+def test_where_there_is_no_room_for_that_the_rest_is_saved(tmp_path: Path, model: Path) -> None:
+    ranks = run_distributed(partial(run, export_hf=True), 2, model, tmp_path, TP2, "float32", no_room_beside)
+    warning, saved = ranks[0][1]
+    assert "no Hugging Face checkpoint beside it" in warning and "No space left" in warning
+    assert saved.startswith("checkpoint step-1: ")
+    assert not (tmp_path / "run/checkpoints/step-1/hf/model.safetensors").exists()
+    assert (tmp_path / "run/checkpoints/step-1/hf/config.json").is_file()
 
 
 def draws(checkpoints: Any, update: Any, messages: list[str]) -> Any:
