@@ -5,6 +5,7 @@ Imports neither megatron nor vllm nor torch.distributed.
 
 from __future__ import annotations
 
+import json
 import shutil
 import socket
 import subprocess
@@ -18,8 +19,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dapo_megatron.actor.architecture import check_layout, uses_transformer_engine
+from dapo_megatron.checkpoint import folder as checkpoints
 from dapo_megatron.config import Config, EngineConfig, EvalConfig, ModelConfig, OptimizerConfig, RewardConfig, RunConfig
 from dapo_megatron.data.prompts import load_prompts
+from dapo_megatron.data.stream import PromptStream
 from dapo_megatron.data.tokenizer import decoder, end_token_ids, load_tokenizer
 from dapo_megatron.errors import ConfigError
 from dapo_megatron.hf_folder import read_hf_config
@@ -77,7 +80,23 @@ def preflight(config: Config, world_size: int, local_ranks: int | None = None) -
     _check_disk(config)
     check_gpus(config.engine, world_size if local_ranks is None else local_ranks)
     check_sinks(config.run)
-    return _read(config, hf_config, config.data.train)
+    checked = _read(config, hf_config, config.data.train)
+    _check_goes_on(config, checked.train)
+    return checked
+
+
+def _check_goes_on(config: Config, train: Sequence[Prompt]) -> None:
+    """Refuse other prompts than those of the run that is to go on. Whether its checkpoint is whole is seen later."""
+    found = checkpoints.candidates(config.run.folder / "checkpoints")[0] if config.run.existing == "resume" else []
+    try:
+        state = json.loads((found[0] / "state.json").read_bytes())["leader"]["prompts"] if found else None
+    except (OSError, ValueError, KeyError):
+        return
+    if state:
+        try:
+            PromptStream(train, config.train.seed).load_state_dict(state)
+        except ConfigError as error:
+            raise ConfigError(f"data.train={config.data.train}: {error}") from error
 
 
 def preflight_eval(config: Config) -> Checked:

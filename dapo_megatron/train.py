@@ -100,18 +100,21 @@ def train(
         parts.checkpoints.news()
         stop.last_checkpoint = parts.checkpoints.last
 
-    if steps_done.value != parts.checkpoints.saved_step:
+    stopping = peers.leader_says("stop", stop.reason is not None)
+    if steps_done.value:
         with obs.phase("checkpoint"):
-            parts.checkpoints.save(steps_done.value)
-    if steps_done.value < config.train.steps:
-        if problem := parts.checkpoints.finish():
-            raise DapoError(f"{stop.reason}, and the run could not be saved: {problem}")
-        stop.saved = f"saved after {steps_done.value} steps" if steps_done.value else "no step was done"
+            parts.checkpoints.save(steps_done.value, export=not stopping)
+            problem = parts.checkpoints.finish()
+        if problem:
+            raise DapoError(problem)
+    if stopping or steps_done.value < config.train.steps:
+        if leader:
+            stop.saved = f"saved after {steps_done.value} steps" if steps_done.value else "no step was done"
         return
+    stop.last_checkpoint = parts.checkpoints.last
     if config.run.save_hf:
         with obs.phase("saving"):
             parts.hf.save(actor.chunks, config.run.folder / "hf", peers.after_leader)
-    parts.checkpoints.finish()
     if leader:
         leader.finish(stop)
 

@@ -39,7 +39,7 @@ ROOMS: dict[str, set[str]] = {
     "checkpoint": {*VOCABULARY, "convert.dist_files"},
     "eval": {*VOCABULARY, "rollout.collect", "rollout.engine"},
     "preflight": {
-        *(*VOCABULARY, "actor.architecture", "data", "obs.run_folder", "obs.sinks"),
+        *(*VOCABULARY, "actor.architecture", "checkpoint.folder", "data", "obs.run_folder", "obs.sinks"),
         *("reward.format", "reward.math", "rollout"),
     },
 }

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import socket
@@ -13,7 +14,9 @@ import pytest
 
 from dapo_megatron import config_file
 from dapo_megatron.config import Config
+from dapo_megatron.data.stream import PromptStream
 from dapo_megatron.errors import ConfigError
+from dapo_megatron.obs.run_folder import open_run_folder
 from dapo_megatron.preflight import Checked, preflight, preflight_eval
 from tests.helpers.checkpoint import values, write_checkpoint, write_prompts
 
@@ -344,3 +347,16 @@ def test_a_run_folder_that_is_there(tmp_path: Path) -> None:
     assert "run.existing=rename" in refused(config)
     for existing in ("rename", "resume"):
         preflight(changed(tmp_path / existing, run={"dir": str(tmp_path / "runs"), "existing": existing}), 1)
+
+
+def test_other_prompts_than_those_of_the_run_that_goes_on(tmp_path: Path) -> None:
+    given = changed(tmp_path, run={"existing": "resume"})
+    state = PromptStream(preflight(given, 1).train, given.train.seed).state_dict()
+    open_run_folder(given).close()
+    folder = given.run.folder / "checkpoints/step-3"
+    folder.mkdir(parents=True)
+    (folder / "state.json").write_text(json.dumps({"leader": {"prompts": state}}))
+    assert preflight(given, 1).train
+    write_prompts(tmp_path / "train.jsonl", "1+2=", "3+2=")
+    assert "data.train=" in refused(given)
+    assert "other file names, tokens or answers than those that the run had so far" in refused(given)

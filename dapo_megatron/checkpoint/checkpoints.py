@@ -5,25 +5,28 @@ from __future__ import annotations
 import json
 import logging
 import queue
+import secrets
 import shutil
+import socket
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from safetensors.torch import load, save
 
 from dapo_megatron import __version__
 from dapo_megatron.checkpoint import folder as folders
-from dapo_megatron.checkpoint.folder import BrokenCheckpointError, File, Manifest
+from dapo_megatron.checkpoint.folder import BrokenCheckpointError, File, Manifest, UnreadableError
 from dapo_megatron.checkpoint.random_states import random_states, restore_random_states
-from dapo_megatron.checkpoint.shards import Shards, copy_shards, read_shards
+from dapo_megatron.checkpoint.shards import Shards, ShardSaver, read_shards
 from dapo_megatron.config import Config
 from dapo_megatron.convert import dist_files
 from dapo_megatron.convert.dist_files import CheckpointError
@@ -36,6 +39,13 @@ RANDOM = "random.safetensors"
 SIDE_FILES = "hf"
 _WRITING = timedelta(days=30)
 """How long the ranks' writers wait for one another: as long as storage takes. Whoever dies meanwhile ends the run."""
+
+
+_REMIND_SECONDS = 60.0
+"""After which the leader's log says that a checkpoint is still being written; then after twice as long, and so on."""
+_ROOM = (
+    "It is tried again when the next one is due; free some room, lower checkpoint.keep_last, or set run.dir elsewhere"
+)
 
 
 class Trained(Protocol):
@@ -118,6 +128,8 @@ class Checkpoints:
         self._after_leader, self._together, self._tell = after_leader, together, tell
         # The writers' own: the main threads go on with collectives of theirs meanwhile.
         self._writers: Any = dist.new_group(backend="gloo", timeout=_WRITING)
+        self._saver = ShardSaver(trained.replicas, ranks.host_world)
+        self._life = str(ranks.broadcast(secrets.token_hex(4)))
         self._thread: Thread | None = None
         self._news: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._failed: str | None = None
@@ -148,6 +160,7 @@ class Checkpoints:
             broken = self._check(folder)
             if broken is None:
                 self._load(folder)
+                self._set_aside()
                 return self.saved_step
             following = found[place + 1].name if place + 1 < len(found) else "none: there is no other"
             self._tell(f"warning: checkpoint {folder.name} is broken: {broken}; taking {following}")
@@ -164,23 +177,35 @@ class Checkpoints:
         late = minutes is not None and time.monotonic() - self._saved_at >= minutes * 60
         return self._settings.due(step) or late
 
-    def save(self, step: int) -> None:
+    def save(self, step: int, *, export: bool = True) -> None:
         """Save the run after `step` steps. Returns once this rank's part is copied, or with asynchronous=False written.
 
-        What cannot be written is told by `news`, and does not end the run.
+        What cannot be written is told by `news`, and does not end the run. What is saved already is not saved again.
+
+        Args:
+            export: False leaves out checkpoint.export_hf, for which the ranks wait.
         """
-        if step == self.saved_step:
-            return
         self._wait()
         self._after_leader("checkpoint before this one")
-        shards = copy_shards(self._trained.sharded_state(), self._trained.replicas, self._ranks.host_world)
+        failed = self._ranks.broadcast(self._failed)
+        if step == self.saved_step and not failed:
+            return
+        shards = self._saver.copy(self._trained.sharded_state())
         contents, problem = self._small_files()
-        unfinished = self._root / f".step-{step}.unfinished"
-        if self._settings.export_hf:
-            self._export(step, unfinished)
+        unfinished = folders.unfinished(self._root, step, self._life)
+        export = export and self._settings.export_hf
+        exported = Event()
         self.saved_step, self._saved_at = step, time.monotonic()
-        self._thread = Thread(target=self._write, args=(step, shards, contents, unfinished, problem), daemon=True)
+        self._failed = f"checkpoint of step {step}: its writer did not come to its end"
+        self._thread = Thread(
+            target=self._write, args=(step, shards, contents, unfinished, problem, exported), daemon=True
+        )
         self._thread.start()
+        try:
+            if export:
+                self._export(step, unfinished)
+        finally:
+            exported.set()
         if not self._settings.asynchronous:
             self._wait()
             self._after_leader("checkpoint")
@@ -191,16 +216,23 @@ class Checkpoints:
             self._tell(self._news.get())
 
     def finish(self) -> str | None:
-        """Wait until the last checkpoint is written. Returns, on the leader, why it could not be."""
+        """Wait until the last checkpoint is written. Returns, on all ranks, why it could not be."""
         self._wait()
         self._after_leader("last checkpoint")
         self.news()
-        return self._failed
+        return self._ranks.broadcast(self._failed)
 
     def _wait(self) -> None:
-        if self._thread:
-            self._thread.join()
-            self._thread = None
+        pause = _REMIND_SECONDS
+        while self._thread:
+            self._thread.join(pause)
+            if not self._thread.is_alive():
+                self._thread = None
+            elif self._ranks.is_leader:
+                log.warning(
+                    "the checkpoint of step %d is still being written, on this rank or another", self.saved_step
+                )
+                pause *= 2
 
     def _small_files(self) -> tuple[dict[str, bytes], str | None]:
         """Return, on the leader, what lies beside the shards, by name, and why that is not to be had."""
@@ -216,47 +248,49 @@ class Checkpoints:
         return {STATE: state.encode(), RANDOM: save(tensors)}, None
 
     def _export(self, step: int, unfinished: Path) -> None:
-        problem = None
-        if self._ranks.is_leader:
-            try:
-                folders.begin(self._root, step)
-            except OSError as error:
-                problem = _said(error)
-        self._after_leader("folder of the checkpoint")
-        if not (problem := self._ranks.broadcast(problem)):
-            try:
-                self._exporter.save(self._trained.chunks, unfinished / SIDE_FILES, self._after_leader)
-            except DapoError as error:
-                problem = str(error)
-                shutil.rmtree(unfinished / SIDE_FILES, ignore_errors=True)
-            self._after_leader("Hugging Face checkpoint")
-        if problem and self._ranks.is_leader:
-            self._news.put(f"warning: checkpoint of step {step}: no Hugging Face checkpoint beside it: {problem}")
+        try:
+            self._exporter.save(self._trained.chunks, unfinished / SIDE_FILES, self._after_leader)
+        except DapoError as error:  # on the leader, which writes
+            shutil.rmtree(unfinished / SIDE_FILES, ignore_errors=True)
+            self._news.put(f"warning: checkpoint of step {step}: no Hugging Face checkpoint beside it: {error}")
+        self._after_leader("Hugging Face checkpoint")
 
     def _write(
-        self, step: int, shards: Shards, contents: dict[str, bytes], unfinished: Path, problem: str | None
+        self,
+        step: int,
+        shards: Shards,
+        contents: dict[str, bytes],
+        unfinished: Path,
+        problem: str | None,
+        exported: Event,
     ) -> None:
         """Write this rank's part and, on the leader, make it a checkpoint once all have. In a thread of its own."""
         started = time.monotonic()
-        written = self._write_part(shards, unfinished)
-        parts: list[Any] | None = [None] * self._ranks.world_size if self._ranks.is_leader else None
-        dist.gather_object(written, parts, dst=0, group=self._writers)
-        if parts is None:
-            return
         try:
+            written = self._write_part(shards, unfinished)
+            parts: list[Any] | None = [None] * self._ranks.world_size if self._ranks.is_leader else None
+            dist.gather_object(written, parts, dst=0, group=self._writers)
+            exported.wait()
+            if parts is None:
+                self._failed = None
+                return
             errors = [f"rank {rank}: {part.error}" for rank, part in enumerate(parts) if part.error]
             if problem or errors:
                 raise OSError(problem or "; ".join(errors[:3]))
             self._complete(step, shards, contents, unfinished, parts)
         except Exception as error:  # whatever the disk does to the libraries that write to it
             shutil.rmtree(unfinished, ignore_errors=True)
-            self._failed = f"checkpoint of step {step}: {_said(error)}; {self.last}"
-            self._news.put(f"warning: {self._failed}. The run goes on")
+            self._failed = f"checkpoint of step {step} could not be written: {error}; {self.last}"
+            self._news.put(f"warning: {self._failed}. {_ROOM}")
             log.debug("checkpoint of step %d", step, exc_info=True)
-        else:
-            self._failed, self.last = None, f"the last checkpoint is {self._root / f'step-{step}'}"
-            size = sum(file.bytes for part in parts for file in part.files.values())
-            self._news.put(f"checkpoint step-{step}: {size:,} bytes in {time.monotonic() - started:.1f} s")
+            return
+        self._failed, self.last = None, f"the last checkpoint is {self._root / f'step-{step}'}"
+        size = sum(file.bytes for part in parts for file in part.files.values())
+        self._news.put(f"checkpoint step-{step}: {size:,} bytes in {time.monotonic() - started:.1f} s")
+        try:
+            folders.prune(self._root, keep_last=self._settings.keep_last, keep_every=self._settings.keep_every)
+        except OSError as error:
+            self._news.put(f"warning: {self._root}: an old checkpoint could not be deleted: {error}")
 
     def _write_part(self, shards: Shards, unfinished: Path) -> _Written:
         try:
@@ -264,8 +298,12 @@ class Checkpoints:
             results = shards.write(unfinished)
             names = sorted({result.storage_data.relative_path for result in results})
             return _Written(results, {name: folders.describe(unfinished / name) for name in names}, None)
-        except Exception as error:  # the leader is to hear of it, whatever it is
-            return _Written([], {}, _said(error))
+        except OSError as error:
+            return _Written([], {}, f"{error.strerror}: {error.filename or unfinished}")
+        except Exception as error:  # torch's writer has words of its own for a disk that takes no more
+            free = shutil.disk_usage(self._root).free if self._root.exists() else 0
+            said = str(error).splitlines()[0]
+            return _Written([], {}, f"{shards.nbytes:,} bytes to write, {free:,} free in {self._root} ({said})")
 
     def _complete(
         self, step: int, shards: Shards, contents: dict[str, bytes], unfinished: Path, parts: Sequence[_Written]
@@ -282,37 +320,58 @@ class Checkpoints:
         manifest = Manifest(
             step=step,
             world_size=self._ranks.world_size,
-            parallel=self._config.parallel.model_dump(mode="json"),
+            parallel=self._layout,
             dtype=dtype,
             written=datetime.now(UTC).isoformat(timespec="seconds"),
             dapo_megatron=__version__,
             files=files,
         )
         folders.complete(unfinished, manifest)
-        folders.prune(self._root, keep_last=self._settings.keep_last, keep_every=self._settings.keep_every)
 
     def _check(self, folder: Path) -> str | None:
-        """Read a checkpoint's files, each on one of the ranks, and say what is wrong with it; None if it is whole."""
-        problem = None
+        """Read a checkpoint's files, each on one of the ranks, and say what is wrong with it; None if it is whole.
+
+        Raises:
+            DapoError: on all ranks, where a machine cannot tell.
+        """
+        broken = unreadable = None
         try:
             manifest = folders.read_manifest(folder)
             for name, file in sorted(manifest.files.items())[self._ranks.rank :: self._ranks.world_size]:
                 folders.check_file(folder, name, file)
         except BrokenCheckpointError as error:
-            problem = str(error)
+            broken = str(error)
+        except UnreadableError as error:
+            unreadable = f"rank {self._ranks.rank} on {socket.gethostname()}: {error}"
+        if not folder.is_dir():
+            unreadable = f"rank {self._ranks.rank} on {socket.gethostname()} does not see {folder}"
         self._together("checkpoint checked")
-        problems: list[str | None] = [None] * self._ranks.world_size
-        dist.all_gather_object(problems, problem, group=self._ranks.host_world)
-        if found := next((problem for problem in problems if problem), None):
+        said: list[Any] = [None] * self._ranks.world_size
+        dist.all_gather_object(said, (broken, unreadable), group=self._ranks.host_world)
+        if problem := next((unreadable for _, unreadable in said if unreadable), None):
+            raise DapoError(
+                f"{problem}; the run does not go back to an older checkpoint for that. Mend it, start again"
+            )
+        if found := next((broken for broken, _ in said if broken), None):
             return found
         if self._ranks.is_leader:
             try:
                 # The manifest tells what was damaged, and not who wrote it. Megatron unpickles.
                 dist_files.check(folder)
             except CheckpointError as error:
-                problem = str(error)
+                broken = str(error)
         self._after_leader("look into the checkpoint")
-        return self._ranks.broadcast(problem)
+        return self._ranks.broadcast(broken)
+
+    @property
+    def _layout(self) -> dict[str, Any]:
+        return self._config.parallel.model_dump(mode="json")
+
+    def _set_aside(self) -> None:
+        if not self._ranks.is_leader:
+            return
+        for moved in folders.supersede(self._root, self.saved_step):
+            self._tell(f"{moved}: the run goes on from an earlier step than this one; delete it if nobody wants it")
 
     def _load(self, folder: Path) -> None:
         manifest = folders.read_manifest(folder)
@@ -328,10 +387,10 @@ class Checkpoints:
         try:
             objects = dist_files.DistReader(folder).objects
             loaded = read_shards(self._trained.sharded_state(loading=True), folder, self._trained.replicas, objects)
-        except (KeyError, ValueError) as error:
+        except (KeyError, ValueError, CheckpointingException) as error:
             raise DapoError(f"checkpoint {folder} does not fit this run: {_said(error)}") from error
         self._trained.load_sharded_state(loaded)
-        if manifest.world_size == self._ranks.world_size:
+        if (manifest.world_size, manifest.parallel) == (self._ranks.world_size, self._layout):
             prefix = f"rank{self._ranks.rank}."
             states = load((folder / RANDOM).read_bytes())
             mine = {name.removeprefix(prefix): tensor for name, tensor in states.items() if name.startswith(prefix)}

@@ -1,8 +1,9 @@
 """The folder `checkpoints` of a run: one folder a checkpoint, whole or not there, and a pointer to the latest.
 
-    checkpoints/latest                the text "step-40"
-    checkpoints/step-40/manifest.json what is in it: step, layout, and each file's size and SHA-256
-    checkpoints/.step-50.unfinished/  being written, or left by a run that was killed meanwhile
+    checkpoints/latest                     the text "step-40"
+    checkpoints/step-40/manifest.json      what is in it: step, layout, and each file's size and SHA-256
+    checkpoints/.step-50.1c0f.unfinished/  being written, or left by a run that was killed meanwhile
+    checkpoints/step-60.aside/             of a run that went on from an earlier one; not looked at any more
 
 A checkpoint gets its name once every file of it is on the disk, and loses it before the first is deleted.
 """
@@ -13,6 +14,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -30,6 +32,10 @@ _NAME = re.compile(r"step-(\d+)")
 
 class BrokenCheckpointError(DapoError):
     """A checkpoint that is not what its manifest says."""
+
+
+class UnreadableError(DapoError):
+    """A checkpoint of which a machine cannot tell whether it is whole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,16 +75,13 @@ def _step(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def begin(root: Path, step: int) -> Path:
-    """Return an empty folder to write the checkpoint of `step` to.
+def unfinished(root: Path, step: int, life: str) -> Path:
+    """Return the folder to write the checkpoint of `step` to.
 
-    Raises:
-        OSError: where it cannot be made.
+    Args:
+        life: a name of this life of the run. What a machine writes late that was part of another one goes elsewhere.
     """
-    folder = root / f".step-{step}.unfinished"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    return folder
+    return root / f".step-{step}.{life}.unfinished"
 
 
 def clear(root: Path) -> None:
@@ -100,7 +103,7 @@ def describe(path: Path) -> File:
 
 
 def complete(unfinished: Path, manifest: Manifest) -> Path:
-    """Write the manifest, give the folder of `begin` its name and point `latest` to it.
+    """Write the manifest, give the folder its name and point `latest` to it.
 
     Raises:
         OSError: where any of this cannot be written, or the file of another rank is not seen here.
@@ -109,6 +112,7 @@ def complete(unfinished: Path, manifest: Manifest) -> Path:
         size = (unfinished / name).stat().st_size
         if size != file.bytes:
             raise OSError(f"{name} has {size:,} bytes, {file.bytes:,} were written; do all machines share the folder?")
+        _sync(unfinished / name)
     _write(unfinished / MANIFEST, json.dumps(asdict(manifest), indent=1) + "\n")
     for folder in {(unfinished / name).parent for name in manifest.files} | {unfinished}:
         _sync(folder)
@@ -127,7 +131,7 @@ def candidates(root: Path) -> tuple[list[Path], str | None]:
 
     The best is the one that `latest` names, then those of fewer steps. Where it names none that is there: all, by step.
     """
-    steps = {step: folder for folder in root.glob("step-*") if (step := step_of(folder)) is not None}
+    steps = _steps(root)
     ordered = [steps[step] for step in sorted(steps, reverse=True)]
     pointer = root / LATEST
     if not pointer.is_file():
@@ -159,6 +163,7 @@ def check_file(folder: Path, name: str, expected: File, *, content: bool = True)
 
     Raises:
         BrokenCheckpointError: naming it, and what is wrong.
+        UnreadableError: where it may be whole, and cannot be read here.
     """
     path = folder / name
     try:
@@ -167,22 +172,47 @@ def check_file(folder: Path, name: str, expected: File, *, content: bool = True)
             raise BrokenCheckpointError(f"{path} has {size:,} bytes; {expected.bytes:,} were written")
         if content and describe(path).sha256 != expected.sha256:
             raise BrokenCheckpointError(f"{path} is not what was written: its SHA-256 differs from {MANIFEST}'s")
+    except FileNotFoundError as error:
+        raise BrokenCheckpointError(f"{path} is missing") from error
     except OSError as error:
-        raise BrokenCheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        raise UnreadableError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def supersede(root: Path, step: int) -> list[Path]:
+    """Move checkpoints of more steps aside: a run goes on from `step`, and will come to those steps again.
+
+    Returns:
+        What they are called now.
+    """
+    moved = []
+    for folder in _steps(root).values():
+        if (step_of(folder) or 0) > step:
+            aside, number = folder.with_name(f"{folder.name}.aside"), 1
+            while aside.exists():
+                aside, number = folder.with_name(f"{folder.name}.aside.{number}"), number + 1
+            moved.append(folder.rename(aside))
+    return moved
 
 
 def prune(root: Path, *, keep_last: int, keep_every: int | None) -> None:
-    """Delete all checkpoints but the last ones, and those whose step is a multiple of `keep_every`."""
-    steps = {step: folder for folder in root.glob("step-*") if (step := step_of(folder)) is not None}
+    """Delete all checkpoints but the last ones, and those whose step is a multiple of `keep_every`.
+
+    Raises:
+        OSError: where one cannot be deleted.
+    """
+    steps = _steps(root)
     for step in sorted(steps)[:-keep_last]:
         if keep_every is None or step % keep_every:
             _delete(steps[step])
 
 
+def _steps(root: Path) -> dict[int, Path]:
+    return {step: folder for folder in root.glob("step-*") if (step := step_of(folder)) is not None}
+
+
 def _delete(folder: Path) -> None:
     if folder.exists():
-        doomed = folder.with_name(f".{folder.name}.deleted")
-        shutil.rmtree(doomed, ignore_errors=True)
+        doomed = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.deleted")
         folder.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
 
@@ -206,9 +236,9 @@ def _write(path: Path, text: str) -> None:
     write_files(path.parent, {path.name: text.encode()})
 
 
-def _sync(folder: Path) -> None:
-    """Have the names in a folder on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """Have a file, or the names in a folder, on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -1,6 +1,6 @@
 """Writes and reads sharded state in Megatron's format `torch_dist`, on the parts of its `dist_checkpointing`.
 
-Saving has two halves. `copy_shards` plans with the other ranks and copies to host memory; what it returns is written
+Saving has two halves. `ShardSaver` plans with the other ranks and copies to host memory; what it returns is written
 to files without another collective, in a thread. Megatron's own asynchronous save forks a process for that, out of one
 that has threads, streams and process groups.
 """
@@ -50,6 +50,10 @@ class Shards:
     common: dict[str, Any] | None
     """On rank 0, what is alike on all: plain values."""
 
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.data.values() if isinstance(part, Tensor))
+
     def write(self, folder: Path) -> list[WriteResult]:
         """Write this rank's file, `__RANK_0.distcp`, where it has anything to write.
 
@@ -76,33 +80,43 @@ class Shards:
         save_config(CheckpointingConfig("torch_dist", 1), str(folder))
 
 
-def copy_shards(state: dict[str, Any], replicas: dist.ProcessGroup, host: dist.ProcessGroup) -> Shards:
-    """Copy to host memory what this rank is to write of `state` (`actor.sharded.sharded_state`). Collective.
+class ShardSaver:
+    """Copies what ranks write of a sharded state, which keeps its form for the whole run.
 
     Args:
         replicas: ranks that hold the same weights, among which the writing is divided.
         host: all ranks, over gloo.
     """
-    preprocess: Any = save_preprocess
-    sharded, common = preprocess(state)
-    FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy(), replicas).apply_saving_parallelization(
-        sharded
-    )
-    renamed, _, _ = torch_dist._replace_state_dict_keys_with_sharded_keys(sharded, True)
-    rank = dist.get_rank()
-    planner = torch_dist.MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
-    planner.set_up_planner(torch_dist.mcore_to_pyt_state_dict(renamed, False), is_coordinator=rank == 0)
-    plan = planner.create_local_plan()
-    plans: list[Any] | None = [None] * dist.get_world_size() if rank == 0 else None
-    dist.gather_object(plan, plans, dst=0, group=host)
-    metadata = planner.create_global_plan(plans)[1] if plans else None
-    # The file's name comes of a plan's place among all.
-    plan = _writer(Path()).prepare_global_plan([plan] * (rank + 1))[rank]
-    plan = planner.finish_plan(plan)
-    data = {item.index: _to_host(planner.resolve_data(item)) for item in plan.items}
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return Shards(rank, plan, data, metadata, common if rank == 0 else None)
+
+    def __init__(self, replicas: dist.ProcessGroup, host: dist.ProcessGroup) -> None:
+        self._host = host
+        # Who writes what is agreed on once.
+        self._divided = FullyParallelSaveStrategyWrapper(
+            get_default_save_sharded_strategy(), replicas, do_cache_distribution=True
+        )
+        self._validated = False
+
+    def copy(self, state: dict[str, Any]) -> Shards:
+        """Copy to host memory what this rank is to write of `state` (`actor.sharded.sharded_state`). Collective."""
+        preprocess: Any = save_preprocess
+        sharded, common = preprocess(state, validate_access_integrity=not self._validated)
+        self._validated = True
+        self._divided.apply_saving_parallelization(sharded)
+        renamed, _, _ = torch_dist._replace_state_dict_keys_with_sharded_keys(sharded, True)
+        rank = dist.get_rank()
+        planner = torch_dist.MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
+        planner.set_up_planner(torch_dist.mcore_to_pyt_state_dict(renamed, False), is_coordinator=rank == 0)
+        plan = planner.create_local_plan()
+        plans: list[Any] | None = [None] * dist.get_world_size() if rank == 0 else None
+        dist.gather_object(plan, plans, dst=0, group=self._host)
+        metadata = planner.create_global_plan(plans)[1] if plans else None
+        # The file's name comes of a plan's place among all.
+        plan = _writer(Path()).prepare_global_plan([plan] * (rank + 1))[rank]
+        plan = planner.finish_plan(plan)
+        data = {item.index: _to_host(planner.resolve_data(item)) for item in plan.items}
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return Shards(rank, plan, data, metadata, common if rank == 0 else None)
 
 
 def read_shards(

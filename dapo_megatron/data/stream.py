@@ -54,17 +54,17 @@ class PromptStream:
         Raises:
             ConfigError: where that stream had another seed or other prompts.
         """
-        for key, what, here in (
-            ("seed", "train.seed", self._seed),
-            ("size", "a number of prompts of", len(self._prompts)),
-            ("digest", "prompts that come to", self._digest),
-        ):
-            if state[key] != here:
-                raise ConfigError(
-                    f"cannot go on with the prompts of a run with {what} {state[key]}: this one has {here}; "
-                    f"resume with the same seed and the same data, file names, tokens and answers included (the folder "
-                    f"may be another)"
-                )
+        problem = None
+        if state["seed"] != self._seed:
+            problem = f"the run has drawn its prompts with train.seed {state['seed']}, and here it is {self._seed}"
+        elif state["size"] != len(self._prompts):
+            problem = f"the run had {state['size']:,} prompts, and here are {len(self._prompts):,}"
+        elif state["digest"] != self._digest:
+            problem = "the prompts have other file names, tokens or answers than those that the run had so far"
+        if problem:
+            raise ConfigError(
+                f"{problem}; go on with the same data (its folder may be another), or choose another run.name"
+            )
         self._start_epoch(state["epoch"])
         self._position = state["position"]
 

@@ -17,7 +17,7 @@ from dapo_megatron.errors import ConfigError
 from dapo_megatron.obs.display import open_display
 from dapo_megatron.obs.memory import PeakMemory
 from dapo_megatron.obs.metrics import PHASES
-from dapo_megatron.obs.place import ROLLOUTS, Place, go_back, sizes
+from dapo_megatron.obs.place import ROLLOUTS, Place, go_back, set_aside, sizes, steps_in
 from dapo_megatron.obs.rollouts import RolloutWriter
 from dapo_megatron.obs.run_folder import LOG, open_run_folder
 from dapo_megatron.obs.sinks import Sink, Tried, open_sinks
@@ -184,6 +184,9 @@ class RunObserver:
             return
         folder, place = self._folder, self._loaded or Place()
         try:
+            if folder.resumed and not self._loaded and self._had_checkpoints():
+                moved = ", ".join(str(path) for path in set_aside(folder.path))
+                self.message(f"warning: the run had checkpoints, and there is none; its record so far is now {moved}")
             if folder.resumed:
                 go_back(folder.path, place.files)
                 folder.go_on(place.steps)
@@ -276,6 +279,11 @@ class RunObserver:
         assert self._begun, "nothing is recorded before begin()"
         for sink in self._sinks.values():
             sink.log(self._done, row)
+
+    def _had_checkpoints(self) -> bool:
+        """Whether the record goes so far that there must have been one."""
+        every = self._config.checkpoint.every
+        return every > 0 and steps_in(self._folder.path) > every
 
     def _seconds_so_far(self) -> float:
         earlier = self._loaded.seconds if self._loaded else 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
@@ -97,6 +98,32 @@ def go_back(folder: Path, files: Mapping[str, int]) -> None:
             os.truncate(there[name], min(size, found))
             if name.endswith(".jsonl"):
                 _end_line(there[name])
+
+
+def steps_in(folder: Path) -> int:
+    """Return the highest step in metrics.jsonl; 0 without any."""
+    path = folder / METRICS
+    steps = [0]
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
+        with suppress(ValueError, KeyError, TypeError):  # the last one may be cut short
+            steps.append(int(json.loads(line)["step"]))
+    return max(steps)
+
+
+def set_aside(folder: Path) -> list[Path]:
+    """Give the files of a record other names, `.aside` at their end, and return these.
+
+    Raises:
+        OSError: where that cannot be done.
+    """
+    moved = []
+    for name in (METRICS, ROLLOUTS, TENSORBOARD):
+        if (folder / name).exists():
+            aside, number = folder / f"{name}.aside", 1
+            while aside.exists():
+                aside, number = folder / f"{name}.aside.{number}", number + 1
+            moved.append((folder / name).rename(aside))
+    return moved
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -123,7 +123,7 @@ def test_one_rank_goes_on_with_what_two_have_saved(tmp_path: Path, model: Path) 
 HARM: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "a flipped byte": ("__1_0.distcp", lambda path: flip(path), "SHA-256 differs"),
     "a truncated file": ("__0_0.distcp", lambda path: os.truncate(path, 1000), "bytes; "),
-    "a missing rank's file": ("__1_0.distcp", lambda path: path.unlink(), "cannot be read"),
+    "a missing rank's file": ("__1_0.distcp", lambda path: path.unlink(), "is missing"),
     "no manifest": ("manifest.json", lambda path: path.unlink(), "manifest.json"),
     "state of another run": ("state.json", lambda path: path.write_text("{}"), "bytes; "),
     "a pickle that was swapped": (".metadata", lambda path: flip(path), "SHA-256 differs"),
@@ -156,11 +156,12 @@ def test_what_is_broken_is_named_and_the_one_before_is_taken(
     breaks(tmp_path / "run/checkpoints/step-2" / name)
     ranks = run_distributed(run, 2, model, tmp_path, DP2, "float32", go_on_from_one)
     assert [rank[0] for rank in ranks] == [1, 1]
-    (message,) = ranks[0][1]
+    message, moved = ranks[0][1]
     assert "step-2 is broken" in message
     assert said in message
     assert name in message
     assert message.endswith("taking step-1")
+    assert moved.startswith(f"{tmp_path / 'run/checkpoints/step-2.aside'}: the run goes on from an earlier step")
 
 
 class Hostile:
@@ -180,7 +181,7 @@ def test_a_hostile_pickle_is_refused_also_where_the_manifest_vouches_for_it(
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"][".metadata"] = asdict(folders.describe(folder / ".metadata"))
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    ((step, (message,), _),) = run_distributed(run, 1, model, tmp_path, {}, "float32", go_on_from_one)
+    ((step, (message, _), _),) = run_distributed(run, 1, model, tmp_path, {}, "float32", go_on_from_one)
     assert step == 1
     assert "step-2 is broken" in message and ".metadata" in message
     assert not (tmp_path / "run.sh").exists()
@@ -229,6 +230,44 @@ def test_a_full_disk_is_told_and_the_next_one_is_saved(tmp_path: Path, model: Pa
     assert f"the last checkpoint is {tmp_path / 'run/checkpoints/step-1'}" in bad
     assert again.startswith("checkpoint step-3: ")
     assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["latest", "step-1", "step-3"]
+
+
+def cannot_read(checkpoints: Any, update: Any, messages: list[str]) -> Any:
+    def stale(path: Path) -> Any:
+        raise OSError(116, "Stale file handle")
+
+    with patch.object(folders, "describe", stale):
+        try:
+            return checkpoints.restore()
+        except DapoError as error:
+            return str(error)
+
+
+def test_a_machine_that_cannot_read_ends_the_run_rather_than_send_it_back(
+    tmp_path: Path, model: Path, saved: Path
+) -> None:
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    ranks = run_distributed(run, 2, model, tmp_path, DP2, "float32", cannot_read)
+    for said, *_ in ranks:
+        assert "rank 0 on " in said and "Stale file handle" in said and "does not go back" in said
+
+
+def finish_fails(checkpoints: Any, update: Any, messages: list[str]) -> Any:
+    from dapo_megatron.checkpoint import shards
+
+    update(1)
+    with patch.object(shards.Shards, "finish", side_effect=RuntimeError("Connection closed by peer")):
+        checkpoints.save(1)
+        first = checkpoints.finish()
+    checkpoints.save(1)  # once more, although it is the same step
+    return first, checkpoints.finish()
+
+
+def test_all_ranks_hear_of_a_save_that_failed_and_the_same_step_is_saved_again(tmp_path: Path, model: Path) -> None:
+    for (first, second), *_ in run_distributed(run, 2, model, tmp_path, DP2, "float32", finish_fails):
+        assert "checkpoint of step 1 could not be written" in first and "Connection closed" in first
+        assert second is None
+    assert (tmp_path / "run/checkpoints/latest").read_text() == "step-1\n"
 
 
 def save_one(checkpoints: Any, update: Any, messages: list[str]) -> Any:

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from dapo_megatron.checkpoint import folder as folders
-from dapo_megatron.checkpoint.folder import BrokenCheckpointError, Manifest
+from dapo_megatron.checkpoint.folder import BrokenCheckpointError, Manifest, UnreadableError
 
 CONTENTS = {"__0_0.distcp": b"weights" * 100, "state.json": b"{}", "hf/config.json": b'{"vocab": 3}'}
 
 
 def make(root: Path, step: int) -> Path:
-    unfinished = folders.begin(root, step)
+    unfinished = folders.unfinished(root, step, "life")
     folders.write_files(unfinished, CONTENTS)
     files = {name: folders.describe(unfinished / name) for name in CONTENTS}
     manifest = Manifest(step, 2, {"tp": 2}, "bfloat16", "2026-11-28T09:30:00+00:00", "0.1", files)
@@ -25,7 +25,7 @@ def names(root: Path) -> list[str]:
 
 
 def test_a_checkpoint_has_its_name_once_it_is_whole_and_latest_names_it(tmp_path: Path) -> None:
-    unfinished = folders.begin(tmp_path, 10)
+    unfinished = folders.unfinished(tmp_path, 10, "life")
     folders.write_files(unfinished, CONTENTS)
     assert folders.candidates(tmp_path) == ([], None)
     made = make(tmp_path, 10)
@@ -65,7 +65,7 @@ def test_a_missing_pointer_is_told(tmp_path: Path) -> None:
     [
         (lambda path: path.write_bytes(path.read_bytes()[:-1]), "has 699 bytes; 700 were written"),
         (lambda path: path.write_bytes(b"V" + path.read_bytes()[1:]), "SHA-256 differs"),
-        (lambda path: path.unlink(), "cannot be read: No such file"),
+        (lambda path: path.unlink(), "is missing"),
     ],
 )
 def test_a_broken_file_is_named(tmp_path: Path, harm: object, said: str) -> None:
@@ -102,7 +102,7 @@ def test_the_last_ones_and_every_so_many_stay(tmp_path: Path) -> None:
 
 def test_what_a_killed_run_left_is_cleared_and_written_anew(tmp_path: Path) -> None:
     made = make(tmp_path, 5)
-    folders.begin(tmp_path, 10)
+    folders.write_files(folders.unfinished(tmp_path, 10, "life"), CONTENTS)
     (tmp_path / ".step-4.deleted").mkdir()
     folders.clear(tmp_path)
     assert names(tmp_path) == ["latest", "step-5"]
@@ -112,7 +112,7 @@ def test_what_a_killed_run_left_is_cleared_and_written_anew(tmp_path: Path) -> N
 
 
 def test_a_file_of_another_machine_that_is_not_seen_here_is_no_checkpoint(tmp_path: Path) -> None:
-    unfinished = folders.begin(tmp_path, 5)
+    unfinished = folders.unfinished(tmp_path, 5, "life")
     folders.write_files(unfinished, CONTENTS)
     files = {name: folders.describe(unfinished / name) for name in CONTENTS}
     (unfinished / "__0_0.distcp").unlink()
@@ -120,3 +120,27 @@ def test_a_file_of_another_machine_that_is_not_seen_here_is_no_checkpoint(tmp_pa
     with pytest.raises(OSError, match="__0_0"):
         folders.complete(unfinished, manifest)
     assert folders.candidates(tmp_path) == ([], None)
+
+
+def test_what_cannot_be_read_is_not_called_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = make(tmp_path, 3)
+
+    def stale(path: Path) -> object:
+        raise OSError(116, "Stale file handle")
+
+    monkeypatch.setattr(folders, "describe", stale)
+    with pytest.raises(UnreadableError, match="Stale file handle"):
+        folders.check_file(made, "state.json", folders.read_manifest(made).files["state.json"])
+
+
+def test_those_of_more_steps_are_moved_aside_and_neither_looked_at_nor_deleted(tmp_path: Path) -> None:
+    made = {step: make(tmp_path, step) for step in (10, 20, 30)}
+    moved = folders.supersede(tmp_path, 10)
+    assert sorted(path.name for path in moved) == ["step-20.aside", "step-30.aside"]
+    make(tmp_path, 13)
+    folders.prune(tmp_path, keep_last=1, keep_every=None)
+    assert names(tmp_path) == ["latest", "step-13", "step-20.aside", "step-30.aside"]
+    assert folders.candidates(tmp_path) == ([tmp_path / "step-13"], None)
+    make(tmp_path, 20)
+    assert [path.name for path in folders.supersede(tmp_path, 13)] == ["step-20.aside.1"]
+    assert not made[20].exists()

@@ -230,3 +230,14 @@ def test_files_of_others_stay(tmp_path: Path) -> None:
     Lines(tmp_path / "metrics.jsonl").append("1\n")
     go_back(tmp_path, Place().files)
     assert sorted(path.name for path in tmp_path.rglob("*.*")) == ["log.txt", "notes.jsonl", "notes.txt"]
+
+
+def test_a_record_whose_checkpoints_have_gone_is_moved_aside(tmp_path: Path) -> None:
+    settings = config(tmp_path, checkpoint={"every": EVERY})
+    live(settings, tmp_path / "checkpoint", EVENTS)
+    before = (tmp_path / "test/metrics.jsonl").read_bytes()
+    (tmp_path / "checkpoint").unlink()
+    live(settings, tmp_path / "checkpoint", 1)
+    assert (tmp_path / "test/metrics.jsonl.aside").read_bytes() == before
+    assert [row["step"] for row in rows(tmp_path / "test/metrics.jsonl")] == [0]
+    assert "the run had checkpoints, and there is none" in (tmp_path / "test/log.txt").read_text()
