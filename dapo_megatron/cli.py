@@ -24,13 +24,12 @@ from dapo_megatron import __version__, config_file
 from dapo_megatron.config import Config
 from dapo_megatron.convert.main import add_convert, add_inspect
 from dapo_megatron.errors import ConfigError, DapoError
-from dapo_megatron.signals import Insistence, heeded
+from dapo_megatron.signals import INTERRUPTED, Insistence, heeded, raise_when_interrupted
 
 if TYPE_CHECKING:
     from dapo_megatron.eval.evaluate import EvalResult
     from dapo_megatron.preflight import Checked
 
-INTERRUPTED = 130
 _SAME_SECONDS = 1.5
 """Within which the same signal is the same request: longer than for a rank, to which these are passed on."""
 
@@ -68,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def answered(run: Callable[[], int]) -> int:
     """Return the exit code of what `run` does; what it raises for people is told on standard error."""
     try:
+        raise_when_interrupted()
         return run()
     except DapoError as error:
         return _fail(str(error), error.exit_code)

@@ -17,6 +17,7 @@ from typing import Any
 
 from dapo_megatron.config import ParallelConfig
 from dapo_megatron.errors import ConfigError
+from dapo_megatron.signals import end_when_interrupted, raise_when_interrupted
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -92,12 +93,14 @@ def _answer(arguments: argparse.Namespace) -> int:
 
 def _convert(arguments: argparse.Namespace) -> int:
     _prepare()
+    end_when_interrupted()
     from dapo_megatron.convert.logits import compare_logits
     from dapo_megatron.convert.places import resolve
     from dapo_megatron.convert.to_hf import megatron_to_hf, side_folder
     from dapo_megatron.convert.to_megatron import hf_to_megatron
     from dapo_megatron.convert.verify import compare_tensors
 
+    raise_when_interrupted()
     source, target, dtype, begun = arguments.source, arguments.target, arguments.dtype, time.monotonic()
     place = resolve(source)
     _check_direction(arguments, is_megatron=place.is_megatron)
@@ -165,8 +168,10 @@ def _leave(number: int, frame: Any) -> None:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
+    end_when_interrupted()
     from dapo_megatron.convert.describe import as_text, describe
 
+    raise_when_interrupted()
     found = describe(arguments.path)
     print(json.dumps(found, indent=1) if arguments.json else as_text(found), flush=True)
     return 1 if found["missing"] else 0

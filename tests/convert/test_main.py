@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,9 +20,13 @@ from tests.helpers.models import save_tiny
 TOOLS = Path(__file__).parents[2] / "tools"
 
 
-def run(tool: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+def command_of(tool: str, *arguments: str | Path) -> list[str]:
     program = [str(TOOLS / f"{tool}.py")] if (TOOLS / f"{tool}.py").exists() else ["-m", "dapo_megatron", tool]
-    command = [sys.executable, *program, *map(str, arguments)]
+    return [sys.executable, *program, *map(str, arguments)]
+
+
+def run(tool: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = command_of(tool, *arguments)
     return subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
 
 
@@ -202,3 +207,27 @@ def test_inspect_names_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFix
     )
     assert "model-00002-of-00003.safetensors is no whole safetensors file" in two
     assert three.startswith("model-00003-of-00003.safetensors is missing, and 8 tensors with it")
+
+
+SWALLOWS = """
+import time
+print("importing", flush=True)
+try:
+    time.sleep(60)
+except KeyboardInterrupt as error:
+    raise ImportError("as extension modules do") from error
+"""
+
+
+@pytest.mark.parametrize("library", ["pydantic", "torch"])
+@pytest.mark.parametrize("tool", ["hf_to_megatron", "megatron_to_hf", "inspect_checkpoint", "convert", "inspect"])
+def test_an_interrupt_during_imports_ends_with_130(tool: str, library: str, tmp_path: Path) -> None:
+    (tmp_path / f"{library}.py").write_text(SWALLOWS)
+    places = os.pathsep.join([str(tmp_path), str(TOOLS.parent)])
+    command = command_of(tool, tmp_path, *([] if "inspect" in tool else [tmp_path / "out"]))
+    environment = {**os.environ, "PYTHONPATH": places}
+    with subprocess.Popen(command, env=environment, stdout=-1, stderr=-1, text=True) as process:
+        assert process.stdout and process.stdout.readline() == "importing\n"
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (130, "dapo-megatron: interrupted\n")
