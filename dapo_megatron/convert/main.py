@@ -57,6 +57,11 @@ def add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "path", metavar="PATH", type=Path, help="the folder of a checkpoint, of whatever kind, or a run"
     )
+    parser.add_argument(
+        "--hashes",
+        action="store_true",
+        help="read every file of a run's checkpoint and compare its SHA-256 with the manifest's; default: sizes",
+    )
     parser.add_argument("--json", action="store_true", help="for programs")
     parser.set_defaults(run=_inspect)
 
@@ -96,6 +101,7 @@ def _convert(arguments: argparse.Namespace) -> int:
     end_when_interrupted()
     from dapo_megatron.convert.logits import compare_logits
     from dapo_megatron.convert.places import resolve
+    from dapo_megatron.convert.run_checkpoint import refuse_damaged
     from dapo_megatron.convert.to_hf import megatron_to_hf, side_folder
     from dapo_megatron.convert.to_megatron import hf_to_megatron
     from dapo_megatron.convert.verify import compare_tensors
@@ -104,6 +110,10 @@ def _convert(arguments: argparse.Namespace) -> int:
     source, target, dtype, begun = arguments.source, arguments.target, arguments.dtype, time.monotonic()
     place = resolve(source)
     _check_direction(arguments, is_megatron=place.is_megatron)
+    if place.of_run:
+        refuse_damaged(place.of_run)
+    for problem in place.problems:
+        _say(f"warning: {problem}; {place.folder} is taken")
     if place.is_megatron:
         sides = side_folder(place, arguments.hf_files)
         said = megatron_to_hf(place, target, dtype, arguments.hf_files, sys.stderr)
@@ -169,10 +179,11 @@ def _leave(number: int, frame: Any) -> None:
 
 def _inspect(arguments: argparse.Namespace) -> int:
     end_when_interrupted()
-    from dapo_megatron.convert.describe import as_text, describe
+    from dapo_megatron.convert.describe import describe
+    from dapo_megatron.convert.describe_text import as_text
 
     raise_when_interrupted()
-    found = describe(arguments.path)
+    found = describe(arguments.path, sys.stderr if arguments.hashes else None)
     print(json.dumps(found, indent=1) if arguments.json else as_text(found), flush=True)
     return 1 if found["missing"] else 0
 

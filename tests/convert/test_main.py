@@ -153,6 +153,7 @@ def test_inspect_tells_what_a_hugging_face_checkpoint_holds(models: Path, capsys
             *("LICENSE", "additional_chat_templates/tools.jinja", "chat_template.jinja", "config.json"),
             *("generation_config.json", "modeling_own.py", "tokenizer.model", "tokenizer_config.json"),
         ],
+        "notes": [],
         "missing": [],
     }
 
@@ -163,7 +164,7 @@ def test_inspect_tells_what_a_megatron_checkpoint_holds(models: Path, capsys: py
     assert {name: found[name] for name in ("kind", "format", "step", "layers", "tensor_parallel", "missing")} == {
         "kind": "megatron",
         "format": "torch_dist",
-        "step": 0,
+        "step": None,
         "layers": 4,
         "tensor_parallel": 2,
         "missing": [],
@@ -176,7 +177,39 @@ def test_inspect_tells_what_a_megatron_checkpoint_holds(models: Path, capsys: py
     assert main.inspect_checkpoint([str(models / "m")]) == 0
     said = capsys.readouterr().out
     assert "Megatron (torch_dist), Qwen2ForCausalLM, tied" in said
-    assert "4 layers, written tensor-parallel in 2" in said
+    assert "4 layers, cut tensor-parallel in 2\n" in said
+    assert "32,864 parameters in 9 tensors, 65.7 kB\n" in said
+    assert "note: a tensor here is of all layers together, and may join several, so that Hugging" in said
+    assert "step" not in said
+
+
+def test_inspect_has_units_and_plurals(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from dapo_megatron.convert.describe_text import size
+
+    assert main.inspect_checkpoint([str(models / "hf")]) == 0
+    assert "\n1 file with weights, 7" in capsys.readouterr().out
+    assert [size(n) for n in (None, 1, 999, 1500, 2_300_000, 459_200_000_000)] == [
+        *("missing", "1 byte", "999 bytes", "1.5 kB", "2.3 MB", "459.2 GB"),
+    ]
+
+
+def test_the_folder_beside_the_weights_is_not_called_broken(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, found = inspect(models / "m/hf", capsys)
+    beside = f"config and tokenizer only: the weights are in the checkpoint beside it, {models / 'm'}"
+    assert (code, found["missing"], found["notes"]) == (0, [], [beside])
+    assert main.inspect_checkpoint([str(models / "m/hf")]) == 0
+    assert f"note: {beside}\n" in capsys.readouterr().out + "\n"
+
+
+def test_an_architecture_that_cannot_be_converted_is_told(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = json.loads((models / "hf/config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "gpt2"}))
+    (tmp_path / "model.safetensors").write_bytes((models / "hf/model.safetensors").read_bytes())
+    code, found = inspect(tmp_path, capsys)
+    assert code == 0
+    assert found["notes"] == ["architecture gpt2 cannot be converted; qwen2, qwen3, llama, mistral can"]
 
 
 def test_inspect_names_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -211,8 +244,8 @@ def test_inspect_names_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFix
 
 SWALLOWS = """
 import time
-print("importing", flush=True)
 try:
+    print("importing", flush=True)
     time.sleep(60)
 except KeyboardInterrupt as error:
     raise ImportError("as extension modules do") from error
