@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dapo_megatron import cli
 from dapo_megatron.convert import main
 from tests.helpers.conversion import add_sides, assert_same_tensors, tensors, to_megatron
 from tests.helpers.models import save_tiny
@@ -31,7 +32,7 @@ def run(tool: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_both_tools_convert_and_verify(tmp_path: Path) -> None:
-    source = save_tiny(tmp_path / "hf", layers=4, dtype=torch.bfloat16)
+    source = add_sides(save_tiny(tmp_path / "hf", layers=4, dtype=torch.bfloat16))
     there = run("hf_to_megatron", source, tmp_path / "m", "--tp", "2", "--pp", "2", "--vpp", "2", "--verify")
     back = run("megatron_to_hf", tmp_path / "m", tmp_path / "back", "--verify")
     for done, name in ((there, "m"), (back, "back")):
@@ -49,9 +50,41 @@ def test_the_input_decides_the_direction(tmp_path: Path) -> None:
     source = save_tiny(tmp_path / "hf")
     there = run("convert", source, tmp_path / "m", "--tp", "2")
     assert there.returncode == 0, there.stderr
+    none = "(tokenizer.json, tokenizer.model, vocab.json, vocab.txt, spiece.model), so the result has none"
+    assert there.stderr.startswith(f"warning: {source} has no tokenizer {none}\n")
     back = run("convert", tmp_path / "m", tmp_path / "back")
     assert back.returncode == 0, back.stderr
+    assert back.stderr.startswith(f"warning: {tmp_path / 'm/hf'} has no tokenizer {none}\n")
     assert_same_tensors(tensors(tmp_path / "back"), tensors(source))
+
+
+def test_verify_says_what_was_cast(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(main, "_prepare", lambda: None)
+        assert main.hf_to_megatron([*map(str, (models / "hf", tmp_path / "m")), "--dtype", "float32", "--verify"]) == 0
+    wrote, hashes, logits = capsys.readouterr().err.splitlines()
+    assert wrote.startswith("wrote ")
+    assert hashes == "all 50 tensors are equal after casting to float32, by SHA-256"
+    assert logits == "logits are not compared: a cast changes them"
+
+
+@pytest.mark.parametrize(
+    "command", ["train", "convert", "inspect", "hf_to_megatron", "megatron_to_hf", "inspect_checkpoint"]
+)
+def test_help_has_exit_codes_and_where_to_read_on(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    call = getattr(main, command, None)
+    with pytest.raises(SystemExit):
+        call(["--help"]) if call else cli.main([command, "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "xit codes: 0 " in said
+    assert "docs/checkpoints.md" in said
+    assert " 130 " in said
+
+
+def test_the_help_of_all_lists_what_a_closed_terminal_ends_with(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    assert " 129 the terminal was closed" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -62,6 +95,8 @@ def test_the_input_decides_the_direction(tmp_path: Path) -> None:
         ("hf_to_megatron", ["hf", "out", "--tp", "0"], "--tp 0: at least 1 is needed"),
         ("hf_to_megatron", ["hf", "out", "--vpp", "2"], "--vpp 2 splits pipeline stages into chunks, but --pp is 1"),
         ("hf_to_megatron", ["hf", "hf"], "hf is there already"),
+        ("hf_to_megatron", ["hf", "hf/out"], "hf/out lies in hf, which is only read; give an OUT elsewhere"),
+        ("megatron_to_hf", ["m", "empty/../m/a/b"], "m/a/b lies in m, which is only read; give an OUT elsewhere"),
         ("hf_to_megatron", ["empty", "out"], "empty holds no checkpoint"),
         ("inspect_checkpoint", ["empty"], "empty holds no checkpoint"),
     ],
