@@ -50,7 +50,7 @@ setup(
         "mlflow": ["mlflow-skinny>=3.17", "sqlalchemy>=2", "alembic>=1.20"],
         "dev": ["coverage>=7.10", "hypothesis", "pre-commit", "pyright[nodejs]", "pytest", "pytest-timeout", "ruff"],
     },
-    entry_points={"console_scripts": ["dapo-megatron = dapo_megatron.cli:main"]},
+    entry_points={"console_scripts": ["dapo-megatron = dapo_megatron.__main__:main"]},
     classifiers=[
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",

@@ -1,7 +1,6 @@
 """The command line: `dapo-megatron train|eval|check-reduction|convert|inspect|config`, or `python -m dapo_megatron`.
 
-Exit codes: 0 done, 1 the run failed, 2 input that cannot work (nothing was started then), 75 stopped and saved (started
-again, it goes on), 130 interrupted, 141 the reader of the output went away, 143 stopped and not saved.
+Exit codes: those of `EXIT_CODES`, and 141 where the reader of the output went away.
 """
 
 from __future__ import annotations
@@ -24,16 +23,19 @@ from dapo_megatron import __version__, config_file
 from dapo_megatron.config import Config
 from dapo_megatron.convert.main import add_convert, add_inspect
 from dapo_megatron.errors import ConfigError, DapoError
-from dapo_megatron.signals import Insistence, heeded
+from dapo_megatron.signals import INTERRUPTED, Insistence, heeded, raise_when_interrupted
 
 if TYPE_CHECKING:
     from dapo_megatron.eval.evaluate import EvalResult
     from dapo_megatron.preflight import Checked
 
-INTERRUPTED = 130
 _SAME_SECONDS = 1.5
 """Within which the same signal is the same request: longer than for a rank, to which these are passed on."""
 
+EXIT_CODES = """\
+exit codes: 0 done, 1 the run failed, 2 input that cannot work (nothing was started), 75 stopped and saved (started
+again, it goes on), 129 the terminal was closed (SIGHUP) and nothing saved, 130 interrupted, 143 stopped and not saved
+"""
 EXAMPLES = """\
 examples:
   dapo-megatron train configs/quickstart_cpu.yaml
@@ -47,8 +49,6 @@ examples:
   dapo-megatron config configs/quickstart_cpu.yaml      the configuration with every default filled in
   dapo-megatron config --schema                         every key, its type, default and meaning, as JSON schema
 
-exit codes: 0 done, 1 the run failed, 2 input that cannot work (nothing was started), 75 stopped and saved (started
-again, it goes on), 130 interrupted, 143 stopped and not saved
 """
 
 
@@ -68,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def answered(run: Callable[[], int]) -> int:
     """Return the exit code of what `run` does; what it raises for people is told on standard error."""
     try:
+        raise_when_interrupted()
         return run()
     except DapoError as error:
         return _fail(str(error), error.exit_code)
@@ -83,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="dapo-megatron",
         description="Reinforcement learning of reasoning models with DAPO: Megatron-core actor, vLLM rollout.",
-        epilog=EXAMPLES,
+        epilog=EXAMPLES + EXIT_CODES,
         formatter_class=raw,
         allow_abbrev=False,
     )
@@ -95,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
         help="train a model",
         description="Check the configuration, then start launch.processes ranks on this machine and train. On several "
         "machines, start `-m dapo_megatron.train CONFIG ...` with torchrun instead.",
+        epilog=EXIT_CODES + "\ndocs/checkpoints.md has what is saved, and how a run is stopped and goes on.",
         formatter_class=raw,
         allow_abbrev=False,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import threading
@@ -9,12 +10,33 @@ import time
 from collections.abc import Callable, Iterable
 from types import FrameType
 
+INTERRUPTED = 128 + signal.SIGINT
 ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 def heeded() -> list[signal.Signals]:
     """Those of `ASKING` that this process was not started to ignore: SIGHUP under nohup, SIGINT behind a script's &."""
     return [number for number in ASKING if signal.getsignal(number) is not signal.SIG_IGN]
+
+
+def end_when_interrupted() -> None:
+    """Have Ctrl-C end this process at once, with 130, until `raise_when_interrupted`.
+
+    For the time of imports: they leave a traceback of a KeyboardInterrupt, or turn it into an error of another kind.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _end)
+
+
+def raise_when_interrupted() -> None:
+    """Have Ctrl-C raise KeyboardInterrupt again."""
+    if signal.getsignal(signal.SIGINT) is _end:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    os.write(2, b"dapo-megatron: interrupted\n")
+    os._exit(INTERRUPTED)
 
 
 class Insistence:

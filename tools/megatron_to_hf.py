@@ -2,7 +2,10 @@
 
 import sys
 
-from dapo_megatron.convert.main import megatron_to_hf
+from dapo_megatron.signals import end_when_interrupted
 
 if __name__ == "__main__":
+    end_when_interrupted()
+    from dapo_megatron.convert.main import megatron_to_hf
+
     sys.exit(megatron_to_hf())

@@ -5,41 +5,59 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
 
-from dapo_megatron.convert.dist_files import CheckpointError, file_problems, peek_common, read_metadata
+from dapo_megatron.actor.architecture import SUPPORTED
+from dapo_megatron.checkpoint.folder import MANIFEST
+from dapo_megatron.convert.dist_files import COMMON, FORMAT, CheckpointError, file_problems, peek_common, read_metadata
 from dapo_megatron.convert.output import side_files
-from dapo_megatron.convert.places import Place, resolve
+from dapo_megatron.convert.places import HF, Place, resolve
+from dapo_megatron.convert.run_checkpoint import differences, is_of_a_run, manifest_of
 from dapo_megatron.convert.tensors_file import INDEX, SINGLE, Spec, TensorsFile, read_index
 
 _PROJECTION = "self_attention.linear_proj.weight"
 
 
-def describe(path: Path) -> dict[str, Any]:
+def describe(path: Path, hashes: TextIO | None = None) -> dict[str, Any]:
     """Return what is known about a checkpoint, as JSON has it.
 
     `kind` is huggingface, or megatron for torch_dist, whoever wrote it. `missing` lists, in sentences, what ought to be
-    there and is not; empty for a checkpoint that is whole as far as can be told without reading its data.
+    there and is not; empty for a checkpoint that is whole as far as can be told without reading its data. `notes` are
+    sentences for people. `manifest` is that of a run's checkpoint, but for the files, and how these were `checked`: by
+    sizes or hashes.
+
+    Args:
+        hashes: where progress is shown while all files of a run's checkpoint are read for their SHA-256; None compares
+            sizes only.
 
     Raises:
-        CheckpointError: where there is no checkpoint, or the index that everything else hangs on cannot be read.
+        CheckpointError: where there is no checkpoint, the index that everything else hangs on cannot be read, or hashes
+            are wanted of a checkpoint that has none.
     """
     place = resolve(path)
-    return _megatron(place) if place.is_megatron else _huggingface(place.folder)
+    if hashes and not place.of_run:
+        raise CheckpointError(f"--hashes compares with {MANIFEST}, which only a run's checkpoints have; {path} is none")
+    return _megatron(place, hashes) if place.is_megatron else _huggingface(place.folder)
 
 
 def _huggingface(folder: Path) -> dict[str, Any]:
     missing = [] if (folder / "config.json").is_file() else ["config.json is missing"]
     weight_map = read_index(folder)
     wanted = sorted(set(weight_map.values()))
+    told = _model_of(folder)
+    notes = _not_converted(told)
     if not wanted:
         found = sorted(file.name for file in folder.glob("*.safetensors"))
         wanted = [SINGLE] if SINGLE in found else found
-        missing += [] if wanted else ["no *.safetensors are there"]
+        if not wanted and (beside := _weights_beside(folder)):
+            notes.append(f"config and tokenizer only: the weights are in the checkpoint beside it, {beside}")
+        elif not wanted:
+            missing.append("no *.safetensors are there")
     files: list[dict[str, Any]] = []
     specs: dict[str, Spec] = {}
     for name in wanted:
@@ -59,18 +77,58 @@ def _huggingface(folder: Path) -> dict[str, Any]:
     return {
         "kind": "huggingface",
         "path": str(folder),
-        **_model_of(folder),
+        **told,
         **_tensors(specs.values()),
         "files": files,
         "side_files": [str(file) for file in side_files(folder)],
+        "notes": notes,
         "missing": missing,
     }
 
 
-def _megatron(place: Place) -> dict[str, Any]:
+def _weights_beside(folder: Path) -> Path | None:
+    """The Megatron checkpoint that a folder with what lies beside the weights belongs to."""
+    parent = folder.absolute().parent
+    is_beside = folder.absolute().name == HF and ((parent / FORMAT).is_file() or is_of_a_run(parent))
+    return parent if is_beside else None
+
+
+def _not_converted(told: dict[str, Any]) -> list[str]:
+    name = told["model_type"]
+    known = name is None or name in SUPPORTED
+    return [] if known else [f"architecture {name} cannot be converted; {', '.join(SUPPORTED)} can"]
+
+
+def _of_run(folder: Path, hashes: TextIO | None) -> tuple[dict[str, Any] | None, dict[str, str]]:
+    """What the manifest of a run's checkpoint says, and file -> what is wrong with it."""
+    try:
+        manifest = manifest_of(folder)
+    except CheckpointError as error:
+        return None, {MANIFEST: str(error)}
+    told = asdict(manifest)
+    del told["files"]
+    told |= {"files": len(manifest.files), "checked": "hashes" if hashes else "sizes"}
+    return told, differences(folder, manifest.files, hashes)
+
+
+def _index(place: Place) -> tuple[Metadata, list[str]]:
+    """What `.metadata` says, and what is wrong with the files that it names."""
+    try:
+        metadata = read_metadata(place.folder)
+    except CheckpointError as error:
+        if not place.of_run:
+            raise
+        return Metadata({}), [str(error).removeprefix(f"{place.folder}/")]
+    return metadata, file_problems(place.folder, metadata)
+
+
+def _megatron(place: Place, hashes: TextIO | None) -> dict[str, Any]:
     folder = place.folder
-    metadata = read_metadata(folder)
-    missing = file_problems(folder, metadata)
+    manifest, damaged = _of_run(place.of_run, hashes) if place.of_run else (None, {})
+    metadata, problems = _index(place)
+    # A file that both tell of is told of once.
+    problems = [problem for problem in problems if problem.split()[0] not in damaged]
+    missing = [*place.problems, *damaged.values(), *problems]
     model: dict[str, TensorStorageMetadata] = {}
     others: dict[str, TensorStorageMetadata] = {}
     objects = 0
@@ -85,10 +143,11 @@ def _megatron(place: Place) -> dict[str, Any]:
     step: Any = place.step
     try:
         common = peek_common(folder)
-        step = common.get("iteration") if step is None else step
+        # A converted model has done no steps; Megatron-LM wants the number all the same.
+        step = (common.get("iteration") or None) if step is None else step
     except CheckpointError as error:
-        missing.append(str(error))
-    names = sorted({info.relative_path for info in metadata.storage_data.values()})
+        missing += [] if COMMON in damaged else [str(error)]
+    names = sorted({info.relative_path for info in (metadata.storage_data or {}).values()})
     told = _model_of(place.hf) if place.hf else {"model_type": None}
     rows = told.get("vocab_size")
     specs = {key: Spec(value.properties.dtype, _unpadded(key, value.size, rows)) for key, value in model.items()}
@@ -102,9 +161,11 @@ def _megatron(place: Place) -> dict[str, Any]:
         **_tensors(specs.values()),
         "layers": _layers(model),
         "tensor_parallel": _cuts(model),
+        "manifest": manifest,
         "optimizer_and_other_state": {**_tensors(extra.values()), "objects": objects},
         "files": [{"name": name, "bytes": _size(folder / name)} for name in names],
         "side_files": [str(file) for file in side_files(place.hf)] if place.hf else [],
+        "notes": [*_not_converted(told), *_stacked(model)],
         "missing": missing,
     }
 
@@ -154,43 +215,13 @@ def _layers(model: dict[str, TensorStorageMetadata]) -> int | None:
     return together.size[0] if together else apart or None
 
 
+def _stacked(model: dict[str, TensorStorageMetadata]) -> list[str]:
+    if f"decoder.layers.{_PROJECTION}" not in model:
+        return []
+    return ["a tensor here is of all layers together, and may join several, so that Hugging Face's format has more"]
+
+
 def _cuts(model: dict[str, TensorStorageMetadata]) -> int | None:
     """Into how many parts tensor-parallel ranks had cut the weights of a layer."""
     value = next((value for key, value in model.items() if key.endswith(_PROJECTION)), None)
     return len({chunk.offsets[-1] for chunk in value.chunks}) if value else None
-
-
-def as_text(found: dict[str, Any]) -> str:
-    """Return the same for people."""
-    lines = [f"{found['path']}"]
-    kind = "Hugging Face" if found["kind"] == "huggingface" else "Megatron (torch_dist)"
-    architecture = ", ".join(found.get("architectures") or []) or found["model_type"] or "architecture not told"
-    lines.append(f"{kind}, {architecture}" + (", tied embeddings" if found.get("tied") else ""))
-    if found.get("step") is not None:
-        lines.append(f"step {found['step']}")
-    dtypes = ", ".join(f"{count:,} {dtype}" for dtype, count in found["dtypes"].items())
-    lines.append(f"{found['parameters']:,} parameters in {found['tensors']} tensors, {found['bytes'] / 1e9:.2f} GB")
-    lines.append(f"numbers: {dtypes or 'none'}" + _declared(found))
-    if found["kind"] == "megatron":
-        lines.append(f"{found['layers']} layers, written tensor-parallel in {found['tensor_parallel']}")
-        state = found["optimizer_and_other_state"]
-        lines.append(
-            f"other state: {state['tensors']} tensors, {state['bytes'] / 1e9:.2f} GB; {state['objects']} objects"
-        )
-    total = sum(file["bytes"] or 0 for file in found["files"])
-    lines.append(f"{len(found['files'])} files with weights, {total / 1e9:.2f} GB")
-    lines += [f"  {file['name']}  {_bytes(file['bytes'])}" for file in found["files"][:16]]
-    if len(found["files"]) > 16:
-        lines.append(f"  and {len(found['files']) - 16} more")
-    lines.append(f"beside them: {', '.join(found['side_files']) or 'nothing'}")
-    lines += [f"MISSING: {problem}" for problem in found["missing"]]
-    return "\n".join(lines)
-
-
-def _bytes(count: int | None) -> str:
-    return "missing" if count is None else f"{count:,} bytes"
-
-
-def _declared(found: dict[str, Any]) -> str:
-    declared = found.get("declared_dtype")
-    return f"; config.json declares {declared}" if declared and declared not in found["dtypes"] else ""

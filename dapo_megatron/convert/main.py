@@ -1,7 +1,4 @@
-"""The command lines of the conversion tools: those of `tools/`, and `dapo-megatron convert` and `inspect`.
-
-Exit codes: 0 done, 1 it failed, 2 input that cannot work (nothing was written then), 130 interrupted.
-"""
+"""The command lines of the conversion tools: those of `tools/`, and `dapo-megatron convert` and `inspect`."""
 
 from __future__ import annotations
 
@@ -17,7 +14,17 @@ from typing import Any
 
 from dapo_megatron.config import ParallelConfig
 from dapo_megatron.errors import ConfigError
+from dapo_megatron.signals import end_when_interrupted, raise_when_interrupted
 
+_CONVERT_CODES = (
+    "Exit codes: 0 done, 1 it failed, or --verify found a difference, 2 input that cannot work (nothing was written), "
+    "129, 130 and 143 ended by SIGHUP, Ctrl-C or SIGTERM (nothing is left of OUT). docs/checkpoints.md, "
+    '"Converting", has more.'
+)
+_INSPECT_CODES = (
+    "Exit codes: 0 whole, as far as was looked, 1 something is missing or damaged, 2 no checkpoint, 130 interrupted. "
+    'docs/checkpoints.md, "Converting", has more.'
+)
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -47,6 +54,7 @@ def add_convert(parser: argparse.ArgumentParser, *, to: str | None = None) -> No
         action="store_true",
         help="read the result again: every tensor by hash, and logits against transformers'",
     )
+    parser.epilog = _CONVERT_CODES
     parser.set_defaults(run=_convert, to=to, tp=None, pp=None, vpp=None)
     if to == "megatron":
         parser.set_defaults(hf_files=None)
@@ -56,7 +64,13 @@ def add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "path", metavar="PATH", type=Path, help="the folder of a checkpoint, of whatever kind, or a run"
     )
+    parser.add_argument(
+        "--hashes",
+        action="store_true",
+        help="read every file of a run's checkpoint and compare its SHA-256 with the manifest's; default: sizes",
+    )
     parser.add_argument("--json", action="store_true", help="for programs")
+    parser.epilog = _INSPECT_CODES
     parser.set_defaults(run=_inspect)
 
 
@@ -92,17 +106,29 @@ def _answer(arguments: argparse.Namespace) -> int:
 
 def _convert(arguments: argparse.Namespace) -> int:
     _prepare()
+    end_when_interrupted()
     from dapo_megatron.convert.logits import compare_logits
+    from dapo_megatron.convert.output import warnings_about
     from dapo_megatron.convert.places import resolve
+    from dapo_megatron.convert.run_checkpoint import refuse_damaged
     from dapo_megatron.convert.to_hf import megatron_to_hf, side_folder
     from dapo_megatron.convert.to_megatron import hf_to_megatron
     from dapo_megatron.convert.verify import compare_tensors
 
+    raise_when_interrupted()
     source, target, dtype, begun = arguments.source, arguments.target, arguments.dtype, time.monotonic()
     place = resolve(source)
     _check_direction(arguments, is_megatron=place.is_megatron)
+    if source.resolve() in target.resolve().parents:
+        raise ConfigError(f"{target} lies in {source}, which is only read; give an OUT elsewhere")
+    if place.of_run:
+        refuse_damaged(place.of_run)
+    for problem in place.problems:
+        _say(f"warning: {problem}; {place.folder} is taken")
+    sides = side_folder(place, arguments.hf_files) if place.is_megatron else place.folder
+    for warning in warnings_about(sides):
+        _say(warning)
     if place.is_megatron:
-        sides = side_folder(place, arguments.hf_files)
         said = megatron_to_hf(place, target, dtype, arguments.hf_files, sys.stderr)
         pair = (place.folder, sides, target)
     else:
@@ -165,9 +191,12 @@ def _leave(number: int, frame: Any) -> None:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from dapo_megatron.convert.describe import as_text, describe
+    end_when_interrupted()
+    from dapo_megatron.convert.describe import describe
+    from dapo_megatron.convert.describe_text import as_text
 
-    found = describe(arguments.path)
+    raise_when_interrupted()
+    found = describe(arguments.path, sys.stderr if arguments.hashes else None)
     print(json.dumps(found, indent=1) if arguments.json else as_text(found), flush=True)
     return 1 if found["missing"] else 0
 

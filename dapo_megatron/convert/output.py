@@ -17,6 +17,8 @@ _WEIGHTS = {
     *(".unfinished", ".lock"),
 }
 
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+
 
 @contextmanager
 def unfinished(target: Path, nbytes: int) -> Iterator[Path]:
@@ -26,8 +28,8 @@ def unfinished(target: Path, nbytes: int) -> Iterator[Path]:
         nbytes: what will be written, for a look at the room there is.
 
     Raises:
-        ConfigError: where `target` is there already, or the disk has no room.
-        DapoError: where it cannot be written.
+        ConfigError: where `target` is there already, its folder cannot be written to, or the disk has no room.
+        DapoError: where writing fails later.
     """
     if target.exists() or target.is_symlink():
         raise ConfigError(f"{target} is there already; give another name, or remove it first")
@@ -42,6 +44,12 @@ def unfinished(target: Path, nbytes: int) -> Iterator[Path]:
     made = [entry for entry in (parent, *parent.parents) if not entry.exists()]
     try:
         folder.mkdir(parents=True)
+    except OSError as error:
+        _remove(folder, made)
+        raise ConfigError(
+            f"cannot make a folder in {there}: {error.strerror}; give an OUT in a folder that you may write to"
+        ) from error
+    try:
         yield folder
         sync(folder)
         folder.rename(target)
@@ -52,6 +60,13 @@ def unfinished(target: Path, nbytes: int) -> Iterator[Path]:
     except BaseException:
         _remove(folder, made)
         raise
+
+
+def warnings_about(sides: Path) -> list[str]:
+    """Return what a checkpoint lacks beside its weights, and a model can be converted without, as sentences."""
+    if any((sides / name).is_file() for name in _TOKENIZERS) or any(sides.glob("*.tiktoken")):
+        return []
+    return [f"warning: {sides} has no tokenizer ({', '.join(_TOKENIZERS)}), so the result has none"]
 
 
 def _remove(folder: Path, made: list[Path]) -> None:

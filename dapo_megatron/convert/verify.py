@@ -56,4 +56,5 @@ def compare_tensors(megatron: Path, sides: Path, hf: Path, dtype: str | None, fi
             f"{len(differ)} of {len(tensors.specs) - len(spare)} tensors of {hf} differ from those of {megatron}, such "
             f"as {', '.join(differ[:3])}"
         )
-    return f"all {len(tensors.specs) - len(spare)} tensors are equal by SHA-256"
+    how = f"after casting to {dtype}, by SHA-256" if dtype else "by SHA-256"
+    return f"all {len(tensors.specs) - len(spare)} tensors are equal {how}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -123,12 +124,23 @@ def test_a_disk_that_fills_up_leaves_nothing(limit: int, source: Path, tmp_path:
     assert not left(tmp_path)
 
 
-def test_a_read_only_folder(source: Path, tmp_path: Path) -> None:
-    if os.geteuid() == 0:
-        pytest.skip("root may write anywhere")
-    (tmp_path / "closed").mkdir(mode=0o555)
-    with pytest.raises(DapoError, match=r"cannot write .*Permission denied"):
+def test_a_folder_that_cannot_be_written_to(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    advice = "give an OUT in a folder that you may write to"
+    with pytest.raises(ConfigError, match=rf"cannot make a folder in .*/file: Not a directory; {advice}"):
+        to_megatron(source, tmp_path / "file/out")
+    mkdir = Path.mkdir
+
+    def closed(path: Path, *arguments: object, **named: object) -> None:
+        if path.parent.name == "closed":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        mkdir(path, *arguments, **named)  # type: ignore[arg-type]
+
+    (tmp_path / "closed").mkdir()
+    monkeypatch.setattr(Path, "mkdir", closed)
+    with pytest.raises(ConfigError, match=rf"cannot make a folder in .*/closed: Permission denied; {advice}"):
         to_megatron(source, tmp_path / "closed/out")
+    assert left(tmp_path) == {"file", "closed"}
 
 
 def test_a_checkpoint_of_another_model_is_refused(source: Path, tmp_path: Path) -> None:

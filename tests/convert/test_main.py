@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dapo_megatron import cli
 from dapo_megatron.convert import main
 from tests.helpers.conversion import add_sides, assert_same_tensors, tensors, to_megatron
 from tests.helpers.models import save_tiny
@@ -19,14 +21,18 @@ from tests.helpers.models import save_tiny
 TOOLS = Path(__file__).parents[2] / "tools"
 
 
-def run(tool: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+def command_of(tool: str, *arguments: str | Path) -> list[str]:
     program = [str(TOOLS / f"{tool}.py")] if (TOOLS / f"{tool}.py").exists() else ["-m", "dapo_megatron", tool]
-    command = [sys.executable, *program, *map(str, arguments)]
+    return [sys.executable, *program, *map(str, arguments)]
+
+
+def run(tool: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = command_of(tool, *arguments)
     return subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
 
 
 def test_both_tools_convert_and_verify(tmp_path: Path) -> None:
-    source = save_tiny(tmp_path / "hf", layers=4, dtype=torch.bfloat16)
+    source = add_sides(save_tiny(tmp_path / "hf", layers=4, dtype=torch.bfloat16))
     there = run("hf_to_megatron", source, tmp_path / "m", "--tp", "2", "--pp", "2", "--vpp", "2", "--verify")
     back = run("megatron_to_hf", tmp_path / "m", tmp_path / "back", "--verify")
     for done, name in ((there, "m"), (back, "back")):
@@ -44,9 +50,41 @@ def test_the_input_decides_the_direction(tmp_path: Path) -> None:
     source = save_tiny(tmp_path / "hf")
     there = run("convert", source, tmp_path / "m", "--tp", "2")
     assert there.returncode == 0, there.stderr
+    none = "(tokenizer.json, tokenizer.model, vocab.json, vocab.txt, spiece.model), so the result has none"
+    assert there.stderr.startswith(f"warning: {source} has no tokenizer {none}\n")
     back = run("convert", tmp_path / "m", tmp_path / "back")
     assert back.returncode == 0, back.stderr
+    assert back.stderr.startswith(f"warning: {tmp_path / 'm/hf'} has no tokenizer {none}\n")
     assert_same_tensors(tensors(tmp_path / "back"), tensors(source))
+
+
+def test_verify_says_what_was_cast(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(main, "_prepare", lambda: None)
+        assert main.hf_to_megatron([*map(str, (models / "hf", tmp_path / "m")), "--dtype", "float32", "--verify"]) == 0
+    wrote, hashes, logits = capsys.readouterr().err.splitlines()
+    assert wrote.startswith("wrote ")
+    assert hashes == "all 50 tensors are equal after casting to float32, by SHA-256"
+    assert logits == "logits are not compared: a cast changes them"
+
+
+@pytest.mark.parametrize(
+    "command", ["train", "convert", "inspect", "hf_to_megatron", "megatron_to_hf", "inspect_checkpoint"]
+)
+def test_help_has_exit_codes_and_where_to_read_on(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    call = getattr(main, command, None)
+    with pytest.raises(SystemExit):
+        call(["--help"]) if call else cli.main([command, "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "xit codes: 0 " in said
+    assert "docs/checkpoints.md" in said
+    assert " 130 " in said
+
+
+def test_the_help_of_all_lists_what_a_closed_terminal_ends_with(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    assert " 129 the terminal was closed" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -57,6 +95,8 @@ def test_the_input_decides_the_direction(tmp_path: Path) -> None:
         ("hf_to_megatron", ["hf", "out", "--tp", "0"], "--tp 0: at least 1 is needed"),
         ("hf_to_megatron", ["hf", "out", "--vpp", "2"], "--vpp 2 splits pipeline stages into chunks, but --pp is 1"),
         ("hf_to_megatron", ["hf", "hf"], "hf is there already"),
+        ("hf_to_megatron", ["hf", "hf/out"], "hf/out lies in hf, which is only read; give an OUT elsewhere"),
+        ("megatron_to_hf", ["m", "empty/../m/a/b"], "m/a/b lies in m, which is only read; give an OUT elsewhere"),
         ("hf_to_megatron", ["empty", "out"], "empty holds no checkpoint"),
         ("inspect_checkpoint", ["empty"], "empty holds no checkpoint"),
     ],
@@ -148,6 +188,7 @@ def test_inspect_tells_what_a_hugging_face_checkpoint_holds(models: Path, capsys
             *("LICENSE", "additional_chat_templates/tools.jinja", "chat_template.jinja", "config.json"),
             *("generation_config.json", "modeling_own.py", "tokenizer.model", "tokenizer_config.json"),
         ],
+        "notes": [],
         "missing": [],
     }
 
@@ -158,7 +199,7 @@ def test_inspect_tells_what_a_megatron_checkpoint_holds(models: Path, capsys: py
     assert {name: found[name] for name in ("kind", "format", "step", "layers", "tensor_parallel", "missing")} == {
         "kind": "megatron",
         "format": "torch_dist",
-        "step": 0,
+        "step": None,
         "layers": 4,
         "tensor_parallel": 2,
         "missing": [],
@@ -171,7 +212,39 @@ def test_inspect_tells_what_a_megatron_checkpoint_holds(models: Path, capsys: py
     assert main.inspect_checkpoint([str(models / "m")]) == 0
     said = capsys.readouterr().out
     assert "Megatron (torch_dist), Qwen2ForCausalLM, tied" in said
-    assert "4 layers, written tensor-parallel in 2" in said
+    assert "4 layers, cut tensor-parallel in 2\n" in said
+    assert "32,864 parameters in 9 tensors, 65.7 kB\n" in said
+    assert "note: a tensor here is of all layers together, and may join several, so that Hugging" in said
+    assert "step" not in said
+
+
+def test_inspect_has_units_and_plurals(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from dapo_megatron.convert.describe_text import size
+
+    assert main.inspect_checkpoint([str(models / "hf")]) == 0
+    assert "\n1 file with weights, 7" in capsys.readouterr().out
+    assert [size(n) for n in (None, 1, 999, 1500, 2_300_000, 459_200_000_000)] == [
+        *("missing", "1 byte", "999 bytes", "1.5 kB", "2.3 MB", "459.2 GB"),
+    ]
+
+
+def test_the_folder_beside_the_weights_is_not_called_broken(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, found = inspect(models / "m/hf", capsys)
+    beside = f"config and tokenizer only: the weights are in the checkpoint beside it, {models / 'm'}"
+    assert (code, found["missing"], found["notes"]) == (0, [], [beside])
+    assert main.inspect_checkpoint([str(models / "m/hf")]) == 0
+    assert f"note: {beside}\n" in capsys.readouterr().out + "\n"
+
+
+def test_an_architecture_that_cannot_be_converted_is_told(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = json.loads((models / "hf/config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "gpt2"}))
+    (tmp_path / "model.safetensors").write_bytes((models / "hf/model.safetensors").read_bytes())
+    code, found = inspect(tmp_path, capsys)
+    assert code == 0
+    assert found["notes"] == ["architecture gpt2 cannot be converted; qwen2, qwen3, llama, mistral can"]
 
 
 def test_inspect_names_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -202,3 +275,27 @@ def test_inspect_names_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFix
     )
     assert "model-00002-of-00003.safetensors is no whole safetensors file" in two
     assert three.startswith("model-00003-of-00003.safetensors is missing, and 8 tensors with it")
+
+
+SWALLOWS = """
+import time
+try:
+    print("importing", flush=True)
+    time.sleep(60)
+except KeyboardInterrupt as error:
+    raise ImportError("as extension modules do") from error
+"""
+
+
+@pytest.mark.parametrize("library", ["pydantic", "torch"])
+@pytest.mark.parametrize("tool", ["hf_to_megatron", "megatron_to_hf", "inspect_checkpoint", "convert", "inspect"])
+def test_an_interrupt_during_imports_ends_with_130(tool: str, library: str, tmp_path: Path) -> None:
+    (tmp_path / f"{library}.py").write_text(SWALLOWS)
+    places = os.pathsep.join([str(tmp_path), str(TOOLS.parent)])
+    command = command_of(tool, tmp_path, *([] if "inspect" in tool else [tmp_path / "out"]))
+    environment = {**os.environ, "PYTHONPATH": places}
+    with subprocess.Popen(command, env=environment, stdout=-1, stderr=-1, text=True) as process:
+        assert process.stdout and process.stdout.readline() == "importing\n"
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (130, "dapo-megatron: interrupted\n")

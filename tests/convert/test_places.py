@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -56,21 +57,60 @@ def test_of_a_run_the_newest_complete_step_is_taken(inner: str, tmp_path: Path) 
         megatron(tmp_path / f"checkpoints/step-{step}" / inner)
     (tmp_path / "checkpoints/step-10/hf").mkdir()
     (tmp_path / "checkpoints/step-10/hf/config.json").touch()
-    (tmp_path / "checkpoints/step-11").mkdir()
-    want = tmp_path / "checkpoints/step-10" / inner
-    for path in (tmp_path, tmp_path / "checkpoints", tmp_path / "checkpoints/step-10"):
-        assert resolve(path) == Place(want, is_megatron=True, step=10, hf=tmp_path / "checkpoints/step-10/hf")
-    (tmp_path / "checkpoints/latest").write_text("step-9")
-    assert resolve(tmp_path).step == 9
-    (tmp_path / "checkpoints/latest").write_text("step-11")
-    assert resolve(tmp_path).step == 10
+    step = tmp_path / "checkpoints/step-10"
+    latest = tmp_path / "checkpoints/latest"
+    latest.write_text("step-10\n")
+    want = Place(step / inner, is_megatron=True, step=10, hf=step / "hf", of_run=step)
+    for path in (tmp_path, tmp_path / "checkpoints", step):
+        assert resolve(path) == want
+    latest.write_text("step-9")
+    assert (resolve(tmp_path).step, resolve(tmp_path).problems) == (9, ())
+    latest.write_text("step-7\n")
+    assert resolve(tmp_path) == replace(want, problems=(f"{latest} says 'step-7', and there is no such checkpoint",))
+    latest.unlink()
+    assert resolve(tmp_path) == replace(want, problems=(f"{latest} is missing",))
+    cut = tmp_path / "checkpoints/step-11"
+    cut.mkdir()
+    latest.write_text("step-11")
+    assert resolve(tmp_path) == replace(want, problems=(f"{cut} has no metadata.json; it is not complete",))
+    assert resolve(cut) == Place(cut, is_megatron=True, step=11, of_run=cut)
+
+
+def test_a_checkpoint_of_a_run_is_known_by_what_lies_in_it_elsewhere(tmp_path: Path) -> None:
+    other = megatron(tmp_path / "step-4")
+    assert resolve(other).of_run is None
+    (other / "state.json").touch()
+    assert resolve(other).of_run == other
+    renamed = megatron(tmp_path / "model")
+    (renamed / "manifest.json").touch()
+    assert resolve(renamed).of_run == renamed
+
+
+@pytest.mark.parametrize("name", ["", "checkpoints"])
+def test_a_run_without_a_checkpoint_is_told_from_a_folder_that_is_none(name: str, tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(CheckpointError, match=r"holds no checkpoint"):
+        resolve(tmp_path / name)
+    (tmp_path / "versions.json").touch()
+    with pytest.raises(
+        CheckpointError, match=rf"{tmp_path} is a run that has saved no step yet \(checkpoint\.every\)$"
+    ):
+        resolve(tmp_path / name)
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf/config.json").touch()
+    with pytest.raises(CheckpointError, match=rf"{tmp_path}/hf holds the model that it ended with$"):
+        resolve(tmp_path / name)
 
 
 def test_what_is_no_checkpoint_is_refused_with_what_was_looked_for(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"holds no checkpoint: neither metadata\.json \(Megatron\), nor latest"):
         resolve(tmp_path)
-    with pytest.raises(CheckpointError, match=r"nowhere is not a folder"):
+    with pytest.raises(CheckpointError, match=r"nowhere does not exist$"):
         resolve(tmp_path / "nowhere")
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match=r"file is a file; give the folder that it lies in$"):
+        resolve(tmp_path / "file")
     (tmp_path / "checkpoints/step-3").mkdir(parents=True)
     with pytest.raises(CheckpointError, match=r"none of 1 checkpoints, step-3 the newest, is complete"):
         resolve(tmp_path)
