@@ -239,7 +239,7 @@ def test_nothing_that_the_leader_does_alone_has_a_limit(trains: Path) -> None:
     assert process.returncode == 0, output
     folder = trains.parent / "runs/test"
     log = (folder / "log.txt").read_text()
-    assert "buckets of version 2: 4" in log and log.count("a shard of") == 2
+    assert "buckets of version 2: 6" in log and log.count("a shard of") == 2
     steps = [row for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if "loss" in row]
     assert [row["seconds/rollout"] > 3 and row["seconds/publish"] > 9 for row in steps] == [True, True]
 
