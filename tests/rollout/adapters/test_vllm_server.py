@@ -118,9 +118,9 @@ def test_every_prompt_gets_n_different_responses(engines: Engines) -> None:
 
 
 def test_end_token_is_kept_and_the_cap_holds(engines: Engines) -> None:
-    # Any of 64 tokens ends a response, so that both ends of a response occur.
-    ends = (END, *range(200, 263))
-    completions = [c for group in generate(engines, sampling(max_tokens=8, stop_token_ids=ends)) for c in group]
+    # Any of 24 tokens ends a response: about half of 96 responses end within 8 tokens.
+    ends = (END, *range(200, 223))
+    completions = [c for group in generate(engines, sampling(max_tokens=8, stop_token_ids=ends), n=16) for c in group]
     reasons = {completion.finish for completion in completions}
     assert reasons == {FinishReason.STOP, FinishReason.LENGTH}
     for completion in completions:
