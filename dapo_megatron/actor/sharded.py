@@ -40,13 +40,14 @@ def sharded_state(
     metadata = {"dp_cp_group": groups.dp_cp}
     models: list[Any] = list(chunks)
     weights = {f"model{index}": model.sharded_state_dict(metadata=metadata) for index, model in enumerate(models)}
-    _begin(optimizer)
-    parts = _distributed(optimizer)
-    if parts is None:
-        state = optimizer.sharded_state_dict(weights, is_loading=loading, metadata=metadata)
-        return {**weights, "optimizer": state}
-    slices = [_slices(part, weights) for part in parts]
-    return {**weights, "optimizer": optimizer.state_dict(), "slices": slices}
+    part = _only(optimizer)
+    if not part.optimizer.state:  # moments of zero: an optimizer has them from its first step on
+        part.init_state_fn(part.optimizer, part.config)
+    if not isinstance(part, DistributedOptimizer):
+        return {**weights, "optimizer": part.sharded_state_dict(weights, is_loading=loading, metadata=metadata)}
+    # By which Megatron's own optimizer knows the rest.
+    common = {**part.state_dict(), "param_state_sharding_type": "fully_reshardable"}
+    return {**weights, "optimizer": common, "slices": _slices(part, weights)}
 
 
 @torch.no_grad()
@@ -56,12 +57,12 @@ def load_sharded_state(chunks: Sequence[torch.nn.Module], optimizer: Any, loaded
         absent, unknown = chunk.load_state_dict(loaded[f"model{index}"], strict=False)
         lost = [name for name in (*absent, *unknown) if not name.endswith(EXTRA)]
         assert not lost, f"the sharded state of the model's own names is not the model's: {lost}"
-    optimizer.load_state_dict(loaded["optimizer"])
-    for part, slices in zip(_distributed(optimizer) or (), loaded.get("slices", ()), strict=True):
-        for (param, _), states in zip(_own(part), slices, strict=True):
-            part._set_main_param_and_optimizer_states(
-                param, {name: torch.cat([box.flatten() for box in boxes]) for name, boxes in states.items()}
-            )
+    part = _only(optimizer)
+    part.load_state_dict(loaded["optimizer"])
+    if isinstance(part, DistributedOptimizer):
+        for (param, _), states in zip(_own(part), loaded["slices"], strict=True):
+            flat = {name: torch.cat([box.flatten() for box in named]) for name, named in states.items()}
+            part._set_main_param_and_optimizer_states(param, flat)
 
 
 def boxes(begin: int, end: int, shape: Sequence[int]) -> Iterator[Box]:
@@ -88,10 +89,10 @@ def _in_row(index: int, begin: int, end: int, shape: Sequence[int]) -> Iterator[
         yield (index, *offset), (1, *size)
 
 
-def _distributed(optimizer: Any) -> list[DistributedOptimizer] | None:
-    """Return the optimizers with state of which every data-parallel rank has a slice; None where ranks have all."""
-    parts = [part for part in optimizer.chained_optimizers if not part.is_stub_optimizer]
-    return parts if all(isinstance(part, DistributedOptimizer) for part in parts) else None
+def _only(optimizer: Any) -> Any:
+    """Return the one optimizer that Megatron chains for a dense model."""
+    (part,) = optimizer.chained_optimizers
+    return part
 
 
 def _own(part: Any) -> Iterator[tuple[torch.nn.Parameter, Any]]:
@@ -155,10 +156,3 @@ def _pieces(parameter: Any) -> list[Any]:
         pieces = [replace(parameter, data=shape)]
     assert all(piece.data.is_contiguous() for piece in pieces), f"{parameter.key} is not saved row by row"
     return pieces
-
-
-def _begin(optimizer: Any) -> None:
-    """Make moments of zero where there are none: an optimizer has them from its first step on."""
-    for part in optimizer.chained_optimizers:
-        if not part.is_stub_optimizer and not part.optimizer.state:
-            part.init_state_fn(part.optimizer, part.config)

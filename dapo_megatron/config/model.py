@@ -120,7 +120,8 @@ class LaunchConfig(Section):
     """CPU threads of each rank that `dapo-megatron train` starts, whatever OMP_NUM_THREADS it was started with."""
     collective_seconds: Annotated[float, Field(ge=1, le=1e9)] = 600.0
     """How long ranks wait for one another in a collective. What the leader does alone, a rollout for example, has no
-    limit here, and neither has reading the checkpoint."""
+    limit here, and neither has reading the weights of model.path. Reading a checkpoint of the run has: ranks begin it
+    together, and the last is to have read its part within this time of the first."""
     join_seconds: Annotated[float, Field(ge=1, le=1e9)] = 1800.0
     """How long ranks wait for one another at the start, while machines pull images and read their software. How long
     torchrun waits before it starts any is its own: `--rdzv-conf join_timeout=...`."""

@@ -72,6 +72,8 @@ def check_formulas(size: str, config: Config, world_size: int, lengths: tuple[in
         # A replica steps its part of every bucket, of which some is padding.
         share = cost.gradient_bytes // 4 / data_ranks
         assert 0.99 * share < cost.optimizer_bytes / 12 <= share
+        # A checkpoint takes these slices from it, and nothing of other replicas.
+        assert cost.saved_bytes == cost.optimizer_bytes and not cost.saving_collectives
         held = cost.parameter_bytes + cost.gradient_bytes + cost.optimizer_bytes // 3
         assert cost.state_bytes == pytest.approx(held, rel=1e-3)
         in_layers, in_head = matrices(SIZES[size], parallel, stage)

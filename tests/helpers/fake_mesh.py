@@ -72,6 +72,10 @@ class RankCost:
     step_collectives: tuple[Collective, ...]
     """Those of the optimizer's step: it gathers the parameters, unless parallel.overlap_param_gather leaves them to the
     next forward pass."""
+    saved_bytes: int
+    """Of the slices of the optimizer's state that this rank names for a checkpoint. 0 without distributed_optimizer."""
+    saving_collectives: tuple[Collective, ...]
+    """Those of naming all that is saved, before ranks agree on who writes what."""
 
     @property
     def peak_bytes(self) -> int:
@@ -155,6 +159,8 @@ def _rank_cost(
     batches: Sequence[MicroBatch],
     mode: AbstractContextManager[Any],
 ) -> RankCost:
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+
     from dapo_megatron.actor.actor import Actor
     from dapo_megatron.actor.optimizer import apply_gradient, optimizer_state
 
@@ -171,6 +177,9 @@ def _rank_cost(
         tracker.restart()
         actor.optimizer.prepare_grads()
         apply_gradient(actor.optimizer, config.optimizer, lr=config.optimizer.lr, grad_norm=1.0)
+        step_collectives = tuple(tracker.collectives)
+        tracker.restart()
+        slices = nested_values(actor.sharded_state().get("slices", {}))
     buffers = [buffer for module in actor._modules for buffer in module.buffers]
     # Only the distributed optimizer keeps parameters in a buffer.
     held = parameters if buffers[0].param_data is None else [buffer.param_data for buffer in buffers]
@@ -183,7 +192,9 @@ def _rank_cost(
         activation_bytes=peak - state,
         flops=flops,
         collectives=tuple(collectives),
-        step_collectives=tuple(tracker.collectives),
+        step_collectives=step_collectives,
+        saved_bytes=sum(part.data.nbytes for part in slices),
+        saving_collectives=tuple(tracker.collectives),
     )
 
 
