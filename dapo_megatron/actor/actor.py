@@ -42,6 +42,7 @@ from dapo_megatron.actor.schedule import Schedule
 from dapo_megatron.actor.shard import Shard, concatenated, runs_of, slots_of
 from dapo_megatron.actor.sharded import load_sharded_state, sharded_state
 from dapo_megatron.actor.topology import Topology, process_groups
+from dapo_megatron.actor.weakly import weakly
 from dapo_megatron.config import Config
 from dapo_megatron.errors import DapoError
 from dapo_megatron.measures import Mean, Measure, Measures
@@ -117,7 +118,7 @@ class Actor:
             # Here all ranks are together. The next one to gather could come to ranks of which one is elsewhere.
             gather_parameters(modules)
             self._norms = ParameterNorms(self.optimizer, self._chunks)
-            self._megatron_config.finalize_model_grads_func = self._finalize
+            self._megatron_config.finalize_model_grads_func = weakly(self._finalize)
         else:
             for module in modules:
                 module.requires_grad_(False)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
+from weakref import proxy
 
 import torch
 import torch.distributed as dist
@@ -15,6 +17,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from dapo_megatron.actor.model import DTYPES
+from dapo_megatron.actor.weakly import weakly
 from dapo_megatron.config import OptimizerConfig, ParallelConfig
 
 
@@ -44,20 +47,17 @@ def data_parallel(
     ]
     if parallel.overlap_grad_reduce:
         # Until the last micro-batch of an update, the backward pass only adds up.
-        pauses = [module.no_sync for module in modules]
+        pauses = [weakly(module.no_sync) for module in modules]
         config.no_sync_func = pauses if len(pauses) > 1 else pauses[0]  # type: ignore[assignment]
     if parallel.overlap_param_gather and len(modules) > 1:
-        config.param_sync_func = [_start_gather(module) for module in modules]  # type: ignore[assignment]
+        config.param_sync_func = [partial(_start_gather, proxy(module)) for module in modules]  # type: ignore[assignment]
     return modules
 
 
-def _start_gather(module: Any) -> Callable[..., None]:
-    def start(*_: Any) -> None:
-        for bucket in module.bucket_groups:
-            if not bucket.param_gather_dispatched:
-                bucket.start_param_sync()
-
-    return start
+def _start_gather(module: Any, *_: Any) -> None:
+    for bucket in module.bucket_groups:
+        if not bucket.param_gather_dispatched:
+            bucket.start_param_sync()
 
 
 def gather_parameters(modules: Sequence[Any]) -> None:
