@@ -123,7 +123,7 @@ class _Rank:
         checked = None
         if self._is_leader:
             if over := nothing_to_do(config):
-                self._print(f"dapo-megatron: {over}")
+                self._print("\n".join(f"dapo-megatron: {line}" for line in over))
                 sys.exit(0)
             checked = preflight(config, self._world_size, int(os.environ.get("LOCAL_WORLD_SIZE", self._world_size)))
             obs = self._obs = self._opened.enter_context(closing(RunObserver(config, decoder(checked.tokenizer))))

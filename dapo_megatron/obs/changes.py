@@ -33,6 +33,7 @@ RULES = {
     "data.train": Rule(True, "file names, tokens and answers have to be the same"),
     "data": _PROMPTS,
     "parallel": _ROUNDING,
+    "parallel.distributed_optimizer": Rule(False, "the optimizer's state has other keys with it than without"),
     "memory": _SAME,
     "launch": _SAME,
     "rollout": _ANOTHER,

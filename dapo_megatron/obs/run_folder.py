@@ -8,7 +8,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -69,7 +69,7 @@ class RunFolder:
     def notes(self) -> list[str]:
         """What a person should know before this run goes on: a line for each."""
         return [
-            *(f"changed: {change}" for change in self._changes),
+            *_told(self._changes),
             *(f"begun with {name} {old}, goes on with {new}" for name, (old, new) in self._differing.items()),
             *([] if self._lock.works else ["this file system has no locks: see that no two runs use this folder"]),
         ]
@@ -137,21 +137,26 @@ def open_run_folder(config: Config) -> RunFolder:
     return opened
 
 
-def nothing_to_do(config: Config) -> str | None:
-    """Return why a run that is to go on has nothing to do, for a person; None where it has."""
+def nothing_to_do(config: Config) -> list[str]:
+    """Return why a run that is to go on has nothing to do: lines for a person, none where it has.
+
+    Raises:
+        ConfigError: where the run is over, and could not go on with this configuration.
+    """
     summary = config.run.folder / _SUMMARY
     if config.run.existing != "resume" or not summary.exists():
-        return None
+        return []
     try:
         done = json.loads(summary.read_text())["steps"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"run: cannot read {summary}: {error}; remove it if the run is not over") from error
     if config.train.steps > done:
-        return None
-    return (
+        return []
+    return [
+        *_told(_check_use(config) or ()),
         f"the run in {config.run.folder} is over: it has done {done} steps, and train.steps is {config.train.steps}; "
-        f"set train.steps to more than {done} for it to go on"
-    )
+        f"set train.steps to more than {done} for it to go on",
+    ]
 
 
 def _check_place(run: RunConfig) -> None:
@@ -203,6 +208,10 @@ def _check_use(config: Config) -> list[Change] | None:
             f"what it held then; set model.path to that model, or choose another run.name"
         )
     return changes
+
+
+def _told(changes: Iterable[Change]) -> list[str]:
+    return [f"changed: {change}" for change in changes]
 
 
 def _model_digest(path: Path) -> str | None:
