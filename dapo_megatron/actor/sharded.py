@@ -160,5 +160,11 @@ def _pieces(parameter: Any) -> list[Any]:
 def _begin(optimizer: Any) -> None:
     """Make moments of zero where there are none: an optimizer has them from its first step on."""
     for part in optimizer.chained_optimizers:
-        if not part.is_stub_optimizer and not part.optimizer.state:
+        if part.is_stub_optimizer or part.optimizer.state:
+            continue
+        if part.config.use_precision_aware_optimizer:
+            # Megatron's own function leaves out an argument that Transformer Engine's asks for.
+            for param in (param for group in part.optimizer.param_groups for param in group["params"]):
+                part.optimizer.initialize_state(param, store_param_remainders=True)
+        else:
             part.init_state_fn(part.optimizer, part.config)

@@ -43,6 +43,7 @@ RULES = {
     "reward": _ANOTHER,
     "algo": _ANOTHER,
     "optimizer": _ANOTHER,
+    "optimizer.precision_aware": Rule(False, "main parameters are saved as 16 bits with it, and as 32 without"),
     "train.steps": _SAME,
     "train.mini_batch": _ANOTHER,
     "train.micro_batch_tokens": _ROUNDING,

@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from dapo_megatron.state import Kept, RunState
 from tests.helpers.batches import make_micro_batch, make_mini_batch, ratio_loss
 from tests.helpers.distributed import run_distributed
 from tests.helpers.models import load_reference, make_config, save_qwen2
+from tests.helpers.precise_adam import precise_adam
 
 pytestmark = pytest.mark.multiproc
 
@@ -30,7 +32,15 @@ Act = Callable[[Any, Any, list[str]], object]
 """(checkpoints, update, messages) -> whatever a test looks at."""
 
 
-def run(model: Path, folder: Path, parallel: dict[str, Any], dtype: str, act: Act, **settings: Any) -> Any:
+def run(
+    model: Path,
+    folder: Path,
+    parallel: dict[str, Any],
+    dtype: str,
+    act: Act,
+    optimizer: dict[str, Any] | None = None,
+    **settings: Any,
+) -> Any:
     """On every rank: build an actor and its checkpoints, and `act`."""
     from dapo_megatron.actor import topology
     from dapo_megatron.actor.actor import Actor
@@ -43,11 +53,12 @@ def run(model: Path, folder: Path, parallel: dict[str, Any], dtype: str, act: Ac
         model={"dtype": dtype},
         checkpoint=settings,
         run={"dir": str(folder), "name": "run"},
-        optimizer={"lr": 1e-2},
+        optimizer={"lr": 1e-2, **(optimizer or {})},
     )
     topo = topology.initialize(config.parallel)
     hf = HfCheckpoint(model)
-    actor = Actor(config, topo, hf)
+    with precise_adam() if optimizer else nullcontext():
+        actor = Actor(config, topo, hf)
     lists: Kept[list[int]] = Kept(list[int], [])
     state = RunState({"lists": lists} if topo.is_leader else None)
     messages: list[str] = []
@@ -112,6 +123,17 @@ def test_another_layout_goes_on_to_rounding_and_the_same_bit_for_bit(
         assert after[:2] == pytest.approx(before[:2], rel=1e-5 if exact else 2e-2, abs=1e-3)
         worst = max(float((before[2][name] - after[2][name]).abs().max()) for name in before[2])
         assert worst < (1e-5 if exact else 2e-2)
+
+
+@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
+def test_a_precision_aware_optimizer_goes_on_bit_for_bit(tmp_path: Path, model: Path, moments: str) -> None:
+    """With a stand-in for Transformer Engine's. What is kept in 16 bits is saved as it is, or in float32."""
+    dtypes = {"exp_avg_dtype": moments, "exp_avg_sq_dtype": moments}
+    precise = partial(run, optimizer={"precision_aware": True, "betas": [0.9, 0.95], **dtypes})
+    (before, *_), *_ = run_distributed(precise, 2, model, tmp_path, DP2, "bfloat16", save_after_two)
+    (after, *_), *_ = run_distributed(precise, 2, model, tmp_path, DP2, "bfloat16", go_on)
+    assert before[:2] == after[:2]
+    assert all(torch.equal(before[2][name], after[2][name]) for name in before[2])
 
 
 def test_one_rank_goes_on_with_what_two_have_saved(tmp_path: Path, model: Path) -> None:
