@@ -103,7 +103,7 @@ def train(
     stopping = peers.leader_says("stop", stop.reason is not None)
     if steps_done.value:
         with obs.phase("checkpoint"):
-            parts.checkpoints.save(steps_done.value, export=not stopping)
+            parts.checkpoints.save(steps_done.value, export=not stopping, last=True)
             problem = parts.checkpoints.finish()
         if problem:
             raise DapoError(problem)
