@@ -219,7 +219,7 @@ def test_a_run_that_is_over_leaves_nothing(config: Path) -> None:
 def trains(config: Path) -> Path:
     """A configuration whose model can be trained."""
     settings = yaml.safe_load(config.read_text())
-    settings["model"]["path"] = str(save_qwen2(config.parent / "base"))
+    settings["model"]["path"] = str(save_qwen2(config.parent / "base", head_dim=32))
     settings["rollout"] |= {"dynamic_sampling": False}
     settings["reward"]["workers"] = 1
     write_tokenizer(config.parent / "base", end_token=True)
