@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -35,8 +36,9 @@ LOG = "log.txt"
 _CONFIG, _VERSIONS, _SUMMARY = "config.yaml", "versions.json", "summary.json"
 _CONTENT = ("metrics.jsonl", "checkpoints")
 """What a folder without config.yaml must not hold for a run to begin there."""
-_OF_THE_RUN = ("model_config", "resumed")
-"""Keys of versions.json that are no versions: what the model's config.json held, and where the run went on."""
+_OF_THE_RUN = ("begun", "model_config", "resumed")
+"""Keys of versions.json that are no versions: when the run began, what the model's config.json held, and where the run
+went on."""
 _SAYS_NOTHING = ("_name_or_path", "transformers_version")
 """Keys of a config.json that differ between copies of a model."""
 
@@ -53,10 +55,9 @@ class RunFolder:
         self._config, self._lock, self._changes = config, lock, changes or ()
         self.resumed = changes is not None
         """Whether a run goes on here."""
-        self._versions: dict[str, Any] = {}
+        self._versions: dict[str, Any] = json.loads((self.path / _VERSIONS).read_text())
         self._differing: dict[str, list[Any]] = {}
         if self.resumed:
-            self._versions = json.loads((self.path / _VERSIONS).read_text())
             here = versions()
             names = [name for name in {**self._versions, **here} if name not in _OF_THE_RUN]
             self._differing = {
@@ -73,6 +74,14 @@ class RunFolder:
             *(f"begun with {name} {old}, goes on with {new}" for name, (old, new) in self._differing.items()),
             *([] if self._lock.works else ["this file system has no locks: see that no two runs use this folder"]),
         ]
+
+    @property
+    def lives(self) -> dict[str, float]:
+        """How often the run was started and, where it is known, the seconds since its first start, pauses included."""
+        found: dict[str, float] = {"lives": 1 + len(self._versions.get("resumed", []))}
+        if begun := self._versions.get("begun"):
+            found["seconds_since_begun"] = (datetime.now(UTC) - datetime.fromisoformat(begun)).total_seconds()
+        return found
 
     def go_on(self, steps: int) -> None:
         """Take down that the run goes on after `steps` steps, with what configuration and what versions.
@@ -129,7 +138,7 @@ def open_run_folder(config: Config) -> RunFolder:
         lock = stack.enter_context(closing(FolderLock(folder)))
         changes = _check_use(config) if config.run.existing == "resume" else None
         if changes is None:
-            made_with = {**versions(), "model_config": _model_digest(config.model.path)}
+            made_with = {**versions(), "begun": now(), "model_config": _model_digest(config.model.path)}
             _write(folder / _VERSIONS, _json(made_with))
             _write(folder / _CONFIG, config_file.dump(config))
         opened = RunFolder(config, lock, changes)
