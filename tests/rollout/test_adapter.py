@@ -111,6 +111,15 @@ def test_an_adapter_from_elsewhere_runs_and_load_is_spread(tmp_path: Path) -> No
     assert (tmp_path / "engine1.log").exists()
 
 
+def test_engines_that_are_not_needed_at_once_are_started_when_they_are(tmp_path: Path) -> None:
+    with closing(Engines(config(f"{__name__}:Greeter"), tmp_path, ranks=0, at_once=False)) as engines:
+        assert not list(engines) and not (tmp_path / "engine0.log").exists()
+        engines.wait_ready()
+        assert len(list(engines)) == 1
+        engines.wait_ready()
+        assert len(list(engines)) == 1
+
+
 class Spelled:
     times = 0
 
