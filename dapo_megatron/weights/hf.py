@@ -106,11 +106,13 @@ class HfCheckpoint:
         copies = shards((name, tensor.to("cpu", copy=True).contiguous()) for name, tensor in weights)
         unfinished = folder.with_name(f".{folder.name}.unfinished")
         try:
-            for old in (unfinished, folder):  # the first is there where a run was cut short
-                shutil.rmtree(old, ignore_errors=True)
+            if unfinished.exists():  # of a run that was cut short
+                shutil.rmtree(unfinished)
             unfinished.mkdir(parents=True)
             _write_tensors(copies, unfinished)
             self.copy_side_files(unfinished, next(chunks[0].parameters()).dtype)
+            if folder.exists():
+                shutil.rmtree(folder)
             unfinished.rename(folder)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(unfinished, ignore_errors=True)
