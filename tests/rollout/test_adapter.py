@@ -191,7 +191,7 @@ def test_an_engine_may_take_its_time_for_the_first_token(tmp_path: Path, monkeyp
     with closing(Engines(config(f"{__name__}:Greeter", stall_seconds=0.3), tmp_path, ranks=0)) as engines:
         engines.wait_ready()
     slow = config(f"{__name__}:Greeter", startup_seconds=0.9)
-    says = r"written a token within 0.9 s \(engine.startup_seconds\)\nengine 0 is"
+    says = r"written a token within 0.9 s \(engine.startup_seconds\)\nengine 0 has not ended"
     with closing(Engines(slow, tmp_path, ranks=0)) as engines, pytest.raises(EngineError, match=says):
         engines.wait_ready()
 
