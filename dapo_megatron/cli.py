@@ -196,7 +196,7 @@ def _train(arguments: argparse.Namespace) -> int:
     overrides = [*arguments.overrides, *(["run.existing=resume"] if arguments.resume else [])]
     config = config_file.load(arguments.config, overrides)
     if over := nothing_to_do(config):
-        print(f"dapo-megatron: {over}", flush=True)
+        print("\n".join(f"dapo-megatron: {line}" for line in over), flush=True)
         return 0
     ranks = config.launch.processes
     print(f"dapo-megatron: {_check(config, ranks)}", flush=True)

@@ -38,7 +38,7 @@ class Batch:
 class Leader:
     """Holds the parts that sample and grade responses, packs them for the ranks, and keeps the record.
 
-    Engines start in the background.
+    Engines start in the background, unless there seems to be nothing left to sample; then `wait_ready` starts them.
 
     Args:
         checked: what `preflight` read: prompts, tokenizer and the model's configuration.
@@ -58,7 +58,8 @@ class Leader:
         with ExitStack() as stack:
             judge = Judge(config.reward, config.rollout.max_response_tokens, self._decode)
             self.judge = stack.enter_context(closing(judge))
-            self.engines = stack.enter_context(closing(Engines(config, config.run.folder)))
+            at_once = config.samples_after(checked.steps_done)
+            self.engines = stack.enter_context(closing(Engines(config, config.run.folder, at_once=at_once)))
             self._open = stack.pop_all()
 
     @property

@@ -10,7 +10,7 @@ import shutil
 import socket
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from ipaddress import ip_address
 from pathlib import Path
@@ -59,6 +59,8 @@ class Checked:
     """Empty where eval.data is null."""
     warnings: tuple[str, ...]
     """What works, but should be known to the person who runs it."""
+    steps_done: int = 0
+    """By the checkpoint that the run is to go on from, if that is whole."""
 
 
 def preflight(config: Config, world_size: int, local_ranks: int | None = None) -> Checked:
@@ -81,22 +83,28 @@ def preflight(config: Config, world_size: int, local_ranks: int | None = None) -
     check_gpus(config.engine, world_size if local_ranks is None else local_ranks)
     check_sinks(config.run)
     checked = _read(config, hf_config, config.data.train)
-    _check_goes_on(config, checked.train)
-    return checked
+    return replace(checked, steps_done=_check_goes_on(config, checked.train))
 
 
-def _check_goes_on(config: Config, train: Sequence[Prompt]) -> None:
-    """Refuse other prompts than those of the run that is to go on. Whether its checkpoint is whole is seen later."""
+def _check_goes_on(config: Config, train: Sequence[Prompt]) -> int:
+    """Refuse other prompts than those of the run that is to go on. Whether its checkpoint is whole is seen later.
+
+    Returns:
+        The steps that are done by it.
+    """
     found = checkpoints.candidates(config.run.folder / "checkpoints")[0] if config.run.existing == "resume" else []
+    if not found:
+        return 0
     try:
-        state = json.loads((found[0] / "state.json").read_bytes())["leader"]["prompts"] if found else None
-    except (OSError, ValueError, KeyError):
-        return
-    if state:
-        try:
-            PromptStream(train, config.train.seed).load_state_dict(state)
-        except ConfigError as error:
-            raise ConfigError(f"data.train={config.data.train}: {error}") from error
+        state = json.loads((found[0] / "state.json").read_bytes())
+        prompts, steps_done = state["leader"]["prompts"], int(state["shared"]["steps_done"]["value"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return 0
+    try:
+        PromptStream(train, config.train.seed).load_state_dict(prompts)
+    except ConfigError as error:
+        raise ConfigError(f"data.train={config.data.train}: {error}") from error
+    return steps_done
 
 
 def preflight_eval(config: Config) -> Checked:

@@ -123,7 +123,7 @@ class _Rank:
         checked = None
         if self._is_leader:
             if over := nothing_to_do(config):
-                self._print(f"dapo-megatron: {over}")
+                self._print("\n".join(f"dapo-megatron: {line}" for line in over))
                 sys.exit(0)
             checked = preflight(config, self._world_size, int(os.environ.get("LOCAL_WORLD_SIZE", self._world_size)))
             obs = self._obs = self._opened.enter_context(closing(RunObserver(config, decoder(checked.tokenizer))))
@@ -238,8 +238,10 @@ class _Rank:
     def _asked(self, number: signal.Signals) -> None:
         """On the leader, in a thread: a signal has come."""
         code = 128 + number
-        if self._done or os.getppid() != self._parent:
+        if os.getppid() != self._parent:
             self._heard_of(Failure("", code))
+        elif self._done:  # nothing is left but to close
+            _leave_within(CLOSE_SECONDS, 0)
         elif self._insistence.insists(number):
             # It may be torchrun's, which clears away what another rank has left.
             if number != signal.SIGTERM or not self._hear_more():
@@ -269,6 +271,10 @@ class _Rank:
         stop = self._stop
         if stop.saved or self._done:
             return
+        if stop.left:
+            reason = f"{stop.reason}: saved after all steps; what is left is {stop.left}"
+            self._heard_of(Failure(reason, stop.exit_code))
+            return
         code = _INTERRUPTED if stop.exit_code == _INTERRUPTED else 128 + signal.SIGTERM
         limit = f"within checkpoint.signal_seconds({self._save_seconds:g})"
         reason = f"{stop.reason}: nothing was saved {limit}; {stop.last_checkpoint}" if self._trains else ""
@@ -279,11 +285,14 @@ class _Rank:
         self._signalled.set()
         if os.getppid() != self._parent:
             leave(128 + number)
+        if self._done:  # nothing is left but to close
+            _leave_within(CLOSE_SECONDS, 0)
+            return
         if self._insistence.insists(number):
             time.sleep(2 * _HEARD_SECONDS)  # as a rule the leader has got it, too, and says so
             self._say(Failure(f"{_because(number)} at once", 128 + number))
             leave(128 + number)
-        if self._done or not self._peers.pass_on(number.name):
+        if not self._peers.pass_on(number.name):
             leave(_code_of(number))
 
     def _follow(self, failure: Failure) -> None:

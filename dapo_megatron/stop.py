@@ -34,6 +34,8 @@ class Stop:
         reason: why the run is to stop, for people; None as long as it goes on.
         exit_code: what the run then ends with.
         saved: set by the training loop once all is on disk and the run may end: what was saved, for people.
+        left: set by the training loop while all steps are saved and the run may end at any time: what is to be made
+            again then, for people.
         last_checkpoint: kept by the training loop: from where a run that could not save goes on, for people.
     """
 
@@ -41,6 +43,7 @@ class Stop:
         self.reason: str | None = None
         self.exit_code = REQUEUE
         self.saved: str | None = None
+        self.left: str | None = None
         self.last_checkpoint = "there is no checkpoint"
         self._asking = threading.RLock()
         self._inside = 0

@@ -40,7 +40,8 @@ class Parts:
     reference: Actor | None
     """The frozen reference model, where the objective has a KL term."""
     hf: HfCheckpoint
-    publisher: Publisher
+    publisher: Publisher | None
+    """None where nothing is left to sample."""
     checkpoints: Checkpoints
     skipped: SkippedUpdates
     steps_done: Kept[int]
@@ -88,6 +89,7 @@ def train(
                 for index, mini_batch in enumerate(mini_batches)
             ]
         with obs.phase("publish"):
+            assert parts.publisher, "a step has come after all steps"
             parts.publisher.push(parts.hf.export(actor.chunks), version=step + 1)
         peers.after_leader("publish")
         memory = obs.memory.take(topo.max)
@@ -103,7 +105,7 @@ def train(
     stopping = peers.leader_says("stop", stop.reason is not None)
     if steps_done.value:
         with obs.phase("checkpoint"):
-            parts.checkpoints.save(steps_done.value, export=not stopping)
+            parts.checkpoints.save(steps_done.value, export=not stopping, last=True)
             problem = parts.checkpoints.finish()
         if problem:
             raise DapoError(problem)
@@ -113,8 +115,10 @@ def train(
         return
     stop.last_checkpoint = parts.checkpoints.last
     if config.run.save_hf:
+        stop.left = f"the Hugging Face checkpoint in {config.run.folder / 'hf'}"
         with obs.phase("saving"):
             parts.hf.save(actor.chunks, config.run.folder / "hf", peers.after_leader)
+        stop.left = None
     if leader:
         leader.finish(stop)
 
@@ -124,7 +128,7 @@ def start(
 ) -> Parts:
     """Bring up engines and actor, where the run stands: at its first step, or where its last checkpoint was."""
     leader = opened.enter_context(closing(Leader(config, obs, checked))) if checked else None
-    if leader and config.engine.placement == "colocated":
+    if leader and checked and config.engine.placement == "colocated" and config.samples_after(checked.steps_done):
         with obs.phase("starting engines"):
             # What the actor takes while an engine measures its GPU, the engine would count as its own.
             leader.engines.wait_ready()
@@ -136,19 +140,22 @@ def start(
         actor = build()
         reference = build(trainable=False) if config.algo.kl.coef > 0 else None
     skipped = SkippedUpdates(config, topo, obs, peers.after_leader)
-    with obs.phase("starting engines"):
-        if leader:
-            leader.engines.wait_ready()
-        publisher = open_publisher(config.weights, leader.engines if leader else None, peers.after_leader)
-        opened.enter_context(closing(publisher))
     state = RunState(leader.state if leader else None, skipped_in_a_row=skipped.in_a_row)
     checkpoints = Checkpoints(config, topo, actor, hf, state, peers.after_leader, peers.together, obs.message)
     with obs.phase("restoring"):
         checkpoints.restore()
+    publisher = None
+    if config.samples_after(state.steps_done.value):
+        with obs.phase("starting engines"):
+            if leader:
+                leader.engines.wait_ready()
+            publisher = open_publisher(config.weights, leader.engines if leader else None, peers.after_leader)
+            opened.enter_context(closing(publisher))
     obs.begin()
-    with obs.phase("sending the weights"):
-        # The engines have what the run began with.
-        publisher.push(hf.export(actor.chunks), version=state.steps_done.value)
+    if publisher:
+        with obs.phase("sending the weights"):
+            # The engines have what the run began with.
+            publisher.push(hf.export(actor.chunks), version=state.steps_done.value)
     peers.after_leader("publish")
     return Parts(leader, actor, reference, hf, publisher, checkpoints, skipped, state.steps_done)
 

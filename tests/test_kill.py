@@ -12,6 +12,7 @@ import pytest
 
 from examples.quickstart import sums
 from examples.quickstart.base import untrained
+from tests.helpers.killed_rank import PLACES, find
 from tests.helpers.lives import differences, live, steps_of, write_config
 
 pytestmark = [pytest.mark.vllm, pytest.mark.multiproc, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -50,6 +51,12 @@ def undisturbed(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     folder = tmp_path_factory.mktemp("undisturbed")
     assert live(write_config(folder, values(material, folder))) == 0
     return folder / "run"
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_there_is_such_a_place(place: str) -> None:
+    owner, name = find(place)
+    assert callable(getattr(owner, name))
 
 
 def test_a_run_that_was_killed_four_times_is_the_run_that_was_not(

@@ -355,8 +355,10 @@ def test_other_prompts_than_those_of_the_run_that_goes_on(tmp_path: Path) -> Non
     open_run_folder(given).close()
     folder = given.run.folder / "checkpoints/step-3"
     folder.mkdir(parents=True)
-    (folder / "state.json").write_text(json.dumps({"leader": {"prompts": state}}))
-    assert preflight(given, 1).train
+    (folder / "state.json").write_text(
+        json.dumps({"leader": {"prompts": state}, "shared": {"steps_done": {"value": 3}}})
+    )
+    assert preflight(given, 1).steps_done == 3
     write_prompts(tmp_path / "train.jsonl", "1+2=", "3+2=")
     assert "data.train=" in refused(given)
     assert "other file names, tokens or answers than those that the run had so far" in refused(given)

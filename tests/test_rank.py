@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import socket
 import sys
@@ -219,7 +220,7 @@ def test_a_run_that_is_over_leaves_nothing(config: Path) -> None:
 def trains(config: Path) -> Path:
     """A configuration whose model can be trained."""
     settings = yaml.safe_load(config.read_text())
-    settings["model"]["path"] = str(save_qwen2(config.parent / "base"))
+    settings["model"]["path"] = str(save_qwen2(config.parent / "base", head_dim=32))
     settings["rollout"] |= {"dynamic_sampling": False}
     settings["reward"]["workers"] = 1
     write_tokenizer(config.parent / "base", end_token=True)
@@ -242,6 +243,26 @@ def test_nothing_that_the_leader_does_alone_has_a_limit(trains: Path) -> None:
     assert "buckets of version 2: 6" in log and log.count("a shard of") == 2
     steps = [row for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if "loss" in row]
     assert [row["seconds/rollout"] > 3 and row["seconds/publish"] > 9 for row in steps] == [True, True]
+
+
+def test_a_run_of_which_only_the_model_is_left_to_write_needs_no_engine(trains: Path) -> None:
+    run = trains.parent / "runs/test"
+
+    def life() -> tuple[str, dict[str, bytes]]:
+        with job(trains, "0.01", "eval.data=null", "run.existing=resume", module="slow_leader") as process:
+            output = ended(process, timeout=100)
+        assert process.returncode == 0, output
+        assert json.loads((run / "summary.json").read_text())["steps"] == 1
+        return (run / "log.txt").read_text(), {path.name: path.read_bytes() for path in (run / "hf").iterdir()}
+
+    first, model = life()
+    shutil.rmtree(run / "hf")
+    (run / "summary.json").unlink()
+    log, again = life()
+    assert "phase starting engines" in first and "phase sending the weights" in first
+    second = log.removeprefix(first)
+    assert "phase saving" in second and "starting engines" not in second and "sending the weights" not in second
+    assert again == model
 
 
 def test_an_engine_that_fails_in_the_middle_of_a_push_ends_the_run_at_once(trains: Path) -> None:

@@ -103,6 +103,23 @@ def test_a_run_that_cannot_save_in_time_ends(config: Path) -> None:
     assert had == "ranks had come to:" and re.fullmatch(r"  rollout, at .*: rank 1 on .*", waiting)
 
 
+def test_what_can_be_made_again_does_not_keep_a_run_from_ending(config: Path) -> None:
+    with job(config, "left", "checkpoint.signal_seconds=2", module="stop_job") as process:
+        ranks = ranks_of(process, config)
+        process.terminate()
+        output = ended(process, ranks, timeout=20)
+    assert process.returncode == 75, output
+    assert output.splitlines()[-1] == "dapo-megatron: stopped by SIGTERM: saved after all steps; what is left is hf"
+
+
+def test_a_run_that_is_over_and_closes_is_over(config: Path) -> None:
+    with job(config, "close", module="stop_job") as process:
+        ranks = ranks_of(process, config)
+        process.terminate()
+        output = ended(process, ranks, timeout=20)
+    assert process.returncode == 0, output
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_second_time_it_ends_at_once(config: Path, number: signal.Signals) -> None:
     with job(config, "hang", module="stop_job") as process:

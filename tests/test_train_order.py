@@ -1,4 +1,4 @@
-"""In which order a run starts its parts, with stand-ins for them."""
+"""In which order a run starts its parts, and which it needs, with stand-ins for them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from dapo_megatron import config_file, train
+from dapo_megatron.heartbeat import Peers
 from dapo_megatron.obs.observer import NullObserver
+from dapo_megatron.state import Kept
 from dapo_megatron.stop import Stop
 from tests.helpers.checkpoint import values
 
@@ -19,41 +21,95 @@ class StartedError(Exception):
     """All parts are there."""
 
 
+class FollowedPeers(Peers):
+    def __init__(self, happened: list[str]) -> None:
+        self.happened = happened
+
+    def after_leader(self, what: str) -> None:
+        if what == "start of the engines":
+            self.happened.append("leader has started them")
+
+
+def run(monkeypatch: pytest.MonkeyPatch, folder: Path, on_leader: bool, steps: tuple[int, int], **sections: Any) -> Any:
+    """Have stand-ins train until an engine is to take weights. Returns what happened.
+
+    Args:
+        steps: that are done by the newest checkpoint, and by the one that can be read; train.steps is 1.
+    """
+    happened: list[str] = []
+
+    def noting(what: str) -> Any:
+        return lambda *_, **__: happened.append(what)
+
+    def start(*_: Any) -> None:
+        happened.append("publisher")
+        raise StartedError
+
+    class Checkpoints:
+        last = "the last one"
+
+        def __init__(self, config: Any, topo: Any, actor: Any, hf: Any, state: Any, *_: Any) -> None:
+            self.state = state
+
+        def restore(self) -> None:
+            self.state.steps_done.value = steps[1]
+
+        def save(self, *_: Any, **__: Any) -> None: ...
+
+        def finish(self) -> None: ...
+
+    engines = SimpleNamespace(wait_ready=noting("engines ready"))
+    leader = SimpleNamespace(engines=engines, close=noting("closed"), finish=noting("finished"), state={})
+    hf = SimpleNamespace(save=noting("hf"))
+    monkeypatch.setattr(train, "Leader", lambda *_: leader)
+    monkeypatch.setattr(train, "HfCheckpoint", lambda *_, **__: hf)
+    monkeypatch.setattr(train, "Actor", lambda *_, **__: (happened.append("actor"), SimpleNamespace(chunks=[]))[1])
+    monkeypatch.setattr(train, "SkippedUpdates", lambda *_: SimpleNamespace(in_a_row=Kept(int, 0)))
+    monkeypatch.setattr(train, "Checkpoints", Checkpoints)
+    monkeypatch.setattr(train, "open_publisher", start)
+    config = config_file.parse(values(folder) | sections)
+    checked: Any = SimpleNamespace(steps_done=steps[0]) if on_leader else None
+    topo: Any = SimpleNamespace()
+    try:
+        with ExitStack() as opened:
+            train.train(config, topo, FollowedPeers(happened), NullObserver(), checked, opened, Stop())
+    except StartedError:
+        pass
+    return [what for what in happened if what != "closed"]
+
+
 @pytest.mark.parametrize(
-    ("placement", "on_the_leader", "elsewhere"),
+    ("placement", "on_leader", "expected"),
     [
-        ("split", ["leader has started them", "actor", "engines ready"], ["leader has started them", "actor"]),
-        (
-            "colocated",
-            ["engines ready", "leader has started them", "actor", "engines ready"],
-            ["leader has started them", "actor"],
-        ),
+        ("split", True, ["leader has started them", "actor", "engines ready", "publisher"]),
+        ("split", False, ["leader has started them", "actor", "publisher"]),
+        ("colocated", True, ["engines ready", "leader has started them", "actor", "engines ready", "publisher"]),
+        ("colocated", False, ["leader has started them", "actor", "publisher"]),
     ],
 )
 def test_no_rank_takes_gpu_memory_before_the_engines_that_share_it_have_theirs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, placement: str, on_the_leader: list[str], elsewhere: list[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, placement: str, on_leader: bool, expected: list[str]
 ) -> None:
-    happened: list[str] = []
-    engines = SimpleNamespace(wait_ready=lambda: happened.append("engines ready"))
-    leader = SimpleNamespace(engines=engines, close=lambda: None)
+    assert run(monkeypatch, tmp_path, on_leader, (0, 0), engine={"placement": placement}) == expected
 
-    def after_leader(what: str) -> None:
-        assert what == "start of the engines"
-        happened.append("leader has started them")
 
-    def start(*_: Any) -> None:
-        raise StartedError
-
-    monkeypatch.setattr(train, "Leader", lambda *_: leader)
-    monkeypatch.setattr(train, "HfCheckpoint", lambda *_, **__: None)
-    monkeypatch.setattr(train, "Actor", lambda *_, **__: happened.append("actor"))
-    monkeypatch.setattr(train, "SkippedUpdates", lambda *_: None)
-    monkeypatch.setattr(train, "open_publisher", start)
-    config = config_file.parse(values(tmp_path) | {"engine": {"placement": placement}})
-    peers = SimpleNamespace(after_leader=after_leader, together=lambda what: None)
-    checked, topo = SimpleNamespace(), SimpleNamespace()
-    for given, expected in ((checked, on_the_leader), (None, elsewhere)):
-        happened.clear()
-        with pytest.raises(StartedError), ExitStack() as opened:
-            train.train(config, topo, peers, NullObserver(), given, opened, Stop())  # pyright: ignore[reportArgumentType]
-        assert happened == expected
+@pytest.mark.parametrize("placement", ["split", "colocated"])
+@pytest.mark.parametrize(
+    ("steps", "evaluates", "expected"),
+    [
+        ((1, 1), False, ["leader has started them", "actor", "hf", "finished"]),
+        ((1, 1), True, ["actor", "engines ready", "publisher"]),
+        # The newest checkpoint is broken, and the one before is taken.
+        ((1, 0), False, ["leader has started them", "actor", "engines ready", "publisher"]),
+    ],
+)
+def test_where_nothing_is_left_to_sample_no_engine_is_waited_for(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    placement: str,
+    steps: tuple[int, int],
+    evaluates: bool,
+    expected: list[str],
+) -> None:
+    sections = {"engine": {"placement": placement}} | ({} if evaluates else {"eval": {}})
+    assert run(monkeypatch, tmp_path, True, steps, **sections)[-len(expected) :] == expected

@@ -41,8 +41,8 @@ def sharded_state(
     models: list[Any] = list(chunks)
     weights = {f"model{index}": model.sharded_state_dict(metadata=metadata) for index, model in enumerate(models)}
     part = _only(optimizer)
-    if not part.optimizer.state:  # moments of zero: an optimizer has them from its first step on
-        part.init_state_fn(part.optimizer, part.config)
+    if not part.optimizer.state:
+        _begin(part)
     if not isinstance(part, DistributedOptimizer):
         return {**weights, "optimizer": part.sharded_state_dict(weights, is_loading=loading, metadata=metadata)}
     # By which Megatron's own optimizer knows the rest.
@@ -93,6 +93,16 @@ def _only(optimizer: Any) -> Any:
     """Return the one optimizer that Megatron chains for a dense model."""
     (part,) = optimizer.chained_optimizers
     return part
+
+
+def _begin(part: Any) -> None:
+    """Make moments of zero: an optimizer has them from its first step on."""
+    if not part.config.use_precision_aware_optimizer:
+        part.init_state_fn(part.optimizer, part.config)
+        return
+    # Megatron's own function leaves out an argument that Transformer Engine's asks for.
+    for param in (param for group in part.optimizer.param_groups for param in group["params"]):
+        part.optimizer.initialize_state(param, store_param_remainders=part.config.store_param_remainders)
 
 
 def _own(part: Any) -> Iterator[tuple[torch.nn.Parameter, Any]]:

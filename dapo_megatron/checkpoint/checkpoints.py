@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from safetensors.torch import load, save
+from torch.distributed.checkpoint.api import CheckpointException
 
 from dapo_megatron import __version__
 from dapo_megatron.checkpoint import folder as folders
@@ -39,13 +40,8 @@ RANDOM = "random.safetensors"
 SIDE_FILES = "hf"
 _WRITING = timedelta(days=30)
 """How long the ranks' writers wait for one another: as long as storage takes. Whoever dies meanwhile ends the run."""
-
-
 _REMIND_SECONDS = 60.0
 """After which the leader's log says that a checkpoint is still being written; then after twice as long, and so on."""
-_ROOM = (
-    "It is tried again when the next one is due; free some room, lower checkpoint.keep_last, or set run.dir elsewhere"
-)
 
 
 class Trained(Protocol):
@@ -177,13 +173,14 @@ class Checkpoints:
         late = minutes is not None and time.monotonic() - self._saved_at >= minutes * 60
         return self._settings.due(step) or late
 
-    def save(self, step: int, *, export: bool = True) -> None:
+    def save(self, step: int, *, export: bool = True, last: bool = False) -> None:
         """Save the run after `step` steps. Returns once this rank's part is copied, or with asynchronous=False written.
 
         What cannot be written is told by `news`, and does not end the run. What is saved already is not saved again.
 
         Args:
             export: False leaves out checkpoint.export_hf, for which the ranks wait.
+            last: no other follows: `finish` says what cannot be written.
         """
         self._wait()
         self._after_leader("checkpoint before this one")
@@ -198,7 +195,7 @@ class Checkpoints:
         self.saved_step, self._saved_at = step, time.monotonic()
         self._failed = f"checkpoint of step {step}: its writer did not come to its end"
         self._thread = Thread(
-            target=self._write, args=(step, shards, contents, unfinished, problem, exported), daemon=True
+            target=self._write, args=(step, shards, contents, unfinished, problem, exported, last), daemon=True
         )
         self._thread.start()
         try:
@@ -220,7 +217,8 @@ class Checkpoints:
         self._wait()
         self._after_leader("last checkpoint")
         self.news()
-        return self._ranks.broadcast(self._failed)
+        failed = self._ranks.broadcast(self._failed)
+        return failed and f"{failed}; once that is mended, start the run again with run.existing=resume"
 
     def _wait(self) -> None:
         pause = _REMIND_SECONDS
@@ -244,7 +242,7 @@ class Checkpoints:
         try:
             state = json.dumps(self._state.state_dict())
         except OSError as error:  # the record of the run must be on the disk before
-            return {}, _said(error)
+            return {}, folders.why(error, self._config.run.folder)
         return {STATE: state.encode(), RANDOM: save(tensors)}, None
 
     def _export(self, step: int, unfinished: Path) -> None:
@@ -263,9 +261,10 @@ class Checkpoints:
         unfinished: Path,
         problem: str | None,
         exported: Event,
+        last: bool,
     ) -> None:
         """Write this rank's part and, on the leader, make it a checkpoint once all have. In a thread of its own."""
-        started = time.monotonic()
+        started, size = time.monotonic(), 0
         try:
             written = self._write_part(shards, unfinished)
             parts: list[Any] | None = [None] * self._ranks.world_size if self._ranks.is_leader else None
@@ -275,17 +274,20 @@ class Checkpoints:
                 self._failed = None
                 return
             errors = [f"rank {rank}: {part.error}" for rank, part in enumerate(parts) if part.error]
-            if problem or errors:
-                raise OSError(problem or "; ".join(errors[:3]))
-            self._complete(step, shards, contents, unfinished, parts)
+            problem = problem or ", ".join(errors[:3])
+            size = sum(file.bytes for part in parts for file in part.files.values())
+            if not problem:
+                self._complete(step, shards, contents, unfinished, parts)
         except Exception as error:  # whatever the disk does to the libraries that write to it
-            shutil.rmtree(unfinished, ignore_errors=True)
-            self._failed = f"checkpoint of step {step} could not be written: {error}; {self.last}"
-            self._news.put(f"warning: {self._failed}. {_ROOM}")
+            problem = folders.why(error, self._root)
             log.debug("checkpoint of step %d", step, exc_info=True)
+        if problem:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            self._failed = f"checkpoint of step {step} could not be written: {problem}; {self.last}"
+            if not last:
+                self._news.put(f"warning: {self._failed}, and the next one is tried when it is due")
             return
         self._failed, self.last = None, f"the last checkpoint is {self._root / f'step-{step}'}"
-        size = sum(file.bytes for part in parts for file in part.files.values())
         self._news.put(f"checkpoint step-{step}: {size:,} bytes in {time.monotonic() - started:.1f} s")
         try:
             folders.prune(self._root, keep_last=self._settings.keep_last, keep_every=self._settings.keep_every)
@@ -298,12 +300,8 @@ class Checkpoints:
             results = shards.write(unfinished)
             names = sorted({result.storage_data.relative_path for result in results})
             return _Written(results, {name: folders.describe(unfinished / name) for name in names}, None)
-        except OSError as error:
-            return _Written([], {}, f"{error.strerror}: {error.filename or unfinished}")
-        except Exception as error:  # torch's writer has words of its own for a disk that takes no more
-            free = shutil.disk_usage(self._root).free if self._root.exists() else 0
-            said = str(error).splitlines()[0]
-            return _Written([], {}, f"{shards.nbytes:,} bytes to write, {free:,} free in {self._root} ({said})")
+        except Exception as error:  # whatever the disk does to the libraries that write to it
+            return _Written([], {}, folders.why(error, self._root, shards.nbytes))
 
     def _complete(
         self, step: int, shards: Shards, contents: dict[str, bytes], unfinished: Path, parts: Sequence[_Written]
@@ -387,7 +385,7 @@ class Checkpoints:
         try:
             objects = dist_files.DistReader(folder).objects
             loaded = read_shards(self._trained.sharded_state(loading=True), folder, self._trained.replicas, objects)
-        except (KeyError, ValueError, CheckpointingException) as error:
+        except (KeyError, ValueError, CheckpointingException, CheckpointException) as error:
             raise DapoError(f"checkpoint {folder} does not fit this run: {_said(error)}") from error
         self._trained.load_sharded_state(loaded)
         if (manifest.world_size, manifest.parallel) == (self._ranks.world_size, self._layout):

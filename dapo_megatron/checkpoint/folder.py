@@ -10,12 +10,14 @@ A checkpoint gets its name once every file of it is on the disk, and loses it be
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
 import secrets
 import shutil
+import traceback
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +30,7 @@ from dapo_megatron.errors import DapoError
 LATEST = "latest"
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d+)")
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class BrokenCheckpointError(DapoError):
@@ -243,3 +246,24 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def why(error: BaseException, folder: Path, nbytes: int | None = None) -> str:
+    """Say why `nbytes` could not be written to `folder`, in the system's words.
+
+    torch's writer puts its own in front of them, or in their place, for a disk that takes no more.
+    """
+    found: BaseException | None = error
+    while found and not (isinstance(found, OSError) and found.strerror):
+        found = found.__cause__ or found.__context__
+    if isinstance(found, OSError):
+        reason, full = f"{found.strerror}: {found.filename or folder}", found.errno in _FULL
+    elif "enforce fail" in str(error):
+        reason, full = f"{folder} takes no more", True
+    else:
+        return "".join(traceback.format_exception_only(error)).strip()
+    if not full:
+        return reason
+    wanted = f"{nbytes:,} to write" if nbytes else "more to write"
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return f"{reason} ({shutil.disk_usage(there).free:,} bytes free, {wanted})"

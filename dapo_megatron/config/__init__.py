@@ -67,6 +67,10 @@ class Config(Section):
         """From which the seeds of all requests are made."""
         return self.train.seed if self.engine.seed is None else self.engine.seed
 
+    def samples_after(self, steps: int) -> bool:
+        """Return whether a run that has done so many steps still needs engines: for a rollout or an evaluation."""
+        return steps < self.train.steps or self.eval.data is not None
+
     @model_validator(mode="after")
     def _optimizer_fits(self) -> Config:
         if self.optimizer.precision_aware and not self.parallel.distributed_optimizer:

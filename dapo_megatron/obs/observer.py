@@ -82,7 +82,7 @@ class Observer(Stateful, Protocol):
     def message(self, text: str) -> None: ...
 
     def summary(self, values: Mapping[str, float | int | str], evaluations: Mapping[str, Evaluation]) -> None:
-        """The run is over; `values` go to summary.json, with the seconds that it took.
+        """The run is over; `values` go to summary.json, with its lives and the seconds that it took.
 
         Args:
             evaluations: when -> result. Those of "before" and "after" are shown once more, with examples.
@@ -251,7 +251,12 @@ class RunObserver:
 
     def summary(self, values: Mapping[str, float | int | str], evaluations: Mapping[str, Evaluation]) -> None:
         with self._writing_summary("write it"):
-            self._folder.summarise({"seconds": round(self._seconds_so_far(), 1), **values})
+            seconds = {
+                "seconds": self._seconds_so_far(),
+                "seconds_last_life": time.monotonic() - self._started,
+                **self._folder.lives,
+            }
+            self._folder.summarise({**{name: round(value, 1) for name, value in seconds.items()}, **values})
         both = {when: evaluations[when] for when in ("before", "after") if when in evaluations}
         text = Text()
         for when, result in both.items():

@@ -8,8 +8,9 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -35,8 +36,9 @@ LOG = "log.txt"
 _CONFIG, _VERSIONS, _SUMMARY = "config.yaml", "versions.json", "summary.json"
 _CONTENT = ("metrics.jsonl", "checkpoints")
 """What a folder without config.yaml must not hold for a run to begin there."""
-_OF_THE_RUN = ("model_config", "resumed")
-"""Keys of versions.json that are no versions: what the model's config.json held, and where the run went on."""
+_OF_THE_RUN = ("begun", "model_config", "resumed")
+"""Keys of versions.json that are no versions: when the run began, what the model's config.json held, and where the run
+went on."""
 _SAYS_NOTHING = ("_name_or_path", "transformers_version")
 """Keys of a config.json that differ between copies of a model."""
 
@@ -53,10 +55,9 @@ class RunFolder:
         self._config, self._lock, self._changes = config, lock, changes or ()
         self.resumed = changes is not None
         """Whether a run goes on here."""
-        self._versions: dict[str, Any] = {}
+        self._versions: dict[str, Any] = json.loads((self.path / _VERSIONS).read_text())
         self._differing: dict[str, list[Any]] = {}
         if self.resumed:
-            self._versions = json.loads((self.path / _VERSIONS).read_text())
             here = versions()
             names = [name for name in {**self._versions, **here} if name not in _OF_THE_RUN]
             self._differing = {
@@ -69,10 +70,18 @@ class RunFolder:
     def notes(self) -> list[str]:
         """What a person should know before this run goes on: a line for each."""
         return [
-            *(f"changed: {change}" for change in self._changes),
+            *_told(self._changes),
             *(f"begun with {name} {old}, goes on with {new}" for name, (old, new) in self._differing.items()),
             *([] if self._lock.works else ["this file system has no locks: see that no two runs use this folder"]),
         ]
+
+    @property
+    def lives(self) -> dict[str, float]:
+        """How often the run was started and, where it is known, the seconds since its first start, pauses included."""
+        found: dict[str, float] = {"lives": 1 + len(self._versions.get("resumed", []))}
+        if begun := self._versions.get("begun"):
+            found["seconds_since_begun"] = (datetime.now(UTC) - datetime.fromisoformat(begun)).total_seconds()
+        return found
 
     def go_on(self, steps: int) -> None:
         """Take down that the run goes on after `steps` steps, with what configuration and what versions.
@@ -129,7 +138,7 @@ def open_run_folder(config: Config) -> RunFolder:
         lock = stack.enter_context(closing(FolderLock(folder)))
         changes = _check_use(config) if config.run.existing == "resume" else None
         if changes is None:
-            made_with = {**versions(), "model_config": _model_digest(config.model.path)}
+            made_with = {**versions(), "begun": now(), "model_config": _model_digest(config.model.path)}
             _write(folder / _VERSIONS, _json(made_with))
             _write(folder / _CONFIG, config_file.dump(config))
         opened = RunFolder(config, lock, changes)
@@ -137,21 +146,26 @@ def open_run_folder(config: Config) -> RunFolder:
     return opened
 
 
-def nothing_to_do(config: Config) -> str | None:
-    """Return why a run that is to go on has nothing to do, for a person; None where it has."""
+def nothing_to_do(config: Config) -> list[str]:
+    """Return why a run that is to go on has nothing to do: lines for a person, none where it has.
+
+    Raises:
+        ConfigError: where the run is over, and could not go on with this configuration.
+    """
     summary = config.run.folder / _SUMMARY
     if config.run.existing != "resume" or not summary.exists():
-        return None
+        return []
     try:
         done = json.loads(summary.read_text())["steps"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"run: cannot read {summary}: {error}; remove it if the run is not over") from error
     if config.train.steps > done:
-        return None
-    return (
+        return []
+    return [
+        *_told(_check_use(config) or ()),
         f"the run in {config.run.folder} is over: it has done {done} steps, and train.steps is {config.train.steps}; "
-        f"set train.steps to more than {done} for it to go on"
-    )
+        f"set train.steps to more than {done} for it to go on",
+    ]
 
 
 def _check_place(run: RunConfig) -> None:
@@ -203,6 +217,10 @@ def _check_use(config: Config) -> list[Change] | None:
             f"what it held then; set model.path to that model, or choose another run.name"
         )
     return changes
+
+
+def _told(changes: Iterable[Change]) -> list[str]:
+    return [f"changed: {change}" for change in changes]
 
 
 def _model_digest(path: Path) -> str | None:

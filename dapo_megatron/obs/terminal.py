@@ -21,6 +21,11 @@ def printable(text: str, limit: int | None = None) -> str:
     return "".join(char if char.isprintable() or char == "\n" else _spelled(char) for char in text)
 
 
+def _ends_within_a_line(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.seek(0, os.SEEK_END) > 0 and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n"
+
+
 def _spelled(char: str) -> str:
     return char.encode("unicode_escape").decode("ascii")
 
@@ -29,7 +34,7 @@ class Diverted:
     """While open, what this process writes to standard output and error goes to `log`.
 
     C++ libraries and child processes are included; log records and Python warnings get a time. `terminal` is what
-    standard output was.
+    standard output was. A last line of `log` that was cut short, by a kill, is ended before anything is written.
     """
 
     def __init__(self, log: Path) -> None:
@@ -39,6 +44,8 @@ class Diverted:
         encoding = getattr(sys.__stdout__, "encoding", None) or "utf-8"
         self.terminal: TextIO = os.fdopen(os.dup(1), "w", encoding=encoding, errors="backslashreplace")
         self._log = log.open("a", encoding="utf-8", errors="backslashreplace")
+        if _ends_within_a_line(log):
+            self.note("")
         for descriptor in (1, 2):
             os.dup2(self._log.fileno(), descriptor)
         self._handler = logging.StreamHandler(self._log)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import resource
+import socket
 from collections.abc import Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,7 +28,7 @@ _BATCHES = 2
 
 
 class Engines:
-    """Starts every engine at once and returns while they start; `wait_ready` before anything else.
+    """Starts every engine and returns while they start; `wait_ready` before anything else.
 
     Engines are spoken to in coroutines on one event loop; `run` is the way in from plain code, and watches over the
     engines meanwhile. Iterates over them.
@@ -36,30 +37,37 @@ class Engines:
         config: the run.
         folder: where the engines write engine0.log, engine1.log, ...
         ranks: ranks on this machine, whose GPUs are not for engines; None asks torchrun's environment.
+        at_once: False leaves starting them to `wait_ready`, which may never come.
 
     Raises:
         ConfigError: for a port in use, or GPUs that are not there.
     """
 
-    def __init__(self, config: Config, folder: Path, *, ranks: int | None = None) -> None:
-        engine, adapter = config.engine, adapter_for(config)
+    def __init__(self, config: Config, folder: Path, *, ranks: int | None = None, at_once: bool = True) -> None:
+        engine = config.engine
         _allow_connections()
+        self._config, self._folder, self._ranks = config, folder, ranks
         self._startup_seconds, self._stall_seconds = engine.startup_seconds, engine.stall_seconds
         self._runner = asyncio.Runner()
         self._engines: list[Engine] = []
         self._servers: list[Server] = []
         self._admission = Admission(engine.count, _BATCHES * engine.max_sequences)
-        self._ports = []
+        self._ports: list[socket.socket] = []
+        if at_once:
+            self._start()
+
+    def _start(self) -> None:
+        config, engine, adapter = self._config, self._config.engine, adapter_for(self._config)
         try:
             for index in range(engine.count):
                 self._ports.append(reserve_port(engine.host, engine.port + index if engine.port else 0))
             for index, reserved in enumerate(self._ports):
-                where = place(config, index, reserved.getsockname()[1], ranks)
+                where = place(config, index, reserved.getsockname()[1], self._ranks)
                 server = Server(
                     where.name,
                     adapter.command(where),
                     environment(engine, where) | adapter.environment(where),
-                    folder / f"engine{index}.log",
+                    self._folder / f"engine{index}.log",
                     answers(f"{where.url}{adapter.health}"),
                 )
                 self._servers.append(server)
@@ -79,11 +87,13 @@ class Engines:
     def wait_ready(self) -> None:
         """Block until every engine has written a token: some compile kernels when they are first asked for one.
 
-        Safe to call again.
+        Starts them where that was left to this. Safe to call again.
 
         Raises:
             EngineError: when one dies, or is not there within engine.startup_seconds.
         """
+        if not self._servers:
+            self._start()
         for server in self._servers:
             server.wait_ready(self._startup_seconds)
         self._release_ports()

@@ -91,9 +91,9 @@ class Server:
             raise EngineError(self.describe())
 
     def describe(self) -> str:
-        """Whether the process lives, and the end of its log."""
+        """Whether the process has ended, and the end of its log."""
         status = self._guard.poll()
-        state = "is running" if status is None else f"ended with exit status {_spell(status)}"
+        state = "has not ended" if status is None else f"ended with exit status {_spell(status)}"
         return f"{self.name} {state}\n{self._end_of_log()}"
 
     def close(self) -> None:

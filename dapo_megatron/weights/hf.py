@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -84,7 +85,7 @@ class HfCheckpoint:
     ) -> None:
         """Write a checkpoint that `AutoModelForCausalLM` reloads bit for bit, and `AutoTokenizer` id for id.
 
-        Rank 0 writes.
+        Rank 0 writes. The folder gets its name once all is written, in the place of one that is there.
 
         Args:
             after_leader: called on every rank before the weights of a shard are gathered; the leader may still be
@@ -103,11 +104,18 @@ class HfCheckpoint:
             return
         # Copies: safetensors refuses tensors that share memory.
         copies = shards((name, tensor.to("cpu", copy=True).contiguous()) for name, tensor in weights)
+        unfinished = folder.with_name(f".{folder.name}.unfinished")
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            _write_tensors(copies, folder)
-            self.copy_side_files(folder, next(chunks[0].parameters()).dtype)
+            if unfinished.exists():  # of a run that was cut short
+                shutil.rmtree(unfinished)
+            unfinished.mkdir(parents=True)
+            _write_tensors(copies, unfinished)
+            self.copy_side_files(unfinished, next(chunks[0].parameters()).dtype)
+            if folder.exists():
+                shutil.rmtree(folder)
+            unfinished.rename(folder)
         except (OSError, SafetensorError) as error:
+            shutil.rmtree(unfinished, ignore_errors=True)
             deque(copies, maxlen=0)  # the others gather to the end
             raise DapoError(f"cannot save the model in {folder}: {error}") from error
 

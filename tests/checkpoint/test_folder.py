@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -144,3 +145,16 @@ def test_those_of_more_steps_are_moved_aside_and_neither_looked_at_nor_deleted(t
     make(tmp_path, 20)
     assert [path.name for path in folders.supersede(tmp_path, 13)] == ["step-20.aside.1"]
     assert not made[20].exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (PermissionError(13, "Permission denied", "/x/common.pt"), "Permission denied: /x/common.pt"),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 4"), "{} takes no more ({} free, "),
+        (RuntimeError("Connection closed by peer"), "RuntimeError: Connection closed by peer"),
+    ],
+)
+def test_why_something_could_not_be_written(tmp_path: Path, error: Exception, says: str) -> None:
+    said = re.sub(r"[\d,]+ bytes", "{}", folders.why(error, tmp_path).replace(str(tmp_path), "{}"))
+    assert said.startswith(says) and "enforce" not in said

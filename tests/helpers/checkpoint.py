@@ -27,7 +27,9 @@ TINY: dict[str, Any] = {
 def write_checkpoint(folder: Path, *, end_token: bool = True, **changes: Any) -> Path:
     """Writes config.json of a tiny Qwen2 with `changes`, weights, and a tokenizer of one token per character."""
     folder.mkdir(parents=True)
-    config = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", **TINY, "max_position_embeddings": 64}
+    config = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", **TINY}
+    # What is served on CPU has heads for which vLLM has kernels there.
+    config |= {"head_dim": 32, "max_position_embeddings": 64}
     (folder / "config.json").write_text(json.dumps({**config, **changes}))
     save_file({"model.embed_tokens.weight": np.zeros((50, 32), np.float32)}, folder / "model.safetensors")
     write_tokenizer(folder, end_token=end_token)

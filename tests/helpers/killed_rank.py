@@ -25,7 +25,7 @@ PLACES = {
     "update": "dapo_megatron.actor.actor:gradient_norm",
     "publishing": "dapo_megatron.weights.gloo:transmit",
     "recording": "dapo_megatron.obs.rollouts:RolloutWriter.write",
-    "copying": "dapo_megatron.checkpoint.checkpoints:copy_shards",
+    "copying": "dapo_megatron.checkpoint.shards:ShardSaver.copy",
     "writing": "dapo_megatron.checkpoint.shards:Shards.write",
     "finishing": "dapo_megatron.checkpoint.shards:Shards.finish",
     "naming": "dapo_megatron.checkpoint.folder:complete",
@@ -46,13 +46,17 @@ def kill_tree(launcher: int) -> None:
                     doomed.kill()
 
 
+def find(place: str) -> tuple[Any, str]:
+    """Return what the function of a place is an attribute of, and its name there."""
+    module_name, _, path = PLACES[place].partition(":")
+    *classes, name = path.split(".")
+    owner = functools.reduce(getattr, classes, importlib.import_module(module_name))
+    return owner, name
+
+
 def kill_at(place: str, call: int) -> None:
     """Have the function of a place kill everything when it is called for the `call`th time."""
-    module_name, _, path = PLACES[place].partition(":")
-    owner: Any = importlib.import_module(module_name)
-    *classes, name = path.split(".")
-    for part in classes:
-        owner = getattr(owner, part)
+    owner, name = find(place)
     function, calls = getattr(owner, name), itertools.count(1)
 
     @functools.wraps(function)

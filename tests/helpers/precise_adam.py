@@ -44,6 +44,28 @@ class PreciseAdam(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self._dtypes = {"exp_avg": exp_avg_dtype, "exp_avg_sq": exp_avg_sq_dtype, "master_param": torch.int16}
 
+    def initialize_state(self, param: Tensor, store_param_remainders: bool) -> None:
+        assert store_param_remainders
+        zeros = {name: torch.zeros_like(param, dtype=dtype) for name, dtype in self._dtypes.items()}
+        self.state[param].update(zeros)
+
+    def get_unscaled_state(self, param: Tensor, state_name: str) -> Tensor:
+        state = self.state[param][state_name]
+        return state.float() if state.dtype is torch.bfloat16 else state
+
+    def set_scaled_state(self, param: Tensor, state_name: str, unscaled_state: Tensor) -> None:
+        assert unscaled_state.dtype is (torch.int16 if state_name == "master_param" else torch.float32)
+        self.state[param][state_name].copy_(unscaled_state)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)  # which gives states the parameter's dtype
+        params = [param for group in self.param_groups for param in group["params"]]
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        for number, param in zip(numbers, params, strict=True):
+            if number in state_dict["state"]:
+                given = state_dict["state"][number]
+                self.state[param] = {name: given[name].to(dtype) for name, dtype in self._dtypes.items()}
+
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
@@ -56,7 +78,7 @@ class PreciseAdam(torch.optim.Optimizer):
     def _step(self, group: dict[str, Any], param: Tensor, state: dict[str, Tensor]) -> None:
         assert param.dtype is torch.bfloat16
         if not state:
-            state.update((name, torch.zeros_like(param, dtype=dtype)) for name, dtype in self._dtypes.items())
+            self.initialize_state(param, True)
         grad: Tensor = param.decoupled_grad  # type: ignore[attr-defined]
         beta1, beta2 = group["betas"]
         first = beta1 * state["exp_avg"].float() + (1 - beta1) * grad

@@ -51,7 +51,7 @@ class SlowKeeper(Keeper):
 class SlowEngines:
     """Stands in for `rollout.engines.Engines`."""
 
-    def __init__(self, *_: object) -> None:
+    def __init__(self, *_: object, **more: object) -> None:
         self._runner = asyncio.Runner()
         self._keeper = SlowKeeper("engine 0")
 

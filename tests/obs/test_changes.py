@@ -24,6 +24,7 @@ def test_every_key_has_a_rule() -> None:
     [
         ("train.steps", True, ""),
         ("parallel.pp", True, "to rounding"),
+        ("parallel.distributed_optimizer", False, "other keys"),
         ("launch.processes", True, ""),
         ("engine.count", True, "to rounding"),
         ("engine.seed", False, "every sample"),
@@ -31,6 +32,8 @@ def test_every_key_has_a_rule() -> None:
         ("data.prompt_field", False, "prompts"),
         ("model.dtype", False, "optimizer's state"),
         ("algo.dapo.clip_high", True, "another one"),
+        ("optimizer.lr", True, "another one"),
+        ("optimizer.precision_aware", False, "16 bits"),
         ("eval.every", True, ""),
         ("eval.data", True, "not alike"),
     ],

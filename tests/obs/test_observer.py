@@ -110,8 +110,10 @@ def test_a_run(config: Config, tmp_path: Path, capfd: pytest.CaptureFixture[str]
         },
     ]
     summary = json.loads((folder / "summary.json").read_text())
-    assert ended - started - 0.1 < summary.pop("seconds") < 1e5
-    assert summary == {"final_accuracy": 0.75, "seed": 0}
+    for name in ("seconds", "seconds_last_life"):
+        assert ended - started - 0.1 < summary.pop(name) < 1e5
+    assert 0 <= summary.pop("seconds_since_begun") < 1e5
+    assert summary == {"final_accuracy": 0.75, "seed": 0, "lives": 1}
 
     shown = capfd.readouterr().out
     for line in (

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +141,20 @@ def test_seconds_of_all_lives_are_added_up(tmp_path: Path) -> None:
     checkpoint.write_text(json.dumps({**state, "seconds": 1e6}))
     live(config(tmp_path), checkpoint, EVENTS)
     assert json.loads(checkpoint.read_text())["seconds"] > 1e6
-    assert 1e6 < json.loads((tmp_path / "test/summary.json").read_text())["seconds"] < 2e6
+    summary = json.loads((tmp_path / "test/summary.json").read_text())
+    assert 1e6 < summary["seconds"] < 2e6
+    assert summary["lives"] == 2
+    assert 0 < summary["seconds_last_life"] < 1e5
+
+
+def test_what_lies_between_lives_counts_by_the_clock(tmp_path: Path) -> None:
+    live(config(tmp_path), tmp_path / "checkpoint", 3)
+    path = tmp_path / "test/versions.json"
+    begun = datetime.now(UTC) - timedelta(hours=2)
+    path.write_text(json.dumps({**json.loads(path.read_text()), "begun": begun.isoformat()}))
+    live(config(tmp_path), tmp_path / "checkpoint", EVENTS)
+    summary = json.loads((tmp_path / "test/summary.json").read_text())
+    assert 7200 <= summary["seconds_since_begun"] < 7800 and summary["seconds"] < 600
 
 
 def test_trackers_go_on_in_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -181,19 +181,29 @@ def test_a_config_of_another_version(tmp_path: Path) -> None:
 
 def test_a_run_that_is_over(tmp_path: Path) -> None:
     here = config(tmp_path, "resume", train={"steps": 10})
-    assert nothing_to_do(here) is None
+    assert nothing_to_do(here) == []
     with closing(open_run_folder(here)) as run:
         run.summarise({"steps": 10})
-    assert nothing_to_do(config(tmp_path, "rename", train={"steps": 10})) is None
-    said = nothing_to_do(here)
-    assert said and "it has done 10 steps, and train.steps is 10; set train.steps to more than 10" in said
+    assert nothing_to_do(config(tmp_path, "rename", train={"steps": 10})) == []
+    (said,) = nothing_to_do(here)
+    assert "it has done 10 steps, and train.steps is 10; set train.steps to more than 10" in said
     longer = config(tmp_path, "resume", train={"steps": 11})
-    assert nothing_to_do(longer) is None
+    assert nothing_to_do(longer) == []
     went_on(longer, 10)
-    assert nothing_to_do(here) is None and not (here.run.folder / "summary.json").exists()
+    assert nothing_to_do(here) == [] and not (here.run.folder / "summary.json").exists()
     (here.run.folder / "summary.json").write_text("{")
     with pytest.raises(ConfigError, match=r"cannot read .*summary\.json"):
         nothing_to_do(here)
+
+
+def test_a_run_that_is_over_looks_at_what_changed(tmp_path: Path) -> None:
+    with closing(open_run_folder(config(tmp_path, train={"steps": 10}))) as run:
+        run.summarise({"steps": 10})
+    changed, over = nothing_to_do(config(tmp_path, "resume", train={"steps": 9}))
+    assert changed == "changed: train.steps: 10 -> 9"
+    assert "is over: it has done 10 steps" in over
+    with pytest.raises(ConfigError, match=r"cannot go on with another\n  train\.seed: 0 -> 1"):
+        nothing_to_do(config(tmp_path, "resume", train={"steps": 10, "seed": 1}))
 
 
 @pytest.mark.parametrize("attempt", [lambda run: run.go_on(3), lambda run: run.summarise({"steps": 3})])

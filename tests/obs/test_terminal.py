@@ -61,6 +61,18 @@ def test_chatter_goes_to_the_log_and_the_terminal_comes_back(tmp_path: Path) -> 
     assert "shown" not in written
 
 
+@pytest.mark.parametrize(
+    ("before", "after"), [("", "new\n"), ("whole\n", "whole\nnew\n"), ("saving ...\rsav", "saving ...\rsav\nnew\n")]
+)
+def test_a_log_goes_on_on_a_line_of_its_own(tmp_path: Path, before: str, after: str) -> None:
+    log = tmp_path / "log.txt"
+    log.write_text(before, newline="")
+    diverted = Diverted(log)
+    diverted.note("new")
+    diverted.close()
+    assert log.read_bytes().decode() == after
+
+
 def test_nothing_stays_behind(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     def state() -> tuple[object, ...]:
         descriptors = sorted(path.name for path in Path("/proc/self/fd").iterdir())

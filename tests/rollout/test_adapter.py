@@ -111,6 +111,15 @@ def test_an_adapter_from_elsewhere_runs_and_load_is_spread(tmp_path: Path) -> No
     assert (tmp_path / "engine1.log").exists()
 
 
+def test_engines_that_are_not_needed_at_once_are_started_when_they_are(tmp_path: Path) -> None:
+    with closing(Engines(config(f"{__name__}:Greeter"), tmp_path, ranks=0, at_once=False)) as engines:
+        assert not list(engines) and not (tmp_path / "engine0.log").exists()
+        engines.wait_ready()
+        assert len(list(engines)) == 1
+        engines.wait_ready()
+        assert len(list(engines)) == 1
+
+
 class Spelled:
     times = 0
 
@@ -182,7 +191,7 @@ def test_an_engine_may_take_its_time_for_the_first_token(tmp_path: Path, monkeyp
     with closing(Engines(config(f"{__name__}:Greeter", stall_seconds=0.3), tmp_path, ranks=0)) as engines:
         engines.wait_ready()
     slow = config(f"{__name__}:Greeter", startup_seconds=0.9)
-    says = r"written a token within 0.9 s \(engine.startup_seconds\)\nengine 0 is"
+    says = r"written a token within 0.9 s \(engine.startup_seconds\)\nengine 0 has not ended"
     with closing(Engines(slow, tmp_path, ranks=0)) as engines, pytest.raises(EngineError, match=says):
         engines.wait_ready()
 

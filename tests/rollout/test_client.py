@@ -100,5 +100,5 @@ def test_an_engine_that_does_not_answer_in_time_is_an_error(tmp_path: Path) -> N
 def test_a_failure_tells_how_the_process_ended(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=r"HTTP 500: no[\s\S]*ended with exit status 9[\s\S]*last words"):
         ask(tmp_path / "log", answering("no", 500), "print('last words'); raise SystemExit(9)")
-    with pytest.raises(EngineError, match=r"HTTP 400: no[\s\S]*is running"):
+    with pytest.raises(EngineError, match=r"HTTP 400: no[\s\S]*has not ended"):
         ask(tmp_path / "log", answering("no", 400))

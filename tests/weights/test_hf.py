@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -164,3 +165,23 @@ def test_a_model_that_cannot_be_written_is_an_error_with_its_place(tmp_path: Pat
     (tmp_path / "taken").touch()
     with pytest.raises(DapoError, match=r"cannot save the model in .*taken/hf: .*Not a directory"):
         checkpoint.save(chunks, tmp_path / "taken/hf")
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_model_that_is_half_written_does_not_have_the_name_of_a_whole_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dapo_megatron.weights import hf
+
+    checkpoint, chunks = build(save_qwen2(tmp_path / "model"))
+    kept, folder = tmp_path / "saved/hf/of_an_older_one", tmp_path / "saved/hf"
+    kept.parent.mkdir(parents=True)
+    kept.touch()
+    for error in (OSError(28, "No space left on device"), SystemExit(75)):  # the second leaves it where it was
+        with monkeypatch.context() as patch, pytest.raises((DapoError, SystemExit)):
+            patch.setattr(hf, "_write_config", Mock(side_effect=error))
+            checkpoint.save(chunks, folder)
+        assert list(folder.iterdir()) == [kept]
+    checkpoint.save(chunks, folder)
+    assert (folder / "model.safetensors").is_file() and not kept.exists()
+    assert list(folder.parent.iterdir()) == [folder]

@@ -12,8 +12,12 @@ and what it wants besides is `trainer_send_weights` (see `weights.workers.vllm`)
 
 from __future__ import annotations
 
+import ast
+import subprocess
 import sys
 from dataclasses import asdict, replace
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from dapo_megatron.config import Config
@@ -30,6 +34,8 @@ WORKER_EXTENSION = "dapo_megatron.weights.workers.vllm.WorkerExtension"
 """Named, not imported: vLLM imports it in its own workers, where it registers the transports."""
 ENDPOINT = "dapo_megatron.rollout.endpoints.vllm.Endpoint"
 """Named, not imported: vLLM imports it in its server."""
+
+_PACKAGE, _CPU_ATTENTION = "vllm", "v1/attention/backends/cpu_attn.py"
 
 _BATCHED_TOKENS = 8192
 """Tokens that go through the model at once on CPU, where there are so many."""
@@ -53,6 +59,21 @@ class Adapter(EngineAdapter):
             raise ConfigError(
                 f"engine.tensor_parallel({size}) does not divide the model's num_attention_heads({heads}); "
                 f"choose a divisor of {heads}"
+            )
+        self._check_head_size(getattr(hf_config, "head_dim", None) or hf_config.hidden_size // heads)
+
+    def _check_head_size(self, size: int) -> None:
+        """Refuse what vLLM finds out in its first forward pass: its attention on CPU has kernels for some sizes."""
+        import torch
+
+        if torch.cuda.device_count():
+            return
+        known = _cpu_head_sizes(self._config.engine.python)
+        if known and size not in known:
+            raise ConfigError(
+                f"model.path: the heads of this model have {size} numbers (head_dim, or hidden_size / "
+                f"num_attention_heads), and vLLM's attention on CPU has {', '.join(map(str, known))}; choose a model "
+                f"with one of these, or a machine with GPUs"
             )
 
     def command(self, place: Place) -> list[str]:
@@ -191,3 +212,31 @@ class VllmEngine:
     async def close(self) -> None:
         for client in (self._generation, self._transfer, self.control):
             await client.close()
+
+
+def _cpu_head_sizes(python: Path | None) -> list[int] | None:
+    """Read the head sizes that vLLM's attention on CPU has kernels for; None where it does not say them.
+
+    Read from its source, because importing vLLM takes seconds.
+
+    Args:
+        python: the interpreter that runs the engine, if it is another.
+    """
+    try:
+        if python:
+            command = [python, "-c", f"from importlib.util import find_spec; print(find_spec({_PACKAGE!r}).origin)"]
+            origin = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.strip()
+        else:
+            spec = find_spec(_PACKAGE)
+            origin = spec.origin if spec else None
+        tree = ast.parse((Path(origin).parent / _CPU_ATTENTION).read_text()) if origin else ast.Module([], [])
+        returned = [
+            node.value
+            for function in ast.walk(tree)
+            if isinstance(function, ast.FunctionDef) and function.name == "get_supported_head_sizes"
+            for node in ast.walk(function)
+            if isinstance(node, ast.Return) and node.value
+        ]
+        return list(ast.literal_eval(returned[0])) if len(returned) == 1 else None
+    except (OSError, subprocess.SubprocessError, SyntaxError, ValueError):
+        return None

@@ -8,13 +8,14 @@ import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from aiohttp import web
 
 from dapo_megatron.config_file import parse
-from dapo_megatron.errors import EngineError
+from dapo_megatron.errors import ConfigError, EngineError
 from dapo_megatron.rollout.adapters.vllm import Adapter
 from dapo_megatron.rollout.answer import GENERATE, PROGRESS, encode
 from dapo_megatron.rollout.engine import Engine, Progress, Sampling
@@ -55,6 +56,35 @@ def test_gpu_and_cpu_differ_in_what_concerns_them() -> None:
     assert "--distributed-executor-backend" not in adapter(engine=two).command(CPU)
     assert adapter().environment(CPU)["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
     assert adapter(engine=two).environment(CPU)["VLLM_ENABLE_V1_MULTIPROCESSING"] == "1"
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("python", [None, sys.executable], ids=["here", "elsewhere"])
+def test_heads_for_which_there_is_no_kernel_on_cpu(monkeypatch: pytest.MonkeyPatch, python: str | None) -> None:
+    """Which ones there are, the installed vLLM says."""
+    checked = adapter(engine={"python": python})
+    tiny = SimpleNamespace(num_attention_heads=4, hidden_size=32)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    for size in (64, 128):
+        checked.check(SimpleNamespace(num_attention_heads=4, hidden_size=4 * size))
+        checked.check(SimpleNamespace(**vars(tiny), head_dim=size))
+    with pytest.raises(ConfigError, match=r"heads of this model have 8 numbers .* on CPU has 32, 64, .*128, "):
+        checked.check(tiny)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    checked.check(tiny)
+
+
+@pytest.mark.parametrize("source", [None, "def get_supported_head_sizes(): return FOUND", "def"])
+def test_a_vllm_that_does_not_say_which_heads_it_has_is_asked_by_running_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str | None
+) -> None:
+    if source:
+        path = tmp_path / "v1/attention/backends/cpu_attn.py"
+        path.parent.mkdir(parents=True)
+        path.write_text(source)
+    spec = SimpleNamespace(origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr("dapo_megatron.rollout.adapters.vllm.find_spec", lambda name: spec)
+    adapter().check(SimpleNamespace(num_attention_heads=4, hidden_size=32))
 
 
 def test_memory_on_gpus_is_a_share_of_each_and_a_cache_of_a_given_size_lies_within() -> None:

@@ -192,7 +192,7 @@ def test_the_shortest_prompt_and_the_shortest_response(engines: Engines) -> None
 def test_a_request_that_makes_no_sense_is_refused(engines: Engines, changes: dict[str, Any], says: str) -> None:
     (engine,) = engines
     body = {"token_ids": [3, 4], "n": 1, **asdict(sampling(max_tokens=4))} | changes
-    with pytest.raises(EngineError, match=rf"engine 0, .*: HTTP 400: [\s\S]*{says}[\s\S]*is running"):
+    with pytest.raises(EngineError, match=rf"engine 0, .*: HTTP 400: [\s\S]*{says}[\s\S]*has not ended"):
         engines.run(control(engine).fetch("POST", GENERATE, body))
     with pytest.raises(EngineError, match="HTTP 400: KeyError"):
         engines.run(control(engine).fetch("POST", GENERATE, {}))
@@ -201,7 +201,7 @@ def test_a_request_that_makes_no_sense_is_refused(engines: Engines, changes: dic
 
 def test_a_refused_request_says_which_prompt_it_was_for(engines: Engines) -> None:
     too_long = Prompt("long", tuple([5] * 500), "", "")
-    with pytest.raises(EngineError, match=r"engine 0.*prompt long: HTTP 400[\s\S]*is running"):
+    with pytest.raises(EngineError, match=r"engine 0.*prompt long: HTTP 400[\s\S]*has not ended"):
         engines.run(engines.generate(too_long, sampling(), 1))
 
 
