@@ -152,6 +152,8 @@ def apply_gradient(optimizer: Any, settings: OptimizerConfig, *, lr: float, grad
         group["lr"] = lr
         # Megatron leaves this to its scheduler, without which the groups with wd_mult 0 would decay.
         group["weight_decay"] = settings.weight_decay * group["wd_mult"]
+        # A run that goes on has loaded those that it was saved with.
+        group["betas"], group["eps"] = settings.betas, settings.eps
     for part in optimizer.chained_optimizers:
         parameters = [] if part.is_stub_optimizer else part.get_parameters()
         if parameters and settings.clip_grad > 0:

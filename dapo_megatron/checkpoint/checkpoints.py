@@ -21,16 +21,17 @@ import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from safetensors.torch import load, save
+from torch.distributed import distributed_c10d
 from torch.distributed.checkpoint.api import CheckpointException
 
 from dapo_megatron import __version__
 from dapo_megatron.checkpoint import folder as folders
-from dapo_megatron.checkpoint.folder import BrokenCheckpointError, File, Manifest, UnreadableError
+from dapo_megatron.checkpoint.agreement import Ranks, agree
+from dapo_megatron.checkpoint.folder import File, Manifest
 from dapo_megatron.checkpoint.random_states import random_states, restore_random_states
 from dapo_megatron.checkpoint.shards import Shards, ShardSaver, read_shards
 from dapo_megatron.config import Config
 from dapo_megatron.convert import dist_files
-from dapo_megatron.convert.dist_files import CheckpointError
 from dapo_megatron.errors import DapoError
 
 log = logging.getLogger(__name__)
@@ -66,20 +67,6 @@ class Exporter(Protocol):
     def copy_side_files(self, folder: Path, dtype: torch.dtype, /) -> None: ...
 
     def save(self, chunks: Sequence[torch.nn.Module], folder: Path, after_leader: Callable[[str], object]) -> None: ...
-
-
-class Ranks(Protocol):
-    """The ranks of a run, and what they tell one another through host memory (`actor.topology.Topology`)."""
-
-    @property
-    def rank(self) -> int: ...
-    @property
-    def world_size(self) -> int: ...
-    @property
-    def is_leader(self) -> bool: ...
-    @property
-    def host_world(self) -> dist.ProcessGroup: ...
-    def broadcast(self, value: Any) -> Any: ...
 
 
 class State(Protocol):
@@ -124,6 +111,9 @@ class Checkpoints:
         self._after_leader, self._together, self._tell = after_leader, together, tell
         # The writers' own: the main threads go on with collectives of theirs meanwhile.
         self._writers: Any = dist.new_group(backend="gloo", timeout=_WRITING)
+        # Who has written, for the leader to name those who have not.
+        self._board: Any = distributed_c10d.PrefixStore("checkpoint", distributed_c10d._get_default_store())
+        self._board.set(f"host of {ranks.rank}", socket.gethostname())
         self._saver = ShardSaver(trained.replicas, ranks.host_world)
         self._life = str(ranks.broadcast(secrets.token_hex(4)))
         self._thread: Thread | None = None
@@ -145,15 +135,21 @@ class Checkpoints:
             DapoError: where there are checkpoints and all of them are broken, or one does not fit this run.
         """
         found: list[Path] = []
+        problem: str | None = None
         if self._ranks.is_leader:
             folders.clear(self._root)
             found, problem = folders.candidates(self._root)
-            if problem:
-                self._tell(f"warning: {problem}; going on from {found[0].name if found else 'the start'}")
+            if problem and found:
+                self._tell(f"warning: {problem}; going on from {found[0].name}")
         self._after_leader("look for checkpoints")
-        found = self._ranks.broadcast(found)
+        found, problem = self._ranks.broadcast((found, problem))
+        if problem and not found:
+            raise DapoError(
+                f"{problem}, nor any other in that folder: is its storage there? A run does not begin anew for that; "
+                f"put a checkpoint back, or start with run.existing=rename to begin anew"
+            )
         for place, folder in enumerate(found):
-            broken = self._check(folder)
+            broken = agree(folder, self._ranks, self._after_leader, self._together)
             if broken is None:
                 self._load(folder)
                 self._set_aside()
@@ -221,16 +217,34 @@ class Checkpoints:
         return failed and f"{failed}; once that is mended, start the run again with run.existing=resume"
 
     def _wait(self) -> None:
+        """Wait for this rank's writer.
+
+        Raises:
+            DapoError: on the leader, where it takes longer than checkpoint.write_seconds.
+        """
         pause = _REMIND_SECONDS
+        until = self._saved_at + self._settings.write_seconds
         while self._thread:
-            self._thread.join(pause)
+            self._thread.join(min(pause, max(until - time.monotonic(), 0.1)))
             if not self._thread.is_alive():
                 self._thread = None
             elif self._ranks.is_leader:
-                log.warning(
-                    "the checkpoint of step %d is still being written, on this rank or another", self.saved_step
-                )
+                self._remind(over=time.monotonic() >= until)
                 pause *= 2
+
+    def _remind(self, *, over: bool) -> None:
+        ranks = range(self._ranks.world_size)
+        late = [rank for rank in ranks if not self._board.check([f"{self.saved_step} written by {rank}"])]
+        names = [f"rank {rank} on {self._board.get(f'host of {rank}').decode()}" for rank in late[:8]]
+        whom = f"by {', '.join(names)}{', ...' if late[8:] else ''}" if late else "together"
+        seconds = f"{time.monotonic() - self._saved_at:.0f} s"
+        said = f"the checkpoint of step {self.saved_step} is still being written {whom}, after {seconds}"
+        if over:
+            raise DapoError(
+                f"{said}, checkpoint.write_seconds; {self.last}. Look at the storage of {self._root} there, and start "
+                f"again with run.existing=resume"
+            )
+        log.warning("%s", said)
 
     def _small_files(self) -> tuple[dict[str, bytes], str | None]:
         """Return, on the leader, what lies beside the shards, by name, and why that is not to be had."""
@@ -267,6 +281,7 @@ class Checkpoints:
         started, size = time.monotonic(), 0
         try:
             written = self._write_part(shards, unfinished)
+            self._board.set(f"{step} written by {self._ranks.rank}", "")
             parts: list[Any] | None = [None] * self._ranks.world_size if self._ranks.is_leader else None
             dist.gather_object(written, parts, dst=0, group=self._writers)
             exported.wait()
@@ -325,41 +340,6 @@ class Checkpoints:
             files=files,
         )
         folders.complete(unfinished, manifest)
-
-    def _check(self, folder: Path) -> str | None:
-        """Read a checkpoint's files, each on one of the ranks, and say what is wrong with it; None if it is whole.
-
-        Raises:
-            DapoError: on all ranks, where a machine cannot tell.
-        """
-        broken = unreadable = None
-        try:
-            manifest = folders.read_manifest(folder)
-            for name, file in sorted(manifest.files.items())[self._ranks.rank :: self._ranks.world_size]:
-                folders.check_file(folder, name, file)
-        except BrokenCheckpointError as error:
-            broken = str(error)
-        except UnreadableError as error:
-            unreadable = f"rank {self._ranks.rank} on {socket.gethostname()}: {error}"
-        if not folder.is_dir():
-            unreadable = f"rank {self._ranks.rank} on {socket.gethostname()} does not see {folder}"
-        self._together("checkpoint checked")
-        said: list[Any] = [None] * self._ranks.world_size
-        dist.all_gather_object(said, (broken, unreadable), group=self._ranks.host_world)
-        if problem := next((unreadable for _, unreadable in said if unreadable), None):
-            raise DapoError(
-                f"{problem}; the run does not go back to an older checkpoint for that. Mend it, start again"
-            )
-        if found := next((broken for broken, _ in said if broken), None):
-            return found
-        if self._ranks.is_leader:
-            try:
-                # The manifest tells what was damaged, and not who wrote it. Megatron unpickles.
-                dist_files.check(folder)
-            except CheckpointError as error:
-                broken = str(error)
-        self._after_leader("look into the checkpoint")
-        return self._ranks.broadcast(broken)
 
     @property
     def _layout(self) -> dict[str, Any]:

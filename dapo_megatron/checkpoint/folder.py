@@ -37,6 +37,14 @@ class BrokenCheckpointError(DapoError):
     """A checkpoint that is not what its manifest says."""
 
 
+class MissingError(BrokenCheckpointError):
+    """A checkpoint of which a file is not there, as far as this machine sees."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(f"{path} is missing")
+        self.path = path
+
+
 class UnreadableError(DapoError):
     """A checkpoint of which a machine cannot tell whether it is whole."""
 
@@ -149,13 +157,18 @@ def candidates(root: Path) -> tuple[list[Path], str | None]:
 def read_manifest(folder: Path) -> Manifest:
     """
     Raises:
-        BrokenCheckpointError: where it is missing or none.
+        BrokenCheckpointError: where it is none; MissingError, where it is not there.
+        UnreadableError: where it cannot be read here.
     """
     path = folder / MANIFEST
     try:
         return _MANIFEST.validate_json(path.read_bytes())
-    except (OSError, ValidationError) as error:
+    except ValidationError as error:
         raise BrokenCheckpointError(f"{path}: {error}") from error
+    except FileNotFoundError as error:
+        raise MissingError(path) from error
+    except OSError as error:
+        raise UnreadableError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def check_file(folder: Path, name: str, expected: File, *, content: bool = True) -> None:
@@ -165,7 +178,7 @@ def check_file(folder: Path, name: str, expected: File, *, content: bool = True)
         content: whether to read it, rather than look at its size only.
 
     Raises:
-        BrokenCheckpointError: naming it, and what is wrong.
+        BrokenCheckpointError: naming it, and what is wrong; MissingError, where it is not there.
         UnreadableError: where it may be whole, and cannot be read here.
     """
     path = folder / name
@@ -176,7 +189,7 @@ def check_file(folder: Path, name: str, expected: File, *, content: bool = True)
         if content and describe(path).sha256 != expected.sha256:
             raise BrokenCheckpointError(f"{path} is not what was written: its SHA-256 differs from {MANIFEST}'s")
     except FileNotFoundError as error:
-        raise BrokenCheckpointError(f"{path} is missing") from error
+        raise MissingError(path) from error
     except OSError as error:
         raise UnreadableError(f"{path} cannot be read: {error.strerror}") from error
 

@@ -18,6 +18,9 @@ class CheckpointConfig(Section):
     """Write while the next step runs; the ranks only wait until their state is copied to host memory."""
     export_hf: bool = False
     """Write the policy as a Hugging Face checkpoint as well, to hf in the checkpoint's folder."""
+    write_seconds: PositiveFloat = 3600.0
+    """How long writing a checkpoint may take. After that the storage counts as hung, and a run that comes to its next
+    checkpoint ends, naming the ranks that have not written."""
     signal_seconds: PositiveFloat = 120.0
     """How long a run that is asked to stop (SIGTERM, SIGUSR1, Ctrl-C, run.max_hours) may take until it has saved; then
     it ends without. Below what the scheduler leaves between its signal and SIGKILL."""

@@ -50,6 +50,10 @@ class CheckpointError(ConfigError):
     """A checkpoint is damaged, incomplete or not what it should be. The message names the file."""
 
 
+class UnreadableFileError(CheckpointError):
+    """A checkpoint may be whole, and a file of it cannot be read here."""
+
+
 class _Metadata(pickle.Unpickler):
     def find_class(self, module: str, name: str, /) -> Any:
         if f"{module}.{name}" not in _ALLOWED:
@@ -74,6 +78,8 @@ def read_metadata(folder: Path) -> Metadata:
                 raise pickle.UnpicklingError(f"its entry {key!r} is no tensor and no object")
     except FileNotFoundError as error:
         raise CheckpointError(f"{file} is missing; the checkpoint is incomplete") from error
+    except OSError as error:
+        raise UnreadableFileError(f"{file} cannot be read: {error.strerror}") from error
     except Exception as error:  # a damaged pickle raises whatever its opcodes stumble over
         raise CheckpointError(f"{file} is not read: {error}") from error
     return metadata
@@ -251,7 +257,7 @@ def _named(file: Path, key: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise CheckpointError(f"{file}: cannot read {key}: {error}") from error
+        raise UnreadableFileError(f"{file}: cannot read {key}: {error}") from error
     except Exception as error:  # torch.load and zipfile raise many kinds on damaged data
         raise CheckpointError(f"{file}: {key} is damaged: {str(error).splitlines()[0]}") from error
 

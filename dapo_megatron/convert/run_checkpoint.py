@@ -13,6 +13,7 @@ from dapo_megatron.checkpoint.folder import (
     BrokenCheckpointError,
     File,
     Manifest,
+    UnreadableError,
     check_file,
     read_manifest,
     step_of,
@@ -43,7 +44,7 @@ def manifest_of(folder: Path) -> Manifest:
         raise CheckpointError(f"{MANIFEST} is missing, so nothing tells whether the checkpoint is whole")
     try:
         manifest = read_manifest(folder)
-    except BrokenCheckpointError as error:
+    except (BrokenCheckpointError, UnreadableError) as error:
         cause = error.__cause__
         said = cause.errors()[0]["msg"] if isinstance(cause, ValidationError) else cause
         raise CheckpointError(f"{MANIFEST} cannot be read, so nothing tells what belongs there: {said}") from error

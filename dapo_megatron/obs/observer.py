@@ -17,7 +17,7 @@ from dapo_megatron.errors import ConfigError
 from dapo_megatron.obs.display import open_display
 from dapo_megatron.obs.memory import PeakMemory
 from dapo_megatron.obs.metrics import PHASES
-from dapo_megatron.obs.place import ROLLOUTS, Place, go_back, set_aside, sizes, steps_in
+from dapo_megatron.obs.place import ROLLOUTS, Place, go_back, sizes, steps_in
 from dapo_megatron.obs.rollouts import RolloutWriter
 from dapo_megatron.obs.run_folder import LOG, open_run_folder
 from dapo_megatron.obs.sinks import Sink, Tried, open_sinks
@@ -141,7 +141,7 @@ class RunObserver:
         self._started = time.monotonic()
         self._loaded: Place | None = None
         """Where the record goes on, where a checkpoint says so."""
-        self._begun = False
+        self._begun = self._warned_of_signals = False
         self._sinks: dict[str, Sink] = {}
         self._done = 0
         self._seconds: dict[str, float] = {}
@@ -185,8 +185,10 @@ class RunObserver:
         folder, place = self._folder, self._loaded or Place()
         try:
             if folder.resumed and not self._loaded and self._had_checkpoints():
-                moved = ", ".join(str(path) for path in set_aside(folder.path))
-                self.message(f"warning: the run had checkpoints, and there is none; its record so far is now {moved}")
+                raise ConfigError(
+                    f"run: the record in {folder.path} goes past the first checkpoint, and there is none: is the "
+                    f"storage of {folder.path / 'checkpoints'} there? To begin anew, start with run.existing=rename"
+                )
             if folder.resumed:
                 go_back(folder.path, place.files)
                 folder.go_on(place.steps)
@@ -225,6 +227,7 @@ class RunObserver:
             **{f"seconds/{name}": seconds for name, seconds in self._seconds.items()},
             "seconds/step": time.monotonic() - self._step_started if self._seconds else 0.0,
         }
+        self._warn_of_signals()
         self._seconds = {}
         self._log(row)
         with self._writing_rollouts(f"write the responses of step {self._done}"):
@@ -284,6 +287,18 @@ class RunObserver:
         assert self._begun, "nothing is recorded before begin()"
         for sink in self._sinks.values():
             sink.log(self._done, row)
+
+    def _warn_of_signals(self) -> None:
+        """Say once that a run that is asked to stop in the middle of a step like this one would not come to save."""
+        limit = self._config.checkpoint.signal_seconds
+        seconds = sum(self._seconds.get(name, 0.0) for name in ("logprobs", "update", "publish"))
+        if seconds > limit and not self._warned_of_signals:
+            self._warned_of_signals = True
+            self.message(
+                f"warning: log-probs, updates and the push of weights took {seconds:.0f} s. A run that is asked to "
+                f"stop meanwhile saves after them, and has checkpoint.signal_seconds={limit:g} for all; let it have "
+                f"more, and more from the scheduler"
+            )
 
     def _had_checkpoints(self) -> bool:
         """Whether the record goes so far that there must have been one."""

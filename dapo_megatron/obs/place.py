@@ -110,22 +110,6 @@ def steps_in(folder: Path) -> int:
     return max(steps)
 
 
-def set_aside(folder: Path) -> list[Path]:
-    """Give the files of a record other names, `.aside` at their end, and return these.
-
-    Raises:
-        OSError: where that cannot be done.
-    """
-    moved = []
-    for name in (METRICS, ROLLOUTS, TENSORBOARD):
-        if (folder / name).exists():
-            aside, number = folder / f"{name}.aside", 1
-            while aside.exists():
-                aside, number = folder / f"{name}.aside.{number}", number + 1
-            moved.append((folder / name).rename(aside))
-    return moved
-
-
 def _files(folder: Path) -> Iterator[Path]:
     yield from (path for name in (METRICS, ROLLOUTS) if (path := folder / name).is_file())
     yield from sorted((folder / TENSORBOARD).glob("events.out.tfevents.*"))

@@ -8,8 +8,9 @@ import pickle
 import re
 import resource
 import shutil
+import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -59,7 +60,7 @@ def run(
     )
     topo = topology.initialize(config.parallel)
     hf = HfCheckpoint(model)
-    with precise_adam() if optimizer else nullcontext():
+    with precise_adam() if (optimizer or {}).get("precision_aware") else nullcontext():
         actor = Actor(config, topo, hf)
     lists: Kept[list[int]] = Kept(list[int], [])
     state = RunState({"lists": lists} if topo.is_leader else None)
@@ -286,6 +287,80 @@ def finish_fails(checkpoints: Any, update: Any, messages: list[str]) -> Any:
         first = checkpoints.finish()
     checkpoints.save(1)  # once more, although it is the same step
     return first, checkpoints.finish()
+
+
+def does_not_see(checkpoints: Any, update: Any, messages: list[str], *, manifest: bool) -> Any:
+    """Rank 1's file system lags behind: it has not got the manifest, or the files that it is to look at."""
+    from dapo_megatron.checkpoint import agreement
+
+    def missing(folder: Path, *rest: Any) -> Any:
+        raise folders.MissingError(folder / (rest[0] if rest else folders.MANIFEST))
+
+    name = "read_manifest" if manifest else "check_file"
+    lags = patch.object(folders, name, missing) if checkpoints._ranks.rank else nullcontext()
+    with lags, patch.object(agreement, "_LAG_SECONDS", 0.1):
+        try:
+            return checkpoints.restore()
+        except DapoError as error:
+            return str(error)
+
+
+@pytest.mark.parametrize("manifest", [True, False])
+def test_what_other_machines_see_is_not_missing(tmp_path: Path, model: Path, saved: Path, manifest: bool) -> None:
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    look = partial(does_not_see, manifest=manifest)
+    for said, *_ in run_distributed(run, 2, model, tmp_path, DP2, "float32", look):
+        assert re.search(r"rank 1 on .* does not see .*, which other ranks do; the run does not go back", said)
+    assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["latest", "step-1", "step-2"]
+
+
+def test_a_run_whose_checkpoints_are_not_to_be_seen_does_not_begin_anew(tmp_path: Path, model: Path) -> None:
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    (tmp_path / "run/checkpoints/latest").write_text("step-200\n")
+    with pytest.raises(DapoError, match=r"says 'step-200', and there is no such checkpoint, nor any other.*rename"):
+        run_distributed(run, 1, model, tmp_path, {}, "float32", go_on_from_one)
+
+
+def hangs(checkpoints: Any, update: Any, messages: list[str]) -> Any:
+    """Rank 1's writer hangs for 3 seconds."""
+    from dapo_megatron.checkpoint import checkpoints as module
+
+    def slow(*args: Any) -> Any:
+        time.sleep(3)
+        return write(*args)
+
+    write = module.Shards.write
+    with patch.object(module, "_REMIND_SECONDS", 0.5), ExitStack() as stack:
+        if checkpoints._ranks.rank:
+            stack.enter_context(patch.object(module.Shards, "write", slow))
+        checkpoints.save(1)
+        try:
+            checkpoints._wait()
+        except DapoError as error:
+            messages.append(str(error))
+        if checkpoints._thread:
+            checkpoints._thread.join()
+
+
+def test_the_rank_that_does_not_come_to_its_end_with_writing_is_named(tmp_path: Path, model: Path) -> None:
+    ((_, messages, _), _) = run_distributed(partial(run, write_seconds=1.5), 2, model, tmp_path, DP2, "float32", hangs)
+    (ended,) = [message for message in messages if "write_seconds" in message]
+    assert re.match(r"the checkpoint of step 1 is still being written by rank 1 on \S+, after 2 s, checkpoint", ended)
+
+
+def goes_on_with_other_betas(checkpoints: Any, update: Any, messages: list[str]) -> Any:
+    assert checkpoints.restore() == 2
+    update(3)
+    return [(group["betas"], group["eps"]) for group in checkpoints._trained.optimizer.param_groups]
+
+
+def test_other_settings_of_the_optimizer_count_from_there_on(tmp_path: Path, model: Path, saved: Path) -> None:
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    optimizer = {"lr": 1e-2, "betas": [0.8, 0.95], "eps": 1e-6}
+    ((used, *_),) = run_distributed(
+        partial(run, optimizer=optimizer), 1, model, tmp_path, {}, "float32", goes_on_with_other_betas
+    )
+    assert used and all(pair == ((0.8, 0.95), 1e-6) for pair in used)
 
 
 def test_all_ranks_hear_of_a_save_that_failed_and_the_same_step_is_saved_again(tmp_path: Path, model: Path) -> None:

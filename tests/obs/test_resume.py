@@ -246,12 +246,11 @@ def test_files_of_others_stay(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.rglob("*.*")) == ["log.txt", "notes.jsonl", "notes.txt"]
 
 
-def test_a_record_whose_checkpoints_have_gone_is_moved_aside(tmp_path: Path) -> None:
+def test_a_record_whose_checkpoints_have_gone_is_not_begun_anew(tmp_path: Path) -> None:
     settings = config(tmp_path, checkpoint={"every": EVERY})
     live(settings, tmp_path / "checkpoint", EVENTS)
     before = (tmp_path / "test/metrics.jsonl").read_bytes()
     (tmp_path / "checkpoint").unlink()
-    live(settings, tmp_path / "checkpoint", 1)
-    assert (tmp_path / "test/metrics.jsonl.aside").read_bytes() == before
-    assert [row["step"] for row in rows(tmp_path / "test/metrics.jsonl")] == [0]
-    assert "the run had checkpoints, and there is none" in (tmp_path / "test/log.txt").read_text()
+    with pytest.raises(ConfigError, match=r"goes past the first checkpoint, and there is none.*run\.existing=rename"):
+        live(settings, tmp_path / "checkpoint", 1)
+    assert (tmp_path / "test/metrics.jsonl").read_bytes() == before
