@@ -29,6 +29,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
         },
     },
     "mistral": {"model_type": "mistral", "sliding_window": None},
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        "head_dim": 16,
+        "moe_intermediate_size": 24,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+    },
 }
 """What the configs of the families say besides TINY."""
 
