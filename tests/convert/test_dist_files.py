@@ -32,7 +32,7 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
     whole = write(tmp_path / "a")
     reader = check(tmp_path / "a")
     assert torch.equal(reader.read(KEY), whole)
-    assert torch.equal(reader.read(KEY, 1), whole[1])
+    assert torch.equal(reader.read(KEY, (1,)), whole[1])
     assert reader.read_object("state/shard_0_1") == [{"step": 3}]
     assert peek_common(tmp_path / "a") == {"iteration": 12}
 
@@ -145,8 +145,8 @@ def test_a_chunk_that_is_not_what_the_index_says(tmp_path: Path) -> None:
     (tmp_path / "a/.metadata").write_bytes(pickle.dumps(metadata))
     reader = DistReader(tmp_path / "a")
     with pytest.raises(CheckpointError, match=r"the chunks of .* hold 6 of the 12 numbers wanted"):
-        reader.read(KEY, 0)
-    assert reader.read(KEY, 1).shape == (4, 3)
+        reader.read(KEY, (0,))
+    assert reader.read(KEY, (1,)).shape == (4, 3)
 
 
 def test_an_interrupted_writer_leaves_no_index(tmp_path: Path) -> None:

@@ -44,20 +44,23 @@ def form(reader: DistReader) -> dict[str, Any]:
 
 
 LAYOUTS = {"tp1": {}, "tp2": {"tp": 2}, "tp4": {"tp": 4}, "tp2pp2": {"tp": 2, "pp": 2}, "pp2vpp2": {"pp": 2, "vpp": 2}}
+OF_EXPERTS = {"tp2ep2": {"tp": 2, "ep": 2}, "ep4": {"ep": 4}}
 CASES = [
     *(("qwen2", layout, tied) for layout in LAYOUTS for tied in (True, False)),
     *((family, "tp2pp2", False) for family in FAMILIES if family != "qwen2"),
     ("qwen3", "tp4", True),
+    ("qwen3_moe", "tp2ep2", True),
+    ("qwen3_moe", "ep4", False),
 ]
 
 
 @pytest.mark.multiproc
 @pytest.mark.parametrize(("family", "layout", "tied"), CASES)
 def test_a_conversion_is_what_megatron_saves(family: str, layout: str, tied: bool, tmp_path: Path) -> None:
-    parallel: dict[str, Any] = LAYOUTS[layout]
+    parallel: dict[str, Any] = (LAYOUTS | OF_EXPERTS)[layout]
     source = save_tiny(tmp_path / "hf", family, tied=tied, layers=4, dtype=torch.bfloat16)
     (tmp_path / "saved").mkdir()
-    ranks = parallel.get("tp", 1) * parallel.get("pp", 1)
+    ranks = parallel.get("tp", 1) * parallel.get("pp", 1) * parallel.get("ep", 1)
     run_distributed(save_by_megatron, ranks, source, tmp_path / "saved", parallel, "bfloat16")
     to_megatron(source, tmp_path / "converted", **parallel)
     saved, converted = check(tmp_path / "saved"), check(tmp_path / "converted")
@@ -67,6 +70,7 @@ def test_a_conversion_is_what_megatron_saves(family: str, layout: str, tied: boo
         "_extra_state",
         "self_attention.q_layernorm._extra_state",
         "self_attention.k_layernorm._extra_state",
+        "pre_mlp_layernorm._extra_state",
     }
     assert {key: got[key] for key in want} == want
     for key in saved.tensors:
@@ -84,6 +88,15 @@ def test_megatron_loads_a_conversion_in_other_layouts(family: str, tied: bool, t
     to_megatron(source, tmp_path / "converted", tp=2, pp=2, vpp=2)
     # Rows that pad the vocabulary are 64 in both: where they differ in number, Megatron fills up.
     for parallel, ranks in (({}, 1), ({"tp": 2}, 2), ({"pp": 2}, 2), ({"pp": 2, "vpp": 2}, 2), ({"tp": 2, "pp": 2}, 4)):
+        counts = run_distributed(load_by_megatron, ranks, source, tmp_path / "converted", parallel, "float32")
+        assert all(counts)
+
+
+@pytest.mark.multiproc
+def test_megatron_loads_experts_in_other_layouts(tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "hf", "qwen3_moe", tied=False, layers=4)
+    to_megatron(source, tmp_path / "converted", tp=2, pp=2, ep=2)
+    for parallel, ranks in (({"ep": 2}, 2), ({"tp": 2}, 2), ({"tp": 2, "ep": 2}, 4), ({"ep": 2}, 4)):
         counts = run_distributed(load_by_megatron, ranks, source, tmp_path / "converted", parallel, "float32")
         assert all(counts)
 
