@@ -19,14 +19,12 @@ class Family:
     qkv_bias: bool = False
     qk_norm: bool = False
     """Whether each query and key is normalised before it is turned by its position."""
-    trains: bool = True
-    """Whether the actor trains it; otherwise it is converted only."""
 
 
 FAMILIES = {
     "qwen2": Family(qkv_bias=True),
     "qwen3": Family(qk_norm=True),
-    "qwen3_moe": Family(qk_norm=True, trains=False),
+    "qwen3_moe": Family(qk_norm=True),
     "llama": Family(),
     "mistral": Family(),
 }
@@ -90,17 +88,20 @@ def check_layout(hf_config: Any, parallel: ParallelConfig) -> None:
 
 
 def check_trains(hf_config: Any, parallel: ParallelConfig) -> None:
-    """Refuse what `check_layout` does, and a model that can be converted but not trained.
+    """Refuse what `check_layout` does, and a layout in which the model can be converted but not trained.
 
     Raises:
         ConfigError: as there.
     """
     check_layout(hf_config, parallel)
-    if not FAMILIES[hf_config.model_type].trains:
-        trained = ", ".join(name for name, family in FAMILIES.items() if family.trains)
+    if parallel.ep > 1:
         raise ConfigError(
-            f"model: architecture {hf_config.model_type!r} is converted (dapo-megatron convert), but not trained; "
-            f"trained: {trained}"
+            f"parallel: ep({parallel.ep}) is for converting only; set ep=1, with which every replica has all experts"
+        )
+    if number_of_experts(hf_config) and parallel.tp > 1 and not parallel.sequence_parallel:
+        raise ConfigError(
+            f"parallel: Megatron trains experts with tp({parallel.tp}) only where ranks split the sequence as well; set "
+            "sequence_parallel=true"
         )
 
 

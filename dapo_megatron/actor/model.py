@@ -92,15 +92,21 @@ def transformer_config(
         }
     if not uses_transformer_engine(model):
         settings |= cpu.CONFIG
-    return TransformerConfig(**settings, **_recompute(memory))
+    return TransformerConfig(**settings, **_recompute(memory, "moe" if experts else "mlp"))
 
 
-def _recompute(memory: MemoryConfig) -> dict[str, Any]:
+def _recompute(memory: MemoryConfig, mlp: str) -> dict[str, Any]:
+    """Return Megatron's settings.
+
+    Args:
+        mlp: what it calls an MLP, for it would leave out one of experts without a word.
+    """
     match memory.recompute, memory.recompute_layers:
         case "none", _:
             return {}
         case "selective", _:
-            return {"recompute_granularity": "selective", "recompute_modules": list(memory.recompute_modules)}
+            modules = [mlp if module == "mlp" else module for module in memory.recompute_modules]
+            return {"recompute_granularity": "selective", "recompute_modules": modules}
         case _, None:
             return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
         case _, layers:

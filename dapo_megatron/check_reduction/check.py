@@ -106,13 +106,13 @@ def _source(config: Config, report: Report) -> Any:
     from transformers import AutoConfig
     from transformers.utils import logging
 
-    from dapo_megatron.actor.architecture import SUPPORTED, check_layout
+    from dapo_megatron.actor.architecture import SUPPORTED, check_trains
     from dapo_megatron.hf_folder import read_hf_config
 
     logging.disable_progress_bar()
     if config.model.path.exists():
         source = read_hf_config(config.model.path, trust_remote_code=config.model.trust_remote_code)
-        check_layout(source, config.parallel)
+        check_trains(source, config.parallel)
         return source
     report.remark(
         f"model.path {config.model.path} is not there: the miniature has the settings of transformers' default "

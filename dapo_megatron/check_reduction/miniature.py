@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 
-from dapo_megatron.actor.architecture import head_size
+from dapo_megatron.actor.architecture import head_size, number_of_experts
 from dapo_megatron.check_reduction.layouts import Layout
 from dapo_megatron.config import Config
 
 VOCAB = 211
 """Tokens of the vocabulary: no multiple of 16, so that Megatron pads it."""
 HEAD = 16
+EXPERTS = 8
 OPTIMIZER = {
     "lr": 1e-2,
     "eps": 1e-3,
@@ -65,6 +66,8 @@ def hf_config(source: Any, layouts: Sequence[Layout], *, tied: bool, shared_keys
         "eos_token_id": None,
         "pad_token_id": None,
     }
+    if number_of_experts(source):
+        values |= {"num_experts": EXPERTS, "num_experts_per_tok": 2, "moe_intermediate_size": heads * head // 2}
     # One entry for each layer, in the families that have them; None is for what follows from the rest.
     of_layers = {"max_window_layers": max(stages, 2), "layer_types": None}
     values |= {name: value for name, value in of_layers.items() if name in values}
