@@ -94,14 +94,10 @@ def check_trains(hf_config: Any, parallel: ParallelConfig) -> None:
         ConfigError: as there.
     """
     check_layout(hf_config, parallel)
-    if parallel.ep > 1:
-        raise ConfigError(
-            f"parallel: ep({parallel.ep}) is for converting only; set ep=1, with which every replica has all experts"
-        )
     if number_of_experts(hf_config) and parallel.tp > 1 and not parallel.sequence_parallel:
         raise ConfigError(
-            f"parallel: Megatron trains experts with tp({parallel.tp}) only where ranks split the sequence as well; set "
-            "sequence_parallel=true"
+            f"parallel: with tp({parallel.tp}), Megatron trains experts only where ranks split the sequence as well; "
+            "set sequence_parallel=true"
         )
 
 

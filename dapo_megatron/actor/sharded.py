@@ -95,7 +95,10 @@ def _in_row(index: int, begin: int, end: int, shape: Sequence[int]) -> Iterator[
 
 
 def _is_sliced(optimizer: Any) -> bool:
-    """Return whether ranks have slices of the state. Megatron chains one optimizer, or one more for experts."""
+    """Return whether ranks have slices of the state.
+
+    Megatron chains one optimizer, and another one for experts that ranks share out.
+    """
     return all(isinstance(part, DistributedOptimizer) for part in optimizer.chained_optimizers)
 
 

@@ -16,7 +16,10 @@ from dapo_megatron.config import Config
 VOCAB = 211
 """Tokens of the vocabulary: no multiple of 16, so that Megatron pads it."""
 HEAD = 16
-EXPERTS = 8
+EXPERTS, CHOSEN = 8, 4
+"""Of a layer, and for a token. With two for a token, a router's gradient there is the difference of what these two have
+given: one number, of which rounding is all that is left now and then.
+"""
 OPTIMIZER = {
     "lr": 1e-2,
     "eps": 1e-3,
@@ -67,7 +70,8 @@ def hf_config(source: Any, layouts: Sequence[Layout], *, tied: bool, shared_keys
         "pad_token_id": None,
     }
     if number_of_experts(source):
-        values |= {"num_experts": EXPERTS, "num_experts_per_tok": 2, "moe_intermediate_size": heads * head // 2}
+        experts = math.lcm(EXPERTS, *(layout.parallel.ep for layout in layouts))
+        values |= {"num_experts": experts, "num_experts_per_tok": CHOSEN, "moe_intermediate_size": heads * head // 2}
     # One entry for each layer, in the families that have them; None is for what follows from the rest.
     of_layers = {"max_window_layers": max(stages, 2), "layer_types": None}
     values |= {name: value for name, value in of_layers.items() if name in values}

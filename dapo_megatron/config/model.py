@@ -60,8 +60,8 @@ class ParallelConfig(Section):
     cp: PositiveInt = 1
     """Context-parallel size of the actor."""
     ep: PositiveInt = 1
-    """Expert-parallel size of the actor: so many ranks, of other replicas or context-parallel ones, share out the
-    experts of a layer. All else of the model each of them has."""
+    """Expert-parallel size of the actor: so many ranks, which replicas and context parallel have anyway, share out the
+    experts of each layer. All else of the model each of them has."""
     sequence_parallel: bool = False
     """Split activations along the sequence between tensor-parallel ranks."""
     distributed_optimizer: bool = True

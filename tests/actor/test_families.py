@@ -60,7 +60,8 @@ def test_gradients_do_not_depend_on_the_layout(family: str, tmp_path: Path, caps
 def test_nor_do_those_of_experts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_tiny(tmp_path, "qwen3_moe")
     config = make_config(tmp_path)
-    layouts = ["1", "dp2xcp2", "tp2xcp2+sp", "dp2xpp2+vpp2+dist-opt+overlap"]
+    layouts = ["1", "tp2xcp2+sp", "dp2xpp2+vpp2+dist-opt+overlap"]
+    layouts += ["dp2+ep2", "dp4+ep2+dist-opt", "dp2xpp2+ep2+dist-opt+overlap", "tp2xcp2+ep2+sp"]
     passed = check_reduction(config, layouts, processes=4, dtype="float32", pool=POOL)
     assert passed, capsys.readouterr().out
 

@@ -60,7 +60,8 @@ def exchange(checkpoint: Path, folder: Path, parallel: dict[str, Any], dtype: st
         }
 
         def update(seed: int) -> None:
-            batches = [make_micro_batch([12, 8, 4], seed=seed + part, multiple=4) for part in range(2)]
+            parts = range(max(2, topo.dp))  # replicas that share out experts have as many of them
+            batches = [make_micro_batch([12, 8, 4], seed=seed + part, multiple=4) for part in parts]
             tokens = sum(batch.loss_tokens for batch in batches)
             (batch,), _ = actor.with_old_logprobs([make_mini_batch(batches[topo.dp_rank :: topo.dp], tokens)])
             actor.update(batch, ratio_loss, lr=1e-2)
@@ -123,10 +124,14 @@ def test_slices_are_the_state_that_megatron_saves(
 
 
 @pytest.mark.multiproc
-@pytest.mark.parametrize("parallel", [{}, {"tp": 2, "sequence_parallel": True}], ids=["dp2", "tp2"])
-def test_those_of_experts_are_too(tmp_path: Path, parallel: dict[str, Any]) -> None:
-    """Experts have an optimizer of their own."""
+@pytest.mark.parametrize(
+    ("ranks", "parallel"),
+    [(2, {}), (2, {"ep": 2}), (4, {"ep": 2}), (4, {"tp": 2, "sequence_parallel": True, "ep": 2})],
+    ids=["dp2", "ep2", "dp4-ep2", "tp2-ep2"],
+)
+def test_those_of_experts_are_too(tmp_path: Path, ranks: int, parallel: dict[str, Any]) -> None:
+    """Experts that ranks share out have an optimizer of their own."""
     model = save_tiny(tmp_path / "model", "qwen3_moe")
     (tmp_path / "saved").mkdir()
-    lost = run_distributed(exchange, 2, model, tmp_path / "saved", parallel, "bfloat16")
-    assert lost == [[]] * 2
+    lost = run_distributed(exchange, ranks, model, tmp_path / "saved", parallel, "bfloat16")
+    assert lost == [[]] * ranks
