@@ -32,11 +32,12 @@ def enable() -> None:
     global _enabled
     if _enabled:
         return
-    from dapo_megatron.actor.cpu import adam, rope, shim
+    from dapo_megatron.actor.cpu import adam, rope, shim, uneven
 
     shim.install()
     adam.install()
     rope.install()
+    uneven.install()
     _route_by_torch()
     _enabled = True
 

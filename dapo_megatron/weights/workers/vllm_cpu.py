@@ -32,6 +32,7 @@ def let_experts_be_packed(model: Any) -> None:
 
     vLLM packs them only where it makes the kernel that multiplies by them. New weights would be taken for packed ones.
     """
-    for method in (getattr(module, "quant_method", None) for module in model.modules()):
+    methods: list[Any] = [getattr(module, "quant_method", None) for module in model.modules()]
+    for method in methods:
         if getattr(method, "moe_kernel", None) is not None:
             method.moe_kernel = None
