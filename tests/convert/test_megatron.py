@@ -114,9 +114,9 @@ def save_run(model: Path, folder: Path, parallel: dict[str, Any], dtype: str) ->
     topo = topology.initialize(config.parallel)
     hf = HfCheckpoint(model)
     actor = Actor(config, topo, hf)
-    batches, _ = actor.with_old_logprobs(
-        [make_mini_batch([make_micro_batch([12, 8], seed=topo.dp_rank, multiple=4)] * 2)]
-    )
+    micro_batches = [make_micro_batch([12, 8], seed=topo.dp_rank, multiple=4)] * 2
+    tokens = topo.dp * sum(batch.loss_tokens for batch in micro_batches)
+    batches, _ = actor.with_old_logprobs([make_mini_batch(micro_batches, tokens)])
     actor.update(batches[0], ratio_loss, lr=1e-2)
     checkpoints = Checkpoints(config, topo, actor, hf, RunState({} if topo.is_leader else None), tell=print)
     checkpoints.save(5)
@@ -138,3 +138,16 @@ def test_a_runs_checkpoint_converts(layout: str, dtype: str, tmp_path: Path) -> 
     found = describe(tmp_path / "run")
     assert (found["step"], found["parameters"], found["missing"]) == (5, 32_864, [])
     assert found["optimizer_and_other_state"]["parameters"] >= 2 * found["parameters"]
+
+
+@pytest.mark.multiproc
+def test_so_does_that_of_a_run_whose_ranks_share_out_experts(tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "hf", "qwen3_moe")
+    weights, _ = run_distributed(save_run, 2, source, tmp_path, {"ep": 2}, "bfloat16")
+    to_hf(tmp_path / "run", tmp_path / "back")
+    assert_same_tensors(tensors(tmp_path / "back"), weights)
+    assert not all(torch.equal(weights[name], tensor) for name, tensor in tensors(source).items())
+    found = describe(tmp_path / "run")
+    assert (found["parameters"], found["missing"]) == (sum(tensor.numel() for tensor in weights.values()), [])
+    # Main parameters and two moments of all experts, each once.
+    assert found["optimizer_and_other_state"]["parameters"] >= 3 * found["parameters"]

@@ -97,6 +97,25 @@ def test_round_trip_is_bit_exact(
         assert all(torch.equal(exported[f"{name}:{key}"], want[key]) for key in keys)
 
 
+@pytest.mark.multiproc
+@pytest.mark.parametrize(
+    ("parallel", "ranks"), [({"ep": 2}, 2), ({"ep": 2}, 4), ({"tp": 2, "ep": 2}, 4), ({"pp": 2, "ep": 2}, 4)], ids=str
+)
+def test_so_is_that_of_experts_that_ranks_share_out(
+    originals: Path, parallel: dict[str, int], ranks: int, tmp_path: Path
+) -> None:
+    names = [name for name in TRIPS if "moe" in name]
+    for exported in run_distributed(round_trip, ranks, originals, names, "float32", parallel, tmp_path):
+        for name in names:
+            want = as_in_files(load_reference(originals / name, torch.float32).state_dict())
+            assert all(
+                torch.equal(exported[key], want[key.removeprefix(f"{name}:")]) for key in exported if name in key
+            )
+            again = as_in_files(load_reference(tmp_path / name, torch.float32).state_dict())
+            assert set(again) == set(want)
+            assert all(torch.equal(again[key], want[key]) for key in want)
+
+
 def build(path: Path) -> tuple[Any, Any]:
     from dapo_megatron.actor.model import build_chunks, transformer_config
     from dapo_megatron.actor.topology import process_groups
