@@ -163,3 +163,15 @@ def test_views_are_saved_without_the_rest_of_their_memory(tmp_path: Path) -> Non
         writer.add(0, KEY, (1, 4), (0, 0), torch.zeros(1_000_000).view(-1, 4)[5:6])
     assert (tmp_path / "a/__0_0.distcp").stat().st_size < 4000
     assert zipfile.is_zipfile(tmp_path / "a/common.pt")
+
+
+def test_a_chunk_may_hold_several_layers(tmp_path: Path) -> None:
+    whole = torch.arange(24.0).view(3, 2, 4)
+    (tmp_path / "a").mkdir()
+    with DistWriter(tmp_path / "a", {}) as writer:
+        writer.add(0, KEY, (3, 2, 4), (0, 0, 0), whole[:2])
+        writer.add(1, KEY, (3, 2, 4), (2, 0, 0), whole[2:])
+    reader = DistReader(tmp_path / "a")
+    for layer in range(3):
+        assert torch.equal(reader.read(KEY, (layer,)), whole[layer])
+        assert torch.equal(reader.read(KEY, (layer, 1)), whole[layer, 1])
