@@ -3,10 +3,47 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dapo_megatron.errors import ConfigError
+
+_FUSED = re.compile(r"(?P<experts>.+\.mlp\.experts)\.(?P<what>gate_up|down)_proj")
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertPart:
+    """Where a tensor of one expert is in that of all experts: `fused[expert, begin:end]`."""
+
+    expert: int
+    begin: int
+    end: int
+
+
+def expert_parts(name: str, shape: Sequence[int]) -> dict[str, ExpertPart]:
+    """Take apart a tensor that joins all experts of a layer, as transformers keeps them in memory.
+
+    Checkpoints that publishers have, and transformers' own, name each tensor of each expert. One that was saved with
+    the names of the modules has [experts, rows, columns], without `.weight`; gate and up are joined along the rows.
+
+    Returns:
+        Name of an expert's tensor, such as `model.layers.0.mlp.experts.7.up_proj.weight` -> its part; empty where
+        `name` is no such tensor.
+    """
+    found = _FUSED.fullmatch(name)
+    if found is None or len(shape) != 3:
+        return {}
+    experts, rows, _ = shape
+    half = rows // 2
+    parts = {"gate": (0, half), "up": (half, rows)} if found["what"] == "gate_up" else {"down": (0, rows)}
+    return {
+        f"{found['experts']}.{expert}.{what}_proj.weight": ExpertPart(expert, begin, end)
+        for expert in range(experts)
+        for what, (begin, end) in parts.items()
+    }
 
 
 def read_hf_config(path: Path, *, trust_remote_code: bool = False) -> Any:

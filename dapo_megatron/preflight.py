@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dapo_megatron.actor.architecture import check_layout, uses_transformer_engine
+from dapo_megatron.actor.architecture import check_trains, uses_transformer_engine
 from dapo_megatron.checkpoint import folder as checkpoints
 from dapo_megatron.config import Config, EngineConfig, EvalConfig, ModelConfig, OptimizerConfig, RewardConfig, RunConfig
 from dapo_megatron.data.prompts import load_prompts
@@ -77,7 +77,7 @@ def preflight(config: Config, world_size: int, local_ranks: int | None = None) -
     _check_packages({"megatron.core": _EXTRAS} | _layer_packages(config.model) | _sink_packages(config.run))
     check_run_folder(config)
     hf_config = _check_sampling(config)
-    check_layout(hf_config, config.parallel)
+    check_trains(hf_config, config.parallel)
     _check_recompute(config, hf_config.num_hidden_layers)
     _check_disk(config)
     check_gpus(config.engine, world_size if local_ranks is None else local_ranks)

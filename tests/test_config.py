@@ -74,7 +74,7 @@ def load(folder: Path, text: str = MINIMAL, *overrides: str) -> Config:
         (["algo.correction.band=[1]"], "algo.correction.band: value 2 of the list is missing"),
         (["algo.correction.band=0.5,5"], "algo.correction.band = '0.5,5': write a list, such as [0.5,5]"),
         (["algo.kl=0.1"], "algo.kl = 0.1: algo.kl is a section, with the keys coef, estimator"),
-        (["parallel.ep=2"], "unknown key parallel.ep; parallel knows cp"),
+        (["parallel.xp=2"], "unknown key parallel.xp; parallel knows cp"),
         (["parallel.dp=2"], "unknown key parallel.dp; data parallel is what is left: ranks / (tp x pp x cp)"),
         (["train.steps=true"], "train.steps: true is for switches, and this is none"),
         (["algo.kl.estimator=k1"], "algo.kl.estimator = 'k1': input should be 'k2' or 'k3'"),
@@ -91,6 +91,10 @@ def load(folder: Path, text: str = MINIMAL, *overrides: str) -> Config:
         (["optimizer.precision_aware=true", "model.dtype=float32"], "but model.dtype is float32; leave it off"),
         (["parallel.overlap_param_gather=true"], "overlap_param_gather needs overlap_grad_reduce, which is off"),
         (["train.logprob_tokens=32000"], "train.logprob_tokens(32000) is less than train.micro_batch_tokens(32768)"),
+        (
+            ["train.logprob_tokens=65536", "parallel.ep=2"],
+            "with parallel.ep(2) ranks must have as many as those that they share out experts with",
+        ),
         (
             ["train.logprob_tokens=65536", "parallel.pp=2", "parallel.vpp=2"],
             "with parallel.vpp(2) they must stay a multiple of pp(2)",

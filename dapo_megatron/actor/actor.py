@@ -21,7 +21,7 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
-from dapo_megatron.actor.architecture import check_layout
+from dapo_megatron.actor.architecture import check_trains
 from dapo_megatron.actor.head import RowSelection
 from dapo_megatron.actor.logprobs import TokenLogprobs, vocab_parallel_logprobs
 from dapo_megatron.actor.model import DTYPES, accumulate_in_main_grad, build_chunks, transformer_config
@@ -96,7 +96,7 @@ class Actor:
         self._config, self._topology = config, topology
         self._groups = process_groups()
         hf_config = checkpoint.hf_config
-        check_layout(hf_config, config.parallel)
+        check_trains(hf_config, config.parallel)
         self._vocab_size: int = hf_config.vocab_size
         self._temperature = config.rollout.temperature
         self._megatron_config: Any = transformer_config(hf_config, config.model, config.parallel, config.memory)

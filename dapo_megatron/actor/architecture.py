@@ -14,7 +14,7 @@ from dapo_megatron.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """What is different from one family of dense models to the next and not said in config.json."""
+    """What is different from one family of models to the next and not said in config.json."""
 
     qkv_bias: bool = False
     qk_norm: bool = False
@@ -24,6 +24,7 @@ class Family:
 FAMILIES = {
     "qwen2": Family(qkv_bias=True),
     "qwen3": Family(qk_norm=True),
+    "qwen3_moe": Family(qk_norm=True),
     "llama": Family(),
     "mistral": Family(),
 }
@@ -50,12 +51,14 @@ def attention_tokens(hf_config: Any) -> float:
     hidden, layers = hf_config.hidden_size, hf_config.num_hidden_layers
     queries = head_size(hf_config) * hf_config.num_attention_heads
     keys = head_size(hf_config) * hf_config.num_key_value_heads
-    layer = hidden * (2 * queries + 2 * keys + 3 * hf_config.intermediate_size)
+    # Of experts, those that a token goes to.
+    columns = mlp_size(hf_config) * (hf_config.num_experts_per_tok if number_of_experts(hf_config) else 1)
+    layer = hidden * (2 * queries + 2 * keys + 3 * columns)
     return (layers * layer + hidden * hf_config.vocab_size) / (layers * queries)
 
 
 def check_layout(hf_config: Any, parallel: ParallelConfig) -> None:
-    """Refuse a model that the actor does not support, or that does not split this way.
+    """Refuse a model that is not supported, or that does not split this way.
 
     Args:
         hf_config: a config of transformers, as `AutoConfig.from_pretrained` gives it.
@@ -67,12 +70,13 @@ def check_layout(hf_config: Any, parallel: ParallelConfig) -> None:
     if model_type not in SUPPORTED:
         raise ConfigError(f"model: architecture {model_type!r} is not supported; supported: {', '.join(SUPPORTED)}")
     _check_variant(hf_config)
+    _check_experts(hf_config, parallel.ep)
     _check_key_value_heads(hf_config, parallel.tp)
     tp, stages = parallel.tp, parallel.pp * parallel.vpp
     chunks = f"pp({parallel.pp})" if parallel.vpp == 1 else f"pp({parallel.pp}) x vpp({parallel.vpp}) = {stages}"
     for axis, parts, name in (
         (f"tp({tp})", tp, "num_attention_heads"),
-        (f"tp({tp})", tp, "intermediate_size"),
+        (f"tp({tp})", tp, "moe_intermediate_size" if number_of_experts(hf_config) else "intermediate_size"),
         (chunks, stages, "num_hidden_layers"),
     ):
         size = getattr(hf_config, name)
@@ -81,6 +85,38 @@ def check_layout(hf_config: Any, parallel: ParallelConfig) -> None:
                 f"parallel: {axis} does not divide the model's {name}({size}); "
                 f"choose a divisor of {size}: {', '.join(str(n) for n in range(1, size + 1) if size % n == 0)}"
             )
+
+
+def check_trains(hf_config: Any, parallel: ParallelConfig) -> None:
+    """Refuse what `check_layout` does, and a layout in which the model can be converted but not trained.
+
+    Raises:
+        ConfigError: as there.
+    """
+    check_layout(hf_config, parallel)
+    if number_of_experts(hf_config) and parallel.tp > 1 and not parallel.sequence_parallel:
+        raise ConfigError(
+            f"parallel: with tp({parallel.tp}), Megatron trains experts only where ranks split the sequence as well; "
+            "set sequence_parallel=true"
+        )
+
+
+def _check_experts(hf_config: Any, ep: int) -> None:
+    experts = number_of_experts(hf_config)
+    if experts is None:
+        if ep > 1:
+            raise ConfigError(f"parallel: ep({ep}) shares out experts, and {hf_config.model_type!r} has none; set ep=1")
+        return
+    if experts % ep:
+        raise ConfigError(
+            f"parallel: ep({ep}) does not divide the model's num_experts({experts}); choose a divisor of {experts}"
+        )
+    chosen = hf_config.num_experts_per_tok
+    if not 1 < chosen <= experts:
+        raise ConfigError(
+            f"model: num_experts_per_tok is {chosen} in config.json, of num_experts({experts}); 2 to {experts} are "
+            "supported"
+        )
 
 
 def _check_key_value_heads(hf_config: Any, tp: int) -> None:
@@ -115,10 +151,23 @@ def _check_variant(hf_config: Any) -> None:
         ("attention_dropout", getattr(hf_config, "attention_dropout", 0.0), (0.0,)),
         ("attention_bias", getattr(hf_config, "attention_bias", False), (False,)),
         ("mlp_bias", getattr(hf_config, "mlp_bias", False), (False,)),
+        # Layers without experts among those with them.
+        ("decoder_sparse_step", getattr(hf_config, "decoder_sparse_step", 1), (1,)),
+        ("mlp_only_layers", tuple(getattr(hf_config, "mlp_only_layers", None) or ()), ((),)),
     ):
         if value not in allowed:
             wanted = f"{' and '.join(map(repr, allowed))} {'are' if len(allowed) > 1 else 'is'} supported"
             raise ConfigError(f"model: {name} is {value!r} in config.json; only {wanted}")
+
+
+def number_of_experts(hf_config: Any) -> int | None:
+    """Return how many experts each layer has; None for a dense model."""
+    return getattr(hf_config, "num_experts", None)
+
+
+def mlp_size(hf_config: Any) -> int:
+    """Return the width of a layer's MLP, or of each of its experts."""
+    return hf_config.moe_intermediate_size if number_of_experts(hf_config) else hf_config.intermediate_size
 
 
 def rope_parameters(hf_config: Any) -> dict[str, Any]:

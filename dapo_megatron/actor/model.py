@@ -15,6 +15,8 @@ from dapo_megatron.actor import cpu
 from dapo_megatron.actor.architecture import (
     FAMILIES,
     head_size,
+    mlp_size,
+    number_of_experts,
     padded_vocab,
     rope_parameters,
     uses_transformer_engine,
@@ -34,7 +36,7 @@ def transformer_config(
     settings: dict[str, Any] = {
         "num_layers": hf_config.num_hidden_layers,
         "hidden_size": hf_config.hidden_size,
-        "ffn_hidden_size": hf_config.intermediate_size,
+        "ffn_hidden_size": mlp_size(hf_config),
         "num_attention_heads": hf_config.num_attention_heads,
         "num_query_groups": hf_config.num_key_value_heads,
         "kv_channels": head_size(hf_config),
@@ -57,7 +59,7 @@ def transformer_config(
         "sequence_parallel": parallel.sequence_parallel,
         # Micro-batches differ in length, and stages must tell each other how much comes.
         "variable_seq_lengths": True,
-        # Not used by a dense model; the default one is refused together with variable lengths.
+        # A dense model has no use for it, but the default one is refused together with variable lengths.
         "moe_token_dispatcher_type": "alltoall",
         # Sums are divided once, by the number of tokens of the whole mini-batch.
         "calculate_per_token_loss": True,
@@ -74,17 +76,37 @@ def transformer_config(
         "batch_p2p_comm": not virtual,
         "deallocate_pipeline_outputs": not virtual,
     }
+    if experts := number_of_experts(hf_config):
+        settings |= {
+            "num_moe_experts": experts,
+            "moe_ffn_hidden_size": mlp_size(hf_config),
+            "expert_model_parallel_size": parallel.ep,
+            "expert_tensor_parallel_size": parallel.tp,
+            "moe_router_topk": hf_config.num_experts_per_tok,
+            # The softmax over the chosen experts only is that over all of them, normalised again.
+            "moe_router_pre_softmax": not hf_config.norm_topk_prob,
+            "moe_router_dtype": "fp32",
+            # Experts are balanced by nothing: the loss is that of the policy and no more.
+            "moe_router_load_balancing_type": "none",
+            "moe_grouped_gemm": uses_transformer_engine(model),
+        }
     if not uses_transformer_engine(model):
         settings |= cpu.CONFIG
-    return TransformerConfig(**settings, **_recompute(memory))
+    return TransformerConfig(**settings, **_recompute(memory, "moe" if experts else "mlp"))
 
 
-def _recompute(memory: MemoryConfig) -> dict[str, Any]:
+def _recompute(memory: MemoryConfig, mlp: str) -> dict[str, Any]:
+    """Return Megatron's settings.
+
+    Args:
+        mlp: what it calls an MLP, for it would leave out one of experts without a word.
+    """
     match memory.recompute, memory.recompute_layers:
         case "none", _:
             return {}
         case "selective", _:
-            return {"recompute_granularity": "selective", "recompute_modules": list(memory.recompute_modules)}
+            modules = [mlp if module == "mlp" else module for module in memory.recompute_modules]
+            return {"recompute_granularity": "selective", "recompute_modules": modules}
         case _, None:
             return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
         case _, layers:

@@ -55,7 +55,7 @@ def data_parallel(
 
 
 def _start_gather(module: Any, *_: Any) -> None:
-    for bucket in module.bucket_groups:
+    for bucket in _bucket_groups(module):
         if not bucket.param_gather_dispatched:
             bucket.start_param_sync()
 
@@ -65,7 +65,7 @@ def gather_parameters(modules: Sequence[Any]) -> None:
 
     Collective. Until then each rank has the new values of those parameters alone that its own optimizer steps.
     """
-    for bucket in (bucket for module in modules for bucket in module.bucket_groups):
+    for bucket in (bucket for module in modules for bucket in _bucket_groups(module)):
         if bucket.ddp_config.overlap_param_gather and not bucket.param_gather_dispatched:
             bucket.start_param_sync(force_sync=True)
 
@@ -100,7 +100,16 @@ def build_optimizer(
 
 def gradient_buffers(modules: Sequence[Any]) -> Iterator[torch.Tensor]:
     """Yield the buffers of these DDP modules in which gradients are summed."""
-    return (buffer.grad_data for module in modules for buffer in module.buffers)
+    return (buffer.grad_data for module in modules for buffer in _buffers(module))
+
+
+def _buffers(module: Any) -> list[Any]:
+    """Return those of a DDP module, of parameters that all replicas have and of experts that they share out."""
+    return [*module.buffers, *module.expert_parallel_buffers]
+
+
+def _bucket_groups(module: Any) -> list[Any]:
+    return [*module.bucket_groups, *module.expert_parallel_bucket_groups]
 
 
 def optimizer_state(optimizer: Any, besides: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
@@ -121,7 +130,7 @@ def gradients_as_weights(modules: Sequence[Any]) -> Iterator[None]:
 
     The distributed optimizer leaves each rank only its part of the sums; the others' are fetched.
     """
-    for buffer in (buffer for module in modules for buffer in module.buffers):
+    for buffer in (buffer for module in modules for buffer in _buffers(module)):
         group: Any = buffer.data_parallel_group
         if buffer.ddp_config.use_distributed_optimizer and group.size() > 1:
             for bucket in buffer.buckets:

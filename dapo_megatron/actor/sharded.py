@@ -37,17 +37,21 @@ def sharded_state(
     Args:
         loading: whether it is to be filled, rather than saved.
     """
-    metadata = {"dp_cp_group": groups.dp_cp}
+    metadata = {"dp_cp_group": groups.dp_cp, "chained_optim_avoid_prefix": True}
     models: list[Any] = list(chunks)
     weights = {f"model{index}": model.sharded_state_dict(metadata=metadata) for index, model in enumerate(models)}
-    part = _only(optimizer)
-    if not part.optimizer.state:
-        _begin(part)
-    if not isinstance(part, DistributedOptimizer):
-        return {**weights, "optimizer": part.sharded_state_dict(weights, is_loading=loading, metadata=metadata)}
-    # By which Megatron's own optimizer knows the rest.
-    common = {**part.state_dict(), "param_state_sharding_type": "fully_reshardable"}
-    return {**weights, "optimizer": common, "slices": _slices(part, weights)}
+    for part in optimizer.chained_optimizers:
+        if not part.optimizer.state:
+            _begin(part)
+    if not _is_sliced(optimizer):
+        return {**weights, "optimizer": optimizer.sharded_state_dict(weights, is_loading=loading, metadata=metadata)}
+    states = [
+        # By which Megatron's own optimizer knows the rest.
+        {**part.state_dict(), "param_state_sharding_type": "fully_reshardable"}
+        for part in optimizer.chained_optimizers
+    ]
+    slices = [_slices(part, weights) for part in optimizer.chained_optimizers]
+    return {**weights, "optimizer": _chained(states), "slices": slices}
 
 
 @torch.no_grad()
@@ -57,10 +61,11 @@ def load_sharded_state(chunks: Sequence[torch.nn.Module], optimizer: Any, loaded
         absent, unknown = chunk.load_state_dict(loaded[f"model{index}"], strict=False)
         lost = [name for name in (*absent, *unknown) if not name.endswith(EXTRA)]
         assert not lost, f"the sharded state of the model's own names is not the model's: {lost}"
-    part = _only(optimizer)
-    part.load_state_dict(loaded["optimizer"])
-    if isinstance(part, DistributedOptimizer):
-        for (param, _), states in zip(_own(part), loaded["slices"], strict=True):
+    optimizer.load_state_dict(loaded["optimizer"])
+    if not _is_sliced(optimizer):
+        return
+    for part, slices in zip(optimizer.chained_optimizers, loaded["slices"], strict=True):
+        for (param, _), states in zip(_own(part), slices, strict=True):
             flat = {name: torch.cat([box.flatten() for box in named]) for name, named in states.items()}
             part._set_main_param_and_optimizer_states(param, flat)
 
@@ -89,10 +94,17 @@ def _in_row(index: int, begin: int, end: int, shape: Sequence[int]) -> Iterator[
         yield (index, *offset), (1, *size)
 
 
-def _only(optimizer: Any) -> Any:
-    """Return the one optimizer that Megatron chains for a dense model."""
-    (part,) = optimizer.chained_optimizers
-    return part
+def _is_sliced(optimizer: Any) -> bool:
+    """Return whether ranks have slices of the state.
+
+    Megatron chains one optimizer, and another one for experts that ranks share out.
+    """
+    return all(isinstance(part, DistributedOptimizer) for part in optimizer.chained_optimizers)
+
+
+def _chained(states: list[Any]) -> Any:
+    """Return the states of chained optimizers as the chain wants to load them."""
+    return states[0] if len(states) == 1 else dict(enumerate(states))
 
 
 def _begin(part: Any) -> None:

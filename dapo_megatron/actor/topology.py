@@ -251,7 +251,7 @@ def initialize(
         store: what `rendezvous` gave, where it was called before.
 
     Raises:
-        ConfigError: where tp x pp x cp does not divide the number of ranks.
+        ConfigError: where the number of ranks does not divide among the axes.
     """
     prepare()
     from megatron.core import parallel_state as mpu
@@ -269,6 +269,7 @@ def initialize(
         pipeline_model_parallel_size=parallel.pp,
         virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
         context_parallel_size=parallel.cp,
+        expert_model_parallel_size=parallel.ep,
         distributed_timeout_minutes=timeout.total_seconds() / 60,  # pyright: ignore[reportArgumentType]
         create_gloo_process_groups=False,
     )

@@ -66,7 +66,6 @@ def check_reduction(
     own = Layout.own(config.parallel, config.launch.processes)
     fitted = own.fitted(limit)
     chosen = choose(layouts, fitted, limit)
-    fitting = [layout for layout in chosen if layout.ranks <= limit]
     dtype = dtype or ("bfloat16" if gpus else "float32")
     report = Report(limit=LIMITS[dtype], verbose=verbose)
     with (
@@ -74,6 +73,9 @@ def check_reduction(
         nullcontext(pool) if pool else closing(RankPool()) as ranks,
     ):
         source = _source(config, report)
+        if layouts is None:
+            chosen = [layout for layout in chosen if layout == fitted or _suits(source, layout)]
+        fitting = [layout for layout in chosen if layout.ranks <= limit]
         if fitted in fitting and fitted != own:
             report.say(
                 f"Your layout, {own.sizes} on {own.ranks} ranks, is checked as {fitted.sizes}: --processes is {limit}"
@@ -106,19 +108,27 @@ def _source(config: Config, report: Report) -> Any:
     from transformers import AutoConfig
     from transformers.utils import logging
 
-    from dapo_megatron.actor.architecture import SUPPORTED, check_layout
+    from dapo_megatron.actor.architecture import SUPPORTED, check_trains
     from dapo_megatron.hf_folder import read_hf_config
 
     logging.disable_progress_bar()
     if config.model.path.exists():
         source = read_hf_config(config.model.path, trust_remote_code=config.model.trust_remote_code)
-        check_layout(source, config.parallel)
+        check_trains(source, config.parallel)
         return source
     report.remark(
         f"model.path {config.model.path} is not there: the miniature has the settings of transformers' default "
         f"{SUPPORTED[0]} instead"
     )
     return AutoConfig.for_model(SUPPORTED[0])
+
+
+def _suits(source: Any, layout: Layout) -> bool:
+    """Return whether a model with experts, or without, can be trained in this layout at all."""
+    from dapo_megatron.actor.architecture import number_of_experts
+
+    experts, parallel = number_of_experts(source), layout.parallel
+    return (parallel.tp == 1 or parallel.sequence_parallel) if experts else parallel.ep == 1
 
 
 def _jobs(

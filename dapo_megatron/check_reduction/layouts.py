@@ -36,6 +36,16 @@ _SIZES: dict[str, dict[str, Any]] = {
         "distributed_optimizer": True,
         "overlap_grad_reduce": True,
     },
+    "dp2+ep2": {"dp": 2, "ep": 2},
+    "dp4+ep2+dist-opt": {"dp": 4, "ep": 2, "distributed_optimizer": True},
+    "dp2xpp2+ep2+dist-opt+overlap": {
+        "dp": 2,
+        "pp": 2,
+        "ep": 2,
+        "distributed_optimizer": True,
+        "overlap_grad_reduce": True,
+    },
+    "tp2xcp2+ep2+sp": {"tp": 2, "cp": 2, "ep": 2, "sequence_parallel": True},
 }
 
 _FLAGS = {
@@ -66,12 +76,14 @@ class Layout:
     def own(cls, parallel: ParallelConfig, ranks: int) -> Layout:
         """Return that of a configuration which `dapo-megatron train` starts on `ranks` ranks.
 
-        With a single one, torchrun decides on their number, and there are two copies of the model.
+        With a single one, torchrun decides on their number, and there are two copies of the model, or more where more
+        share out its experts.
 
         Raises:
             ConfigError: where the ranks do not divide among copies of the model.
         """
-        copies = parallel.data_parallel(ranks) if ranks > 1 or parallel.model_size == 1 else 2
+        least = math.lcm(2 * parallel.cp, parallel.ep) // parallel.cp
+        copies = parallel.data_parallel(ranks) if ranks > 1 or parallel.model_size * parallel.ep == 1 else least
         return cls(OWN, copies, parallel)
 
     def fitted(self, limit: int) -> Layout:
@@ -83,7 +95,8 @@ class Layout:
         dp = sizes.pop("dp")
         vpp = min(self.parallel.vpp, 2) if sizes["pp"] > 1 else 1
         shared = self.parallel.sequence_parallel and sizes["tp"] > 1
-        parallel = self.parallel.model_copy(update={**sizes, "vpp": vpp, "sequence_parallel": shared})
+        ep = math.gcd(self.parallel.ep, dp * sizes["cp"])
+        parallel = self.parallel.model_copy(update={**sizes, "vpp": vpp, "ep": ep, "sequence_parallel": shared})
         return Layout(self.name, dp, parallel)
 
     def __str__(self) -> str:
@@ -95,8 +108,7 @@ class Layout:
         sizes = {"dp": self.dp, **{axis: getattr(self.parallel, axis) for axis in ("tp", "pp", "cp")}}
         axes = "x".join(f"{axis}{size}" for axis, size in sizes.items() if size > 1) or "1"
         flags = [flag for flag, name in _FLAGS.items() if getattr(self.parallel, name)]
-        if self.parallel.vpp > 1:
-            flags.insert(0, f"vpp{self.parallel.vpp}")
+        flags[:0] = [f"{axis}{size}" for axis in ("vpp", "ep") if (size := getattr(self.parallel, axis)) > 1]
         return "+".join([axes, *flags])
 
 

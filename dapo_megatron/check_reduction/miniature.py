@@ -9,13 +9,17 @@ from typing import Any
 
 import torch
 
-from dapo_megatron.actor.architecture import head_size
+from dapo_megatron.actor.architecture import head_size, number_of_experts
 from dapo_megatron.check_reduction.layouts import Layout
 from dapo_megatron.config import Config
 
 VOCAB = 211
 """Tokens of the vocabulary: no multiple of 16, so that Megatron pads it."""
 HEAD = 16
+EXPERTS, CHOSEN = 8, 4
+"""Of a layer, and for a token. With two for a token, a router's gradient there is the difference of what these two have
+given: one number, of which rounding is all that is left now and then.
+"""
 OPTIMIZER = {
     "lr": 1e-2,
     "eps": 1e-3,
@@ -65,6 +69,9 @@ def hf_config(source: Any, layouts: Sequence[Layout], *, tied: bool, shared_keys
         "eos_token_id": None,
         "pad_token_id": None,
     }
+    if number_of_experts(source):
+        experts = math.lcm(EXPERTS, *(layout.parallel.ep for layout in layouts))
+        values |= {"num_experts": experts, "num_experts_per_tok": CHOSEN, "moe_intermediate_size": heads * head // 2}
     # One entry for each layer, in the families that have them; None is for what follows from the rest.
     of_layers = {"max_window_layers": max(stages, 2), "layer_types": None}
     values |= {name: value for name, value in of_layers.items() if name in values}

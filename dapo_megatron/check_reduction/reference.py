@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dapo_megatron.config import AlgoConfig, Config, CorrectionConfig
+from dapo_megatron.hf_folder import expert_parts
 from dapo_megatron.types import TrainSample
 
 
@@ -49,7 +50,9 @@ class Reference:
         from transformers import AutoModelForCausalLM
 
         self._config = config
-        self._model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+        # Other implementations of experts have no float64.
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, experts_implementation="eager")
+        self._model: Any = model.eval()
 
     def logprobs(self, sample: TrainSample) -> Tensor:
         """Return log p(token t | tokens before t) in nats, 0 for the first: float64 [L]."""
@@ -68,7 +71,7 @@ class Reference:
             name: torch.zeros_like(param, dtype=torch.float64) if param.grad is None else param.grad.double()
             for name, param in self._model.named_parameters()
         }
-        return Answer(0.0 if loss is None else loss.item(), gradients)
+        return Answer(0.0 if loss is None else loss.item(), as_in_files(gradients))
 
     def two_updates(self, first: Case, second: Case) -> dict[str, Tensor]:
         """Return the parameters after an AdamW step on each, made in float64. The model keeps them."""
@@ -93,7 +96,7 @@ class Reference:
             optimizer.step()
             for master, param in zip(masters, params, strict=True):
                 param.data.copy_(master.detach())
-        return {name: param.detach().double() for name, param in self._model.named_parameters()}
+        return as_in_files({name: param.detach().double() for name, param in self._model.named_parameters()})
 
     def _loss(self, batch: Case) -> Tensor | None:
         """Return the loss, None where no token is left in it."""
@@ -108,6 +111,15 @@ class Reference:
                     objective = objective - algo.kl.coef * _kl(policy - ref[kept].double(), algo.kl.estimator)
                 terms.append((sample.group, weights[kept] * objective))
         return -_mean(terms, algo) if terms else None
+
+
+def as_in_files(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Take tensors that join all experts of a layer apart."""
+    return {
+        part: tensor if at is None else tensor[at.expert, at.begin : at.end]
+        for name, tensor in tensors.items()
+        for part, at in (expert_parts(name, tensor.shape) or {name: None}).items()
+    }
 
 
 def objective_of(policy: Tensor, old: Tensor, advantage: float, algo: AlgoConfig) -> Tensor:

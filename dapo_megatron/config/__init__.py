@@ -118,6 +118,11 @@ class Config(Section):
                     f"train.logprob_tokens joins micro-batches, but with parallel.vpp({self.parallel.vpp}) they must "
                     f"stay a multiple of pp({self.parallel.pp}); leave it out"
                 )
+            if self.parallel.ep > 1:
+                raise ValueError(
+                    f"train.logprob_tokens joins micro-batches, but with parallel.ep({self.parallel.ep}) ranks must "
+                    f"have as many as those that they share out experts with; leave it out"
+                )
         # A sequence of L tokens fills L-1 slots; `pack` rounds those up and the budget down.
         slots = -(-(self.max_sequence_tokens - 1) // self.parallel.sequence_multiple) * self.parallel.sequence_multiple
         unit = self.parallel.sequence_multiple * self.parallel.total_multiple

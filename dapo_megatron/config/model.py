@@ -59,6 +59,9 @@ class ParallelConfig(Section):
     """Model chunks of each pipeline stage (virtual pipeline, interleaved 1F1B); 1 is the plain 1F1B schedule."""
     cp: PositiveInt = 1
     """Context-parallel size of the actor."""
+    ep: PositiveInt = 1
+    """Expert-parallel size of the actor: so many ranks, which replicas and context parallel have anyway, share out the
+    experts of each layer. All else of the model each of them has."""
     sequence_parallel: bool = False
     """Split activations along the sequence between tensor-parallel ranks."""
     distributed_optimizer: bool = True
@@ -103,14 +106,20 @@ class ParallelConfig(Section):
         """Return how many copies of the model `world_size` ranks hold.
 
         Raises:
-            ConfigError: where tp x pp x cp does not divide the world.
+            ConfigError: where tp x pp x cp does not divide the world, or ep what data and context parallel have of it.
         """
         if world_size % self.model_size:
             raise ConfigError(
                 f"parallel: tp({self.tp}) x pp({self.pp}) x cp({self.cp}) = {self.model_size} does not divide world "
                 f"size {world_size}; start a multiple of {self.model_size} ranks or choose smaller sizes"
             )
-        return world_size // self.model_size
+        dp = world_size // self.model_size
+        if dp * self.cp % self.ep:
+            raise ConfigError(
+                f"parallel: ep({self.ep}) does not divide dp({dp}) x cp({self.cp}) = {dp * self.cp}, the ranks that "
+                "experts are shared out to; start more ranks or choose a smaller ep"
+            )
+        return dp
 
 
 class LaunchConfig(Section):

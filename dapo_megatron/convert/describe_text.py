@@ -44,7 +44,8 @@ def _megatron(found: dict[str, Any]) -> list[str]:
         tensors = f"{counted(state['tensors'], 'tensor')}, {size(state['bytes'])}; " if state["tensors"] else ""
         lines.append(f"other state: {tensors}{counted(state['objects'], 'object')}")
     if manifest := found["manifest"]:
-        mesh = " x ".join(f"{axis}({manifest['parallel'].get(axis, 1)})" for axis in ("tp", "pp", "vpp", "cp"))
+        axes = ("tp", "pp", "vpp", "cp", *(["ep"] if manifest["parallel"].get("ep", 1) > 1 else []))
+        mesh = " x ".join(f"{axis}({manifest['parallel'].get(axis, 1)})" for axis in axes)
         lines.append(
             f"saved {manifest['written']} by dapo-megatron {manifest['dapo_megatron']}, "
             f"{counted(manifest['world_size'], 'rank')}, {mesh}"

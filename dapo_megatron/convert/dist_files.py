@@ -15,14 +15,20 @@ import io
 import pickle
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
 
 from dapo_megatron.convert.memory import bytes_of, read_exactly
 from dapo_megatron.errors import ConfigError
@@ -147,6 +153,7 @@ class DistReader:
             else:
                 self.objects.add(key)
         self._places: dict[MetadataIndex, Any] = self.metadata.storage_data
+        self._chunks_at: dict[tuple[str, int], dict[tuple[int, ...], list[ChunkStorageMetadata]] | None] = {}
         if problems := self.problems():
             raise CheckpointError(f"{folder}: {'; '.join(problems[:3])}")
 
@@ -154,20 +161,18 @@ class DistReader:
         """Return what can be seen to be missing without reading data, as sentences."""
         return file_problems(self.folder, self.metadata)
 
-    def read(self, key: str, layer: int | None = None) -> Tensor:
-        """Return a tensor whole, or its entry `layer` along the first axis, put together from its chunks.
+    def read(self, key: str, place: tuple[int, ...] = ()) -> Tensor:
+        """Return a tensor whole, or its entry at `place` along the first axes, put together from its chunks.
 
         Raises:
             CheckpointError: where a chunk is damaged or does not exist.
         """
         described = self.tensors[key]
-        size = list(described.size)
-        begin = [0] * len(size)
-        if layer is not None:
-            begin[0], size[0] = layer, 1
+        size = [*(1 for _ in place), *described.size[len(place) :]]
+        begin = [*place, *(0 for _ in size[len(place) :])]
         whole: Tensor | None = None
         found = 0
-        for chunk in described.chunks:
+        for chunk in self._chunks_near(key, place):
             overlap = [
                 (max(b, o), min(b + s, o + n))
                 for b, s, o, n in zip(begin, size, chunk.offsets, chunk.sizes, strict=True)
@@ -190,7 +195,19 @@ class DistReader:
             raise CheckpointError(
                 f"{self.folder}: the chunks of {key} hold {found} of the {torch.Size(size).numel()} numbers wanted"
             )
-        return whole if layer is None else whole[0]
+        return whole[(0,) * len(place)]
+
+    def _chunks_near(self, key: str, place: tuple[int, ...]) -> Sequence[ChunkStorageMetadata]:
+        """The chunks that may hold what is at a place: of a model with many experts, a key has thousands."""
+        ahead = len(place)
+        if (key, ahead) not in self._chunks_at:
+            found: dict[tuple[int, ...], list[ChunkStorageMetadata]] = {}
+            for chunk in self.tensors[key].chunks:
+                found.setdefault(tuple(chunk.offsets[:ahead]), []).append(chunk)
+            is_one = all(size == 1 for chunk in self.tensors[key].chunks for size in chunk.sizes[:ahead])
+            self._chunks_at[key, ahead] = found if is_one else None
+        near = self._chunks_at[key, ahead]
+        return self.tensors[key].chunks if near is None else near.get(place, ())
 
     def read_object(self, key: str) -> Any:
         """Return an object that lies among the tensors; torch.load allows tensors and plain values.
@@ -198,7 +215,7 @@ class DistReader:
         Raises:
             CheckpointError: where it is damaged, or is anything else.
         """
-        place = next(place for index, place in self._places.items() if index.fqn == key)
+        place = self._places[MetadataIndex(key)]
         file = self.folder / place.relative_path
         with file.open("rb") as opened:
             opened.seek(place.offset)

@@ -26,6 +26,7 @@ _INSPECT_CODES = (
     'docs/checkpoints.md, "Converting", has more.'
 )
 _DTYPES = ("float32", "bfloat16", "float16")
+_SIZES = {"tp": "tensor-parallel", "pp": "pipeline-parallel", "vpp": "virtual pipeline", "ep": "expert-parallel"}
 
 
 def add_convert(parser: argparse.ArgumentParser, *, to: str | None = None) -> None:
@@ -39,7 +40,7 @@ def add_convert(parser: argparse.ArgumentParser, *, to: str | None = None) -> No
     parser.add_argument("target", metavar="OUT", type=Path, help="the folder to write, which must not be there")
     if to != "hf":
         only = "" if to else " (to Megatron)"
-        for name, what in (("tp", "tensor-parallel"), ("pp", "pipeline-parallel"), ("vpp", "virtual pipeline")):
+        for name, what in _SIZES.items():
             parser.add_argument(f"--{name}", type=int, help=f"{what} size that is written{only}; any other can load it")
     if to != "megatron":
         parser.add_argument(
@@ -55,7 +56,7 @@ def add_convert(parser: argparse.ArgumentParser, *, to: str | None = None) -> No
         help="read the result again: every tensor by hash, and logits against transformers'",
     )
     parser.epilog = _CONVERT_CODES
-    parser.set_defaults(run=_convert, to=to, tp=None, pp=None, vpp=None)
+    parser.set_defaults(run=_convert, to=to, **dict.fromkeys(_SIZES))
     if to == "megatron":
         parser.set_defaults(hf_files=None)
 
@@ -150,16 +151,14 @@ def _check_direction(arguments: argparse.Namespace, *, is_megatron: bool) -> Non
     if arguments.to not in (None, wanted):
         tool = "megatron_to_hf" if is_megatron else "hf_to_megatron"
         raise ConfigError(f"{arguments.source} is a {is_a} checkpoint already; {tool}.py converts those")
-    if is_megatron and (given := [name for name in ("tp", "pp", "vpp") if getattr(arguments, name) is not None]):
+    if is_megatron and (given := [name for name in _SIZES if getattr(arguments, name) is not None]):
         raise ConfigError(f"--{given[0]} is for writing Megatron's format, but {arguments.source} is in it already")
     if not is_megatron and arguments.hf_files is not None:
         raise ConfigError(f"--hf-files is for Megatron checkpoints, but {arguments.source} is Hugging Face's")
 
 
 def _parallel(arguments: argparse.Namespace) -> ParallelConfig:
-    sizes: dict[str, Any] = {
-        name: 1 if (size := getattr(arguments, name)) is None else size for name in ("tp", "pp", "vpp")
-    }
+    sizes: dict[str, Any] = {name: 1 if (size := getattr(arguments, name)) is None else size for name in _SIZES}
     for name, size in sizes.items():
         if size < 1:
             raise ConfigError(f"--{name} {size}: at least 1 is needed")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +20,13 @@ from torch import Tensor
 
 from dapo_megatron.convert.dist_files import CheckpointError
 from dapo_megatron.convert.memory import read_exactly, write_exactly
+from dapo_megatron.hf_folder import expert_parts
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _LONGEST_HEADER = 100_000_000
 """As in safetensors itself."""
+_OF_EXPERT = re.compile(r"(?P<experts>.+\.mlp\.experts)\.\d+\.(?P<what>gate|up|down)_proj\.weight")
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -52,6 +55,28 @@ class Spec:
     @property
     def nbytes(self) -> int:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A tensor in a file: one of its own, or rows of one that joins all experts."""
+
+    whole: str
+    begin: int
+    """Bytes into `whole`."""
+    spec: Spec
+
+
+def _parts_of(name: str, spec: Spec) -> dict[str, _Part]:
+    rows, columns = spec.shape[-2:] if len(spec.shape) > 1 else (1, 1)
+    return {
+        part: _Part(
+            name,
+            (at.expert * rows + at.begin) * columns * spec.dtype.itemsize,
+            Spec(spec.dtype, (at.end - at.begin, columns)),
+        )
+        for part, at in expert_parts(name, spec.shape).items()
+    } or {name: _Part(name, 0, spec)}
 
 
 class TensorsFile:
@@ -88,21 +113,21 @@ class TensorsFile:
         if size < end:
             raise CheckpointError(f"{path} is cut short: it has {size:,} bytes, and its header wants {end:,}")
 
-    def read(self, name: str) -> Tensor:
-        """Return a tensor, read from the file."""
-        spec = self.specs[name]
-        memory = torch.empty(spec.nbytes, dtype=torch.uint8)
+    def read(self, name: str, part: _Part | None = None) -> Tensor:
+        """Return a tensor or a part of it, read from the file."""
+        part = part or _Part(name, 0, self.specs[name])
+        memory = torch.empty(part.spec.nbytes, dtype=torch.uint8)
         try:
             with self.path.open("rb") as file:
-                file.seek(self._begins[name])
+                file.seek(self._begins[name] + part.begin)
                 read_exactly(file, memory)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{self.path}: cannot read {name}: {error}") from error
-        return memory.view(spec.dtype).reshape(spec.shape)
+        return memory.view(part.spec.dtype).reshape(part.spec.shape)
 
 
 class TensorsFolder:
-    """The tensors of a Hugging Face checkpoint.
+    """The tensors of a Hugging Face checkpoint; one that joins all experts of a layer counts as those of each.
 
     Raises:
         CheckpointError: where a file that the index names is missing or damaged.
@@ -120,11 +145,19 @@ class TensorsFolder:
                 f"{folder / INDEX} places {len(lost)} tensors in files that do not have them, such as {lost[0]} in "
                 f"{self._places[lost[0]]}"
             )
-        self.specs = {name: self.files[file].specs[name] for name, file in self._places.items()}
+        whole = {name: self.files[file].specs[name] for name, file in self._places.items()}
+        self._parts = {part: place for name, spec in whole.items() for part, place in _parts_of(name, spec).items()}
+        self.specs = {name: part.spec for name, part in self._parts.items()}
+
+    @property
+    def joins_experts(self) -> bool:
+        """Whether a tensor of the files joins all experts of a layer."""
+        return len(self._parts) > len(self._places)
 
     def read(self, name: str) -> Tensor:
         """Return a tensor, read from its file."""
-        return self.files[self._places[name]].read(name)
+        part = self._parts[name]
+        return self.files[self._places[part.whole]].read(part.whole, part)
 
 
 def read_index(folder: Path) -> dict[str, str]:
@@ -153,6 +186,8 @@ def _without_index(folder: Path) -> list[str]:
 class TensorsWriter:
     """Safetensors files that are being written, their tensors known beforehand and given in any order.
 
+    Of one that joins all experts of a layer, those of each are given.
+
     Leave it without an error, and files and index are complete and on disk.
     """
 
@@ -164,7 +199,8 @@ class TensorsWriter:
         self._folder = folder
         shards = list(_shards(specs, limit))
         self._places: dict[str, tuple[str, int]] = {}
-        self._missing = set(specs)
+        self._parts = {part: place for name, spec in specs.items() for part, place in _parts_of(name, spec).items()}
+        self._missing = set(self._parts)
         for number, names in enumerate(shards, start=1):
             file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             self._begin(file, {name: specs[name] for name in names})
@@ -194,10 +230,11 @@ class TensorsWriter:
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write one of the tensors, which has the dtype and the shape that were announced."""
-        file, begin = self._places[name]
+        part = self._parts[name]
+        file, begin = self._places[part.whole]
         self._missing.remove(name)
         with (self._folder / file).open("r+b", buffering=0) as opened:
-            opened.seek(begin)
+            opened.seek(begin + part.begin)
             write_exactly(opened, tensor)
 
     def __enter__(self) -> Self:
@@ -216,6 +253,21 @@ class TensorsWriter:
     @property
     def _has_index(self) -> bool:
         return (self._folder / INDEX).is_file()
+
+
+def join_experts(specs: Mapping[str, Spec]) -> dict[str, Spec]:
+    """Return, in place of the tensors of each expert, those that join all of a layer."""
+    joined: dict[str, Spec] = {}
+    for name, spec in specs.items():
+        if (found := _OF_EXPERT.fullmatch(name)) is None:
+            joined[name] = spec
+        elif found["what"] != "up":  # its rows come after those of gate
+            what, times = ("gate_up", 2) if found["what"] == "gate" else ("down", 1)
+            whole = f"{found['experts']}.{what}_proj"
+            others = joined[whole].shape[0] if whole in joined else 0
+            rows, columns = spec.shape
+            joined[whole] = Spec(spec.dtype, (others + 1, times * rows, columns))
+    return joined
 
 
 def _shards(specs: Mapping[str, Spec], limit: int) -> Iterable[list[str]]:

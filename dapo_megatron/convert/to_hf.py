@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from dapo_megatron.config import ParallelConfig
-from dapo_megatron.convert.dist_files import CheckpointError, DistReader
+from dapo_megatron.convert.dist_files import CheckpointError, DistReader, peek_common
 from dapo_megatron.convert.layout import Weight
 from dapo_megatron.convert.mapping import DTYPES, Model
 from dapo_megatron.convert.output import copy_side_files, side_files, unfinished
 from dapo_megatron.convert.places import Place
 from dapo_megatron.convert.progress import progress
 from dapo_megatron.convert.side_config import declare_dtype, read_config
-from dapo_megatron.convert.tensors_file import Spec, TensorsWriter
+from dapo_megatron.convert.tensors_file import Spec, TensorsWriter, join_experts
+from dapo_megatron.convert.to_megatron import JOINED
 from dapo_megatron.errors import ConfigError
 
 SHARD_BYTES = 5_000_000_000
@@ -47,28 +48,29 @@ class MegatronModel:
             )
         self._check_shapes(folder, hf)
 
-    def _key(self, weight: Weight) -> tuple[str, int | None]:
-        """Under which key a weight lies, and at which place of the first axis.
+    def _key(self, weight: Weight) -> tuple[str, tuple[int, ...]]:
+        """Under which key a weight lies, and at which place of its first axes.
 
         Layers may be together, or, in checkpoints of models whose layers differ, each under its own name.
         """
         if weight.key in self.reader.tensors:
-            return weight.key, weight.layer
-        if weight.name in self.reader.tensors:
-            return weight.name, None
+            return weight.key, weight.place
+        if weight.key_of_layer in self.reader.tensors:
+            return weight.key_of_layer, weight.place[1:]
         raise CheckpointError(
             f"{self.reader.folder} lacks {weight.name} ({weight.key}); it has {len(self.reader.tensors)} tensors"
         )
 
     def _check_shapes(self, folder: Path, hf: Path) -> None:
-        for weight, (key, layer) in self._keys.items():
+        for weight, (key, place) in self._keys.items():
             size = tuple(self.reader.tensors[key].size)
-            rows, *rest = size if layer is None else size[1:]
-            wanted, *others = weight.shape
+            counts = weight.counts[len(weight.place) - len(place) :]
+            own, wanted = size[len(counts) :], weight.shape
             is_vocabulary = weight.key.startswith(("embedding.", "output_layer."))
-            fits = rows >= self.model.hf_config.vocab_size if is_vocabulary else rows == wanted
-            if not fits or rest != others or (layer is not None and size[0] != self.model.layout.layers):
-                whole = [*([] if layer is None else [self.model.layout.layers]), *weight.shape]
+            if is_vocabulary and own and own[0] >= self.model.hf_config.vocab_size:  # padded in any way
+                wanted = (own[0], *wanted[1:])
+            if (size[: len(counts)], own) != (counts, wanted):
+                whole = [*counts, *weight.shape]
                 raise ConfigError(f"{folder}: {key} has shape {list(size)}, but {hf / 'config.json'} makes it {whole}")
 
     def dtype(self, weight: Weight) -> torch.dtype:
@@ -119,7 +121,8 @@ def megatron_to_hf(place: Place, target: Path, dtype: str | None, hf: Path | Non
         dtypes = {str(spec.dtype).removeprefix("torch.") for spec in specs.values()}
         if len(dtypes) == 1:
             declare_dtype(folder / "config.json", dtypes.pop())
-        with TensorsWriter(folder, specs, SHARD_BYTES) as writer:
+        whole = join_experts(specs) if peek_common(place.folder).get(JOINED) is True else specs
+        with TensorsWriter(folder, whole, SHARD_BYTES) as writer:
             for weight in source.model.layout.weights:
                 for name, tensor in source.read(weight).items():
                     writer.write(name, tensor.to(specs[name].dtype))

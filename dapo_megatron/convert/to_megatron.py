@@ -19,6 +19,8 @@ from dapo_megatron.errors import ConfigError
 
 _COMMON = {"iteration": 0, "checkpoint_version": 3.0}
 """What Megatron-LM asks for; by the version, heads of queries, keys and values lie side by side in groups."""
+JOINED = "hf_joins_experts"
+"""In common.pt too: whether the Hugging Face files had one tensor for all experts of a layer."""
 
 
 def hf_to_megatron(source: Path, target: Path, parallel: ParallelConfig, dtype: str | None, file: TextIO) -> list[str]:
@@ -58,16 +60,16 @@ def hf_to_megatron(source: Path, target: Path, parallel: ParallelConfig, dtype: 
         copy_side_files(source, folder / HF)
         if dtype:
             declare_dtype(folder / HF / "config.json", dtype)
-        with DistWriter(folder, _COMMON) as writer:
+        with DistWriter(folder, {**_COMMON, **({JOINED: True} if tensors.joins_experts else {})}) as writer:
             for weight in weights:
                 parts = [tensors.read(name).to(dtypes[weight.key]) for name in model.names(weight)]
                 data = model.to_megatron(weight, parts)
                 parts.clear()
-                ahead = () if weight.layer is None else (weight.layer,)
-                size = (*([model.layout.layers] if ahead else []), *weight.shape)
+                size, ones = (*weight.counts, *weight.shape), (1,) * len(weight.place)
                 for chunk in weight.chunks:
                     cut = chunk.cut(data)
-                    writer.add(chunk.rank, weight.key, size, (*ahead, *chunk.begin), cut[None] if ahead else cut)
+                    offset = (*weight.place, *chunk.begin)
+                    writer.add(chunk.rank, weight.key, size, offset, cut.reshape(*ones, *cut.shape))
                     advance(cut.nbytes)
             for key, rank in model.layout.objects.items():
                 writer.add_object(rank, key, None)

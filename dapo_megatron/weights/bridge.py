@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from copy import copy
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,11 @@ _LOCAL_NAMES = {
     ".input_layernorm.": ".self_attention.linear_qkv.layer_norm_",
     ".pre_mlp_layernorm.": ".mlp.linear_fc1.layer_norm_",
 }
-"""Norms of Megatron's local layer spec -> the same, fused into the linear layer by Transformer Engine's."""
+"""Norms of Megatron's local layer spec -> the same, fused into the linear layer by Transformer Engine's. It does not
+fuse the norm before a router."""
+_LOCAL_EXPERT = re.compile(r"\.experts\.local_experts\.(\d+)\.(linear_fc[12]\.weight)$")
+"""A weight of an expert that is a module of its own. Transformer Engine has one for all, with weights that end so:"""
+_EXPERT = re.compile(r"(\.experts\.linear_fc[12]\.weight)(\d+)$")
 _NAMED_LIKE = {"mistral": "llama"}
 """Model types that mbridge does not know -> those whose tensors have the same names and shapes."""
 
@@ -39,6 +44,8 @@ def make_bridge(hf_config: Any, parallel_states: Any = None) -> Any:
         raise ConfigError(
             f"model.path: mbridge has no mapping for {hf_config.model_type!r}; use a supported architecture"
         )
+    experts = getattr(hf_config, "num_experts", None)
+    local_names = {local: fused for local, fused in _LOCAL_NAMES.items() if not experts or "pre_mlp" not in local}
     own_config = copy(hf_config)
     own_config.head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
 
@@ -50,7 +57,7 @@ def make_bridge(hf_config: Any, parallel_states: Any = None) -> Any:
 
         def _build_config(self) -> Any:
             # Of Megatron's config for the model, which model.py makes, the mapping reads no more.
-            return SimpleNamespace(gated_linear_unit=True)
+            return SimpleNamespace(gated_linear_unit=True, num_moe_experts=experts)
 
         def _adjust_mapping_for_shared_weights(self) -> None:
             # Not every class of mbridge does so.
@@ -58,9 +65,19 @@ def make_bridge(hf_config: Any, parallel_states: Any = None) -> Any:
                 self._DIRECT_MAPPING["output_layer.weight"] = self._DIRECT_MAPPING["embedding.word_embeddings.weight"]
 
         def _weight_name_mapping_mcore_to_hf(self, mcore_weights_name: str) -> list[str]:
-            for local, fused in _LOCAL_NAMES.items():
+            for local, fused in local_names.items():
                 mcore_weights_name = mcore_weights_name.replace(local, fused)
             return super()._weight_name_mapping_mcore_to_hf(mcore_weights_name)
+
+        def _weight_name_mapping_mcore_local_to_global(self, model: Any, consider_ep: bool = True) -> dict[str, str]:
+            # By the names of experts mbridge finds them, and counts them over expert-parallel ranks.
+            found = super()._weight_name_mapping_mcore_local_to_global(model, consider_ep=False)
+            first = experts // self.mpu.ep_size * self.mpu.ep_rank if experts and consider_ep else 0
+
+            def of_all(name: str) -> str:
+                return _EXPERT.sub(lambda expert: f"{expert[1]}{first + int(expert[2])}", _grouped(name))
+
+            return {local: of_all(name) for local, name in found.items()}
 
         def _weight_split_across_tp(
             self, mcore_weights_name: str, mcore_weights: Tensor, param: Tensor, tp_split_size: int
@@ -84,6 +101,11 @@ def make_bridge(hf_config: Any, parallel_states: Any = None) -> Any:
             return super()._weight_to_hf_format(mcore_weights_name, mcore_weights)
 
     return Bridge()
+
+
+def _grouped(name: str) -> str:
+    """Return the name that Transformer Engine has for a weight of an expert, and any other as it is."""
+    return _LOCAL_EXPERT.sub(r".experts.\2\1", name)
 
 
 def _is_vocabulary(mcore_name: str) -> bool:

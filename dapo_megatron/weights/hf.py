@@ -21,7 +21,7 @@ from dapo_megatron.hf_folder import read_hf_config, tensor_files
 from dapo_megatron.weights.bridge import make_bridge
 from dapo_megatron.weights.buckets import Named, buckets, only_sizes
 from dapo_megatron.weights.publish import AfterLeader
-from dapo_megatron.weights.read import fill, held, share
+from dapo_megatron.weights.read import fill, held, is_expert, share
 from dapo_megatron.weights.side_files import copy_side_files, declare_tokenizer
 
 _SHARD_BYTES = 4 << 30
@@ -45,6 +45,7 @@ class HfCheckpoint:
         """Fill this rank's GPTModels, converted to their dtype.
 
         The ranks of one replica read, each its own part and without the others. From them, the other replicas get it.
+        With expert parallel, those that have the replica's other experts read these.
 
         Args:
             together: called on every rank between the two; returns when all have come there, however long one reads.
@@ -55,10 +56,14 @@ class HfCheckpoint:
         """
         self._bridge.dtype = next(chunks[0].parameters()).dtype
         replicas: Any = mpu.get_data_parallel_group(with_context_parallel=True)
-        if replicas.rank() == 0:
-            fill(self._bridge, chunks, self._checked(chunks))
+        of_experts: Any = mpu.get_expert_data_parallel_group()
+        if of_experts.rank() == 0:
+            files = self._checked(chunks)
+            fill(self._bridge, chunks, files, is_expert if replicas.rank() else lambda name: True)
         together("weights read")
-        share([param for _, _, param in held(self._bridge, chunks)], replicas)
+        params = list(held(self._bridge, chunks))
+        share([param for name, _, param in params if not is_expert(name)], replicas)
+        share([param for name, _, param in params if is_expert(name)], of_experts)
 
     def export(self, chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the model under its Hugging Face name, whole, on every rank.
@@ -130,12 +135,13 @@ class HfCheckpoint:
         declare_tokenizer(folder)
 
     def _checked(self, chunks: Sequence[torch.nn.Module]) -> dict[str, Path]:
-        """Return where every tensor is, if these are what the stages want together. Collective over them."""
+        """Return where every tensor is, if these are what the ranks that read want together. Collective over them."""
         mine = {source for _, sources, _ in held(self._bridge, chunks) for source in sources}
-        stages: list[Any] = [None] * mpu.get_pipeline_model_parallel_world_size()
+        readers: Any = mpu.get_expert_tensor_model_pipeline_parallel_group()
+        parts: list[Any] = [None] * readers.size()
         # Before files are opened: storage may answer late.
-        dist.all_gather_object(stages, mine, group=mpu.get_pipeline_model_parallel_group())
-        wanted = set().union(*stages)
+        dist.all_gather_object(parts, mine, group=readers)
+        wanted = set().union(*parts)
         files = tensor_files(self.path)
         there = set(files)
         # Copies that some exporters write although the model computes or ties them.

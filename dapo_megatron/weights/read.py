@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,19 @@ def held(bridge: Any, chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, 
             yield name, bridge._weight_name_mapping_mcore_to_hf(name), params[local]
 
 
+def is_expert(name: str) -> bool:
+    """Return whether this is one expert's, by the name that `held` gives."""
+    return ".mlp.experts." in name
+
+
 @torch.no_grad()
-def fill(bridge: Any, chunks: Sequence[torch.nn.Module], files: Mapping[str, Path]) -> None:
-    """Read this rank's part of every tensor that it holds. No other rank takes part.
+def fill(
+    bridge: Any,
+    chunks: Sequence[torch.nn.Module],
+    files: Mapping[str, Path],
+    wanted: Callable[[str], bool] = lambda name: True,
+) -> None:
+    """Read this rank's part of every tensor that it holds and that is `wanted`. No other rank takes part.
 
     Files are mapped: ranks of one machine that want parts of the same tensor read it once from the disk, and beside the
     model a rank needs memory for a tensor or two.
@@ -54,6 +64,8 @@ def fill(bridge: Any, chunks: Sequence[torch.nn.Module], files: Mapping[str, Pat
             return opened[file].get_tensor(name)
 
         for name, sources, param in held(bridge, chunks):
+            if not wanted(name):
+                continue
             tensors = [read(source) for source in sources]
             try:
                 whole = bridge._weight_to_mcore_format(name, tensors)

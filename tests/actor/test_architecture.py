@@ -5,9 +5,16 @@ import sys
 from typing import Any
 
 import pytest
-from transformers import GemmaConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import GemmaConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
-from dapo_megatron.actor.architecture import attention_tokens, check_layout, padded_vocab, rope_parameters
+from dapo_megatron.actor.architecture import (
+    FAMILIES,
+    attention_tokens,
+    check_layout,
+    check_trains,
+    padded_vocab,
+    rope_parameters,
+)
 from dapo_megatron.config import ParallelConfig
 from dapo_megatron.errors import ConfigError
 
@@ -66,7 +73,7 @@ def test_the_arithmetic_is_in_the_message(parallel: dict[str, Any], message: str
 
 
 def test_other_architectures_are_refused_with_the_supported_ones() -> None:
-    with pytest.raises(ConfigError, match="'gemma' is not supported; supported: qwen2, qwen3, llama, mistral"):
+    with pytest.raises(ConfigError, match=f"'gemma' is not supported; supported: {', '.join(FAMILIES)}"):
         check_layout(GemmaConfig(), ParallelConfig())
 
 
@@ -105,6 +112,19 @@ def test_variants_that_would_be_computed_wrongly_are_refused(change: dict[str, A
 def test_so_are_those_of_the_other_families(config: Any, change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check_layout(config(**{**QWEN, **change}), ParallelConfig())
+
+
+def test_what_a_model_of_experts_needs_to_train() -> None:
+    config = Qwen3MoeConfig(**QWEN, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=32)
+    check_trains(config, ParallelConfig(tp=2, sequence_parallel=True, ep=4))
+    check_layout(config, ParallelConfig(tp=2))
+    with pytest.raises(ConfigError, match=r"with tp\(2\), Megatron trains experts only where .*_parallel=true"):
+        check_trains(config, ParallelConfig(tp=2))
+    with pytest.raises(ConfigError, match=r"ep\(4\) does not divide dp\(3\) x cp\(2\) = 6, the ranks that"):
+        ParallelConfig(ep=4, cp=2).data_parallel(6)
+    # Of 8 experts, the 2 that a token goes to.
+    weights = 6 * 48 * (2 * 48 + 2 * 16 + 3 * 2 * 32) + 48 * config.vocab_size
+    assert attention_tokens(config) == weights / (6 * 48)
 
 
 def test_llama_3_1_as_it_is_published_is_accepted() -> None:

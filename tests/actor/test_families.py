@@ -10,6 +10,7 @@ import torch
 
 from dapo_megatron.actor.architecture import SUPPORTED
 from dapo_megatron.check_reduction.check import check_reduction
+from dapo_megatron.check_reduction.reference import as_in_files
 from tests.actor.test_actor import BATCHES, build, exported
 from tests.helpers.batches import make_mini_batch, ratio_loss, reference_logprobs, worst_relative_error
 from tests.helpers.distributed import POOL
@@ -35,7 +36,7 @@ def test_one_rank_agrees_with_hugging_face(alone: Any, family: str, tied: bool, 
         assert off <= 2e-6, off
         total = total + ratio_loss(logprobs_T, batch).loss_sum
     (total / mini_batch.loss_tokens).backward()
-    want = {name: param.grad for name, param in model.named_parameters()}
+    want = as_in_files({name: param.grad for name, param in model.named_parameters()})
 
     actor.gradient(mini_batch, ratio_loss)
     with actor.gradients_as_weights():
@@ -50,6 +51,17 @@ def test_gradients_do_not_depend_on_the_layout(family: str, tmp_path: Path, caps
     save_tiny(tmp_path, family)
     config = make_config(tmp_path)
     layouts = ["tp2", "tp2xcp2+sp", "dp2xpp2+vpp2+dist-opt+overlap"]
+    passed = check_reduction(config, layouts, processes=4, dtype="float32", pool=POOL)
+    assert passed, capsys.readouterr().out
+
+
+@pytest.mark.multiproc
+@pytest.mark.slow
+def test_nor_do_those_of_experts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_tiny(tmp_path, "qwen3_moe")
+    config = make_config(tmp_path)
+    layouts = ["1", "tp2xcp2+sp", "dp2xpp2+vpp2+dist-opt+overlap"]
+    layouts += ["dp2+ep2", "dp4+ep2+dist-opt", "dp2xpp2+ep2+dist-opt+overlap", "tp2xcp2+ep2+sp"]
     passed = check_reduction(config, layouts, processes=4, dtype="float32", pool=POOL)
     assert passed, capsys.readouterr().out
 

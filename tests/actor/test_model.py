@@ -10,12 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
 from dapo_megatron.config import MemoryConfig, ModelConfig, ParallelConfig
 from tests.helpers.batches import make_micro_batch, make_mini_batch, ratio_loss, worst_relative_error
 from tests.helpers.models import make_config, save_qwen2
 
+QWEN_MOE = Qwen3MoeConfig(hidden_size=2048, norm_topk_prob=True, **{"head_dim": 128})
+"""Sizes of Qwen3-30B-A3B, which are transformers' defaults."""
 QWEN_7B = Qwen2Config(
     vocab_size=152_064,
     hidden_size=3584,
@@ -206,3 +208,18 @@ def test_apex_is_for_bfloat16_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not accumulates(False, True, torch.bfloat16)
     assert not accumulates(True, False, torch.bfloat16)
     assert not accumulates(True, True, torch.float32)
+
+
+def test_experts_are_routed_as_hugging_face_routes_and_recomputed_as_such() -> None:
+    from dapo_megatron.actor.model import transformer_config
+
+    model = ModelConfig.model_validate({"path": ".", "layers": "torch"})
+    memory = MemoryConfig(recompute="selective", recompute_modules=["mlp", "core_attn"])
+    config = transformer_config(QWEN_MOE, model, ParallelConfig(tp=2, ep=4, sequence_parallel=True), memory)
+    assert (config.num_moe_experts, config.moe_router_topk, config.moe_ffn_hidden_size) == (128, 8, 768)
+    assert (config.expert_model_parallel_size, config.expert_tensor_parallel_size) == (4, 2)
+    assert (config.moe_router_dtype, config.moe_router_pre_softmax) == ("fp32", False)
+    assert (config.moe_router_load_balancing_type, config.moe_aux_loss_coeff) == ("none", 0)
+    assert config.recompute_modules == ["moe", "core_attn"]
+    unnormalised = Qwen3MoeConfig(norm_topk_prob=False)
+    assert transformer_config(unnormalised, model, ParallelConfig(), MemoryConfig()).moe_router_pre_softmax

@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from dapo_megatron.check_reduction.reference import as_in_files
 from tests.helpers.batches import make_micro_batch, make_mini_batch, ratio_loss, reference_logprobs
 from tests.helpers.distributed import run_distributed
-from tests.helpers.models import load_reference, make_config, save_qwen2
+from tests.helpers.models import load_reference, make_config, save_qwen2, save_tiny
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, {}),
@@ -95,7 +96,7 @@ def measure(model_path: Path, parallel: dict[str, Any]) -> tuple[dict[str, Tenso
 def reference_gradients(model_path: Path, loaded: dict[str, Tensor]) -> dict[str, float]:
     """Computes norms of the first step's gradients with Hugging Face's model in float64."""
     model = load_reference(model_path)
-    assert {name for name, _ in model.named_parameters()} == set(loaded)
+    assert set(as_in_files(dict(model.named_parameters()))) == set(loaded)
     with torch.no_grad():
         batches = [replace(batch, old_logprobs_T=reference_logprobs(model, batch)) for batch in all_batches()]
     loss = torch.stack([ratio_loss(reference_logprobs(model, batch), batch).loss_sum for batch in batches]).sum()
@@ -107,8 +108,18 @@ def reference_gradients(model_path: Path, loaded: dict[str, Tensor]) -> dict[str
 @pytest.mark.slow
 @pytest.mark.parametrize(("layout", "tied"), CASES, ids=[name + ("-tied" if tied else "") for name, tied in CASES])
 def test_every_layout_measures_the_same_model(layout: str, tied: bool, tmp_path: Path) -> None:
-    ranks, parallel = LAYOUTS[layout]
-    model_path = save_qwen2(tmp_path, tied=tied, layers=4)
+    check_measures(save_qwen2(tmp_path, tied=tied, layers=4), *LAYOUTS[layout], tied=tied)
+
+
+@pytest.mark.multiproc
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", [{"ep": 2}, {"ep": 2, "tp": 2, "sequence_parallel": True}], ids=["ep2", "tp2-ep2"])
+def test_so_do_ranks_that_share_out_experts(parallel: dict[str, Any], tmp_path: Path) -> None:
+    model_path = save_tiny(tmp_path, "qwen3_moe", tied=False)
+    check_measures(model_path, 2 * parallel.get("tp", 1), parallel, tied=False)
+
+
+def check_measures(model_path: Path, ranks: int, parallel: dict[str, Any], *, tied: bool) -> None:
     results = run_distributed(measure, ranks, model_path, parallel)
     before, steps = results[0]
     kinds = {"norm", "embedding", "attention", "mlp"} if tied else {"norm", "embedding", "attention", "mlp", "output"}

@@ -13,7 +13,7 @@ import torch
 from dapo_megatron.actor.sharded import boxes, load_sharded_state, sharded_state
 from tests.helpers.batches import make_micro_batch, make_mini_batch, ratio_loss
 from tests.helpers.distributed import run_distributed
-from tests.helpers.models import make_config, save_qwen2
+from tests.helpers.models import make_config, save_qwen2, save_tiny
 
 
 @pytest.mark.parametrize("shape", [(7,), (3, 5), (1, 6), (5, 1), (2, 3, 4)])
@@ -30,13 +30,14 @@ def test_boxes_hold_the_elements_of_a_range_in_order(shape: tuple[int, ...]) -> 
 
 def states(optimizer: Any) -> dict[str, list[torch.Tensor]]:
     """Return main parameters and moments of this rank, by name, and the steps done."""
-    inner = optimizer.chained_optimizers[0].optimizer
-    params = [param for group in inner.param_groups for param in group["params"]]
-    return {
-        "param": [param.detach().clone() for param in params],
-        **{name: [inner.state[param][name].clone() for param in params] for name in ("exp_avg", "exp_avg_sq")},
-        "step": [torch.tensor(group["step"]) for group in inner.param_groups if group["params"]],
-    }
+    found: dict[str, list[torch.Tensor]] = {name: [] for name in ("param", "exp_avg", "exp_avg_sq", "step")}
+    for inner in (part.optimizer for part in optimizer.chained_optimizers):
+        for group in inner.param_groups:
+            found["param"] += [param.detach().clone() for param in group["params"]]
+            for name in ("exp_avg", "exp_avg_sq"):
+                found[name] += [inner.state[param][name].clone() for param in group["params"]]
+            found["step"] += [torch.tensor(group["step"])] if group["params"] else []
+    return found
 
 
 def exchange(checkpoint: Path, folder: Path, parallel: dict[str, Any], dtype: str) -> list[str]:
@@ -52,10 +53,15 @@ def exchange(checkpoint: Path, folder: Path, parallel: dict[str, Any], dtype: st
     try:
         actor = Actor(config, topo, HfCheckpoint(checkpoint))
         model: Any = actor.chunks[0]
-        metadata = {"distrib_optim_sharding_type": "fully_reshardable", "dp_cp_group": actor._groups.dp_cp}
+        metadata = {
+            "distrib_optim_sharding_type": "fully_reshardable",
+            "chained_optim_avoid_prefix": True,
+            "dp_cp_group": actor._groups.dp_cp,
+        }
 
         def update(seed: int) -> None:
-            batches = [make_micro_batch([12, 8, 4], seed=seed + part, multiple=4) for part in range(2)]
+            parts = range(max(2, topo.dp))  # replicas that share out experts have as many of them
+            batches = [make_micro_batch([12, 8, 4], seed=seed + part, multiple=4) for part in parts]
             tokens = sum(batch.loss_tokens for batch in batches)
             (batch,), _ = actor.with_old_logprobs([make_mini_batch(batches[topo.dp_rank :: topo.dp], tokens)])
             actor.update(batch, ratio_loss, lr=1e-2)
@@ -114,4 +120,18 @@ def test_slices_are_the_state_that_megatron_saves(
     model = save_qwen2(tmp_path / "model", tied="pp" not in parallel)
     (tmp_path / "saved").mkdir()
     lost = run_distributed(exchange, ranks, model, tmp_path / "saved", parallel, dtype)
+    assert lost == [[]] * ranks
+
+
+@pytest.mark.multiproc
+@pytest.mark.parametrize(
+    ("ranks", "parallel"),
+    [(2, {}), (2, {"ep": 2}), (4, {"ep": 2}), (4, {"tp": 2, "sequence_parallel": True, "ep": 2})],
+    ids=["dp2", "ep2", "dp4-ep2", "tp2-ep2"],
+)
+def test_those_of_experts_are_too(tmp_path: Path, ranks: int, parallel: dict[str, Any]) -> None:
+    """Experts that ranks share out have an optimizer of their own."""
+    model = save_tiny(tmp_path / "model", "qwen3_moe")
+    (tmp_path / "saved").mkdir()
+    lost = run_distributed(exchange, ranks, model, tmp_path / "saved", parallel, "bfloat16")
     assert lost == [[]] * ranks

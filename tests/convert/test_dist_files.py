@@ -32,7 +32,7 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
     whole = write(tmp_path / "a")
     reader = check(tmp_path / "a")
     assert torch.equal(reader.read(KEY), whole)
-    assert torch.equal(reader.read(KEY, 1), whole[1])
+    assert torch.equal(reader.read(KEY, (1,)), whole[1])
     assert reader.read_object("state/shard_0_1") == [{"step": 3}]
     assert peek_common(tmp_path / "a") == {"iteration": 12}
 
@@ -145,8 +145,8 @@ def test_a_chunk_that_is_not_what_the_index_says(tmp_path: Path) -> None:
     (tmp_path / "a/.metadata").write_bytes(pickle.dumps(metadata))
     reader = DistReader(tmp_path / "a")
     with pytest.raises(CheckpointError, match=r"the chunks of .* hold 6 of the 12 numbers wanted"):
-        reader.read(KEY, 0)
-    assert reader.read(KEY, 1).shape == (4, 3)
+        reader.read(KEY, (0,))
+    assert reader.read(KEY, (1,)).shape == (4, 3)
 
 
 def test_an_interrupted_writer_leaves_no_index(tmp_path: Path) -> None:
@@ -163,3 +163,15 @@ def test_views_are_saved_without_the_rest_of_their_memory(tmp_path: Path) -> Non
         writer.add(0, KEY, (1, 4), (0, 0), torch.zeros(1_000_000).view(-1, 4)[5:6])
     assert (tmp_path / "a/__0_0.distcp").stat().st_size < 4000
     assert zipfile.is_zipfile(tmp_path / "a/common.pt")
+
+
+def test_a_chunk_may_hold_several_layers(tmp_path: Path) -> None:
+    whole = torch.arange(24.0).view(3, 2, 4)
+    (tmp_path / "a").mkdir()
+    with DistWriter(tmp_path / "a", {}) as writer:
+        writer.add(0, KEY, (3, 2, 4), (0, 0, 0), whole[:2])
+        writer.add(1, KEY, (3, 2, 4), (2, 0, 0), whole[2:])
+    reader = DistReader(tmp_path / "a")
+    for layer in range(3):
+        assert torch.equal(reader.read(KEY, (layer,)), whole[layer])
+        assert torch.equal(reader.read(KEY, (layer, 1)), whole[layer, 1])

@@ -44,20 +44,23 @@ def form(reader: DistReader) -> dict[str, Any]:
 
 
 LAYOUTS = {"tp1": {}, "tp2": {"tp": 2}, "tp4": {"tp": 4}, "tp2pp2": {"tp": 2, "pp": 2}, "pp2vpp2": {"pp": 2, "vpp": 2}}
+OF_EXPERTS = {"tp2ep2": {"tp": 2, "ep": 2}, "ep4": {"ep": 4}}
 CASES = [
     *(("qwen2", layout, tied) for layout in LAYOUTS for tied in (True, False)),
     *((family, "tp2pp2", False) for family in FAMILIES if family != "qwen2"),
     ("qwen3", "tp4", True),
+    ("qwen3_moe", "tp2ep2", True),
+    ("qwen3_moe", "ep4", False),
 ]
 
 
 @pytest.mark.multiproc
 @pytest.mark.parametrize(("family", "layout", "tied"), CASES)
 def test_a_conversion_is_what_megatron_saves(family: str, layout: str, tied: bool, tmp_path: Path) -> None:
-    parallel: dict[str, Any] = LAYOUTS[layout]
+    parallel: dict[str, Any] = (LAYOUTS | OF_EXPERTS)[layout]
     source = save_tiny(tmp_path / "hf", family, tied=tied, layers=4, dtype=torch.bfloat16)
     (tmp_path / "saved").mkdir()
-    ranks = parallel.get("tp", 1) * parallel.get("pp", 1)
+    ranks = parallel.get("tp", 1) * parallel.get("pp", 1) * parallel.get("ep", 1)
     run_distributed(save_by_megatron, ranks, source, tmp_path / "saved", parallel, "bfloat16")
     to_megatron(source, tmp_path / "converted", **parallel)
     saved, converted = check(tmp_path / "saved"), check(tmp_path / "converted")
@@ -67,6 +70,7 @@ def test_a_conversion_is_what_megatron_saves(family: str, layout: str, tied: boo
         "_extra_state",
         "self_attention.q_layernorm._extra_state",
         "self_attention.k_layernorm._extra_state",
+        "pre_mlp_layernorm._extra_state",
     }
     assert {key: got[key] for key in want} == want
     for key in saved.tensors:
@@ -88,6 +92,15 @@ def test_megatron_loads_a_conversion_in_other_layouts(family: str, tied: bool, t
         assert all(counts)
 
 
+@pytest.mark.multiproc
+def test_megatron_loads_experts_in_other_layouts(tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "hf", "qwen3_moe", tied=False, layers=4)
+    to_megatron(source, tmp_path / "converted", tp=2, pp=2, ep=2)
+    for parallel, ranks in (({"ep": 2}, 2), ({"tp": 2}, 2), ({"tp": 2, "ep": 2}, 4), ({"ep": 2}, 4)):
+        counts = run_distributed(load_by_megatron, ranks, source, tmp_path / "converted", parallel, "float32")
+        assert all(counts)
+
+
 def save_run(model: Path, folder: Path, parallel: dict[str, Any], dtype: str) -> dict[str, Tensor]:
     """Called on ranks: a run's checkpoint, with the optimizer's state, after a step. Returns the weights."""
     from dapo_megatron.actor import topology
@@ -101,9 +114,9 @@ def save_run(model: Path, folder: Path, parallel: dict[str, Any], dtype: str) ->
     topo = topology.initialize(config.parallel)
     hf = HfCheckpoint(model)
     actor = Actor(config, topo, hf)
-    batches, _ = actor.with_old_logprobs(
-        [make_mini_batch([make_micro_batch([12, 8], seed=topo.dp_rank, multiple=4)] * 2)]
-    )
+    micro_batches = [make_micro_batch([12, 8], seed=topo.dp_rank, multiple=4)] * 2
+    tokens = topo.dp * sum(batch.loss_tokens for batch in micro_batches)
+    batches, _ = actor.with_old_logprobs([make_mini_batch(micro_batches, tokens)])
     actor.update(batches[0], ratio_loss, lr=1e-2)
     checkpoints = Checkpoints(config, topo, actor, hf, RunState({} if topo.is_leader else None), tell=print)
     checkpoints.save(5)
@@ -125,3 +138,16 @@ def test_a_runs_checkpoint_converts(layout: str, dtype: str, tmp_path: Path) -> 
     found = describe(tmp_path / "run")
     assert (found["step"], found["parameters"], found["missing"]) == (5, 32_864, [])
     assert found["optimizer_and_other_state"]["parameters"] >= 2 * found["parameters"]
+
+
+@pytest.mark.multiproc
+def test_so_does_that_of_a_run_whose_ranks_share_out_experts(tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "hf", "qwen3_moe")
+    weights, _ = run_distributed(save_run, 2, source, tmp_path, {"ep": 2}, "bfloat16")
+    to_hf(tmp_path / "run", tmp_path / "back")
+    assert_same_tensors(tensors(tmp_path / "back"), weights)
+    assert not all(torch.equal(weights[name], tensor) for name, tensor in tensors(source).items())
+    found = describe(tmp_path / "run")
+    assert (found["parameters"], found["missing"]) == (sum(tensor.numel() for tensor in weights.values()), [])
+    # Main parameters and two moments of all experts, each once.
+    assert found["optimizer_and_other_state"]["parameters"] >= 3 * found["parameters"]

@@ -29,6 +29,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
         },
     },
     "mistral": {"model_type": "mistral", "sliding_window": None},
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        "head_dim": 16,
+        "moe_intermediate_size": 24,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+    },
 }
 """What the configs of the families say besides TINY."""
 
@@ -62,7 +70,8 @@ def load_reference(folder: Path, dtype: torch.dtype = torch.float64) -> Any:
     """Loads the Hugging Face model of a checkpoint."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    # Other implementations of experts have no float64.
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, experts_implementation="eager").eval()
 
 
 def make_config(checkpoint: Path, /, **sections: dict[str, Any]) -> Config:

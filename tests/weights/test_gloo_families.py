@@ -26,6 +26,7 @@ PROMPT = Prompt("p", tuple(3 + 7 * i % 60 for i in range(300)), "", "")
 SIZES: dict[str, dict[str, Any]] = {
     "qwen3": {"tied": True, "head_dim": 64},
     "llama3": {"tied": False},
+    "qwen3_moe": {"tied": False, "head_dim": 64, "moe_intermediate_size": 64},
 }
 """Heads of 64 and 32 channels, which vLLM has kernels for."""
 

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dapo_megatron.check_reduction.reference import as_in_files
 from dapo_megatron.config import ParallelConfig
 from dapo_megatron.errors import ConfigError, DapoError
 from tests.helpers.distributed import run_distributed
@@ -88,13 +89,32 @@ def test_round_trip_is_bit_exact(
     """Of every family."""
     exported = run_distributed(round_trip, ranks, originals, TRIPS, dtype, parallel, tmp_path)[-1]
     for name in TRIPS:
-        want = load_reference(originals / name, getattr(torch, dtype)).state_dict()
-        again = load_reference(tmp_path / name, "auto").state_dict()  # type: ignore[arg-type]
+        want = as_in_files(load_reference(originals / name, getattr(torch, dtype)).state_dict())
+        again = as_in_files(load_reference(tmp_path / name, "auto").state_dict())  # type: ignore[arg-type]
         assert set(again) == set(want)
         assert all(torch.equal(again[key], want[key]) for key in want)
         keys = {key.removeprefix(f"{name}:") for key in exported if key.startswith(f"{name}:")}
         assert keys == set(want) - ({"lm_head.weight"} if name.endswith("-tied") else set())
         assert all(torch.equal(exported[f"{name}:{key}"], want[key]) for key in keys)
+
+
+@pytest.mark.multiproc
+@pytest.mark.parametrize(
+    ("parallel", "ranks"), [({"ep": 2}, 2), ({"ep": 2}, 4), ({"tp": 2, "ep": 2}, 4), ({"pp": 2, "ep": 2}, 4)], ids=str
+)
+def test_so_is_that_of_experts_that_ranks_share_out(
+    originals: Path, parallel: dict[str, int], ranks: int, tmp_path: Path
+) -> None:
+    names = [name for name in TRIPS if "moe" in name]
+    for exported in run_distributed(round_trip, ranks, originals, names, "float32", parallel, tmp_path):
+        for name in names:
+            want = as_in_files(load_reference(originals / name, torch.float32).state_dict())
+            assert all(
+                torch.equal(exported[key], want[key.removeprefix(f"{name}:")]) for key in exported if name in key
+            )
+            again = as_in_files(load_reference(tmp_path / name, torch.float32).state_dict())
+            assert set(again) == set(want)
+            assert all(torch.equal(again[key], want[key]) for key in want)
 
 
 def build(path: Path) -> tuple[Any, Any]:

@@ -32,11 +32,13 @@ def enable() -> None:
     global _enabled
     if _enabled:
         return
-    from dapo_megatron.actor.cpu import adam, rope, shim
+    from dapo_megatron.actor.cpu import adam, rope, shim, uneven
 
     shim.install()
     adam.install()
     rope.install()
+    uneven.install()
+    _route_by_torch()
     _enabled = True
 
 
@@ -50,6 +52,13 @@ def enable_on_cuda() -> None:
     grad_norm.install()
     if find_spec("transformer_engine") is None:
         adam.install()
+        _route_by_torch()
+
+
+def _route_by_torch() -> None:
+    """Megatron's router looks for a product of Transformer Engine's, also where its import has failed."""
+    routing: Any = import_module("megatron.core.transformer.moe.moe_utils")
+    routing.te_general_gemm = None
 
 
 def block_spec(config: TransformerConfig, vp_stage: int | None, pp_rank: int) -> TransformerBlockSubmodules:
@@ -60,7 +69,13 @@ def block_spec(config: TransformerConfig, vp_stage: int | None, pp_rank: int) ->
     from dapo_megatron.actor.cpu.attention import PackedAttention
     from dapo_megatron.actor.cpu.norm import RMSNorm
 
-    layer: Any = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
+    layer: Any = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts, normalization="RMSNorm", qk_layernorm=config.qk_layernorm
+    )
+    if config.num_moe_experts:
+        # Megatron would call the norm before a router what it is called before a dense MLP, where Transformer Engine
+        # fuses it. In checkpoints of its layers it has a name of its own.
+        del layer.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = PackedAttention
     if config.qk_layernorm:

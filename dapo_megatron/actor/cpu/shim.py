@@ -37,6 +37,10 @@ _MODULES = (
     "models.common.embeddings.rotary_pos_embedding",
     "models.common.embeddings.rope_utils",
     "transformer.attention",
+    "transformer.moe.moe_layer",
+    "transformer.moe.moe_utils",
+    "transformer.moe.router",
+    "transformer.moe.token_dispatcher",
     "transformer.transformer_layer",
     "transformer.transformer_block",
     "transformer.utils",
@@ -67,6 +71,8 @@ def install() -> None:
             module.torch = proxy  # type: ignore[attr-defined]
     _wrap_tensor_methods()
     _use_local_kernels()
+    dispatcher: Any = sys.modules["megatron.core.transformer.moe.token_dispatcher"]
+    dispatcher.maybe_move_tensor_to_cpu = _as_sizes
     random: Any = sys.modules["megatron.core.tensor_parallel.random"]
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
@@ -80,6 +86,11 @@ def _use_local_kernels() -> None:
     clip.multi_tensor_applier = steps.multi_tensor_applier = local.local_multi_tensor_applier
     clip.multi_tensor_scale_impl = steps.multi_tensor_scale_impl = local.local_multi_tensor_scale
     clip.l2_norm_impl = local.local_multi_tensor_l2_norm
+
+
+def _as_sizes(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """Give Megatron's dispatcher of tokens what it makes of tensors that have come from the GPU."""
+    return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
 
 
 class _Stream:

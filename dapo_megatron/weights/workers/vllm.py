@@ -54,6 +54,10 @@ class GlooWeightTransfer(WeightTransferEngine[GlooInit, GlooUpdate]):
     def start_weight_update(self) -> None:
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
+        if current_platform.is_cpu():
+            from dapo_megatron.weights.workers.vllm_cpu import let_experts_be_packed
+
+            let_experts_be_packed(self.model)
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: GlooUpdate, *_: Any) -> None:

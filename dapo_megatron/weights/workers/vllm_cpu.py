@@ -1,4 +1,6 @@
-"""Runs inside vLLM's worker processes on CPU: what a sequence comes to does not depend on whether it is alone."""
+"""Runs inside vLLM's worker processes on CPU. A sequence comes to the same alone as among others, and experts, which
+vLLM keeps in a packed form, are packed again when they change.
+"""
 
 from __future__ import annotations
 
@@ -23,3 +25,14 @@ def keep_rows_apart() -> None:
 
     # vLLM's layers look the name up with every call.
     _custom_ops.onednn_mm = with_company
+
+
+def let_experts_be_packed(model: Any) -> None:
+    """Have what comes next for the experts of this model packed like what came first.
+
+    vLLM packs them only where it makes the kernel that multiplies by them. New weights would be taken for packed ones.
+    """
+    methods: list[Any] = [getattr(module, "quant_method", None) for module in model.modules()]
+    for method in methods:
+        if getattr(method, "moe_kernel", None) is not None:
+            method.moe_kernel = None
