@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,8 +15,6 @@ from dapo_megatron import config_file
 from dapo_megatron.config import Config, MemoryConfig, OptimizerConfig, ParallelConfig
 from tests.helpers.fake_costs import SIZES, SLOTS, fake, tiny_config, without_gpus
 from tests.helpers.fake_mesh import RankCost
-
-CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -124,15 +121,6 @@ def test_7b() -> None:
 @pytest.mark.slow
 def test_32b() -> None:
     check_formulas("32B", gpu_config(tp=8, pp=2), 128, (4_096,) * 2)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
-def test_shipped_configs_of_a_gpu_size(path: Path) -> None:
-    config = config_file.load(path)
-    size = next(size for size in ("7B", "32B") if f"-{size}".lower() in str(config.model.path).lower())
-    slots = config.train.micro_batch_tokens // 2
-    check_formulas(size, config, 2 * config.parallel.model_size, (slots, slots))
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from dapo_megatron.config import MemoryConfig, ModelConfig, ParallelConfig
 from tests.helpers.batches import make_micro_batch, make_mini_batch, ratio_loss, worst_relative_error
 from tests.helpers.models import make_config, save_qwen2
 
-QWEN_MOE = Qwen3MoeConfig(hidden_size=2048, norm_topk_prob=True, **{"head_dim": 128})
+QWEN_MOE = Qwen3MoeConfig.from_dict({"hidden_size": 2048, "head_dim": 128, "norm_topk_prob": True})
 """Sizes of Qwen3-30B-A3B, which are transformers' defaults."""
 QWEN_7B = Qwen2Config(
     vocab_size=152_064,
