@@ -32,6 +32,8 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     except UnicodeDecodeError as error:
         raise ConfigError(f"cannot read the config {path}: {error}; write it in UTF-8") from error
     values = _yaml(text, str(path))
+    if values is None:
+        raise ConfigError(f"{path} is empty: expected sections such as model: and data:")
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected sections such as model: and data:, got {type(values).__name__}")
     for override in overrides:
@@ -64,7 +66,17 @@ def _yaml(text: str, where: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads 1e-6 as a number, which YAML 1.1 takes for text."""
+    """Reads 1e-6 as a number, which YAML 1.1 takes for text, and refuses a key that is there twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for index, key in enumerate(keys):
+            if key in keys[:index]:
+                raise yaml.MarkedYAMLError(
+                    problem=f"{key!r} is there twice; the second would replace the first",
+                    problem_mark=node.value[index][0].start_mark,
+                )
+        return super().construct_mapping(node, deep)
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -100,6 +112,8 @@ def _explain(issue: Any) -> str:
             return f"{key}: value {issue['loc'][-1] + 1} of the list is missing"
         case "missing":
             return f"{key} is missing, and it has no default"
+        case "string_type" if isinstance(given, dict):
+            return f"{key} = {given!r}: braces make a mapping; put quotes around the text: '{key}=\"{{...}}\"'"
         case "tuple_type":
             return f"{key} = {given!r}: write a list, such as [{given}]"
         case "model_type":

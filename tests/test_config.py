@@ -106,6 +106,7 @@ def load(folder: Path, text: str = MINIMAL, *overrides: str) -> Config:
         (["train.steps"], "override 'train.steps' is not of the form section.key=value"),
         (["model.path.x=1"], "override 'model.path.x=1': path is a value, not a section"),
         (["train.steps=[1"], "override 'train.steps=[1' is not YAML"),
+        (["data.template={problem}"], "data.template = {'problem': None}: braces make a mapping; put quotes around"),
     ],
 )
 def test_values_that_cannot_work(tmp_path: Path, overrides: list[str], message: str) -> None:
@@ -120,8 +121,10 @@ def test_values_that_cannot_work(tmp_path: Path, overrides: list[str], message: 
         ("data: {train: x.jsonl}", "model is missing, and it has no default"),
         ("model: {}\ndata: {train: x.jsonl}", "model.path is missing, and it has no default"),
         ("model: [", "config.yaml is not YAML"),
+        ("model: {path: x}\nmodel: {dtype: float32}", "'model' is there twice"),
+        ("model: {path: x, path: y}", "'path' is there twice"),
+        ("", "config.yaml is empty"),
         ("- model", "expected sections such as model: and data:, got list"),
-        ("", "expected sections such as model: and data:, got NoneType"),
         ("model: {path: !!python/object:os.system x}", "config.yaml is not YAML"),
     ],
 )

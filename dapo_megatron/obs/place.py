@@ -12,6 +12,7 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
+_WAITING_BYTES = 64 << 20
 METRICS, ROLLOUTS, TENSORBOARD = "metrics.jsonl", "rollouts.jsonl", "tensorboard"
 
 
@@ -34,7 +35,7 @@ class Place:
 
 
 class Lines:
-    """A file of lines, which takes some whole or not at all.
+    """A file of lines, which takes some whole or not at all. Those that it did not take are tried again with the next.
 
     Raises:
         OSError: where it cannot be opened.
@@ -42,23 +43,28 @@ class Lines:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._waiting = b""
         path.open("ab").close()
 
     def append(self, text: str) -> None:
         """Add `text`, which ends a line. It is with the system when this returns.
 
         Raises:
-            OSError: where it cannot be written.
+            OSError: where it cannot be written. It is kept for the next time unless that makes more than 64 MiB.
         """
+        # Model output may hold halves of surrogate pairs, which have no bytes in UTF-8: JSON spells them \ud83d.
+        content = self._waiting + text.encode("utf-8", "backslashreplace")
         size = self._path.stat().st_size if self._path.exists() else 0
         try:
-            # Model output may hold halves of surrogate pairs, which have no bytes in UTF-8: JSON spells them \ud83d.
             with self._path.open("ab") as file:
-                file.write(text.encode("utf-8", "backslashreplace"))
+                file.write(content)
         except OSError:
             with suppress(OSError):  # the first reason is the one to tell
                 os.truncate(self._path, size)
+            if len(content) <= _WAITING_BYTES:
+                self._waiting = content
             raise
+        self._waiting = b""
 
 
 def sizes(folder: Path) -> dict[str, int]:

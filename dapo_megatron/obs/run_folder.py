@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import platform
 import subprocess
@@ -33,7 +34,9 @@ PACKAGES = (
     "math-verify",
 )
 LOG = "log.txt"
-_CONFIG, _VERSIONS, _SUMMARY = "config.yaml", "versions.json", "summary.json"
+log = logging.getLogger(__name__)
+
+_CONFIG, _VERSIONS, _SUMMARY, _POLICY = "config.yaml", "versions.json", "summary.json", "hf"
 _CONTENT = ("metrics.jsonl", "checkpoints")
 """What a folder without config.yaml must not hold for a run to begin there."""
 _OF_THE_RUN = ("begun", "model_config", "resumed")
@@ -95,6 +98,10 @@ class RunFolder:
         _write(self.path / _VERSIONS, _json(self._versions))
         _write(self.path / _CONFIG, config_file.dump(self._config))
         (self.path / _SUMMARY).unlink(missing_ok=True)  # what it tells of has not ended
+        if (self.path / _POLICY).exists() and steps < self._config.train.steps:
+            # The policy that the run had come to before, which is not to be taken for the one it will come to.
+            aside = (self.path / _POLICY).rename(_aside(self.path / _POLICY))
+            log.warning(f"the policy that this run had ended with, {_POLICY}/, is now {aside}")
 
     def summarise(self, values: Mapping[str, object]) -> Path:
         """Write summary.json, which a run has once it is over.

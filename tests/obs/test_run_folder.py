@@ -196,6 +196,19 @@ def test_a_run_that_is_over(tmp_path: Path) -> None:
         nothing_to_do(here)
 
 
+def test_the_policy_of_a_run_that_was_over_is_not_that_of_the_one_that_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = config(tmp_path, "resume", train={"steps": 4})
+    policy = opened(settings) / "hf"
+    policy.mkdir()
+    went_on(settings, 4)
+    assert policy.is_dir() and not caplog.records
+    went_on(config(tmp_path, "resume", train={"steps": 6}), 4)
+    assert not policy.exists() and policy.with_name("hf.1").is_dir()
+    assert "hf/, is now" in caplog.text
+
+
 def test_a_run_that_is_over_looks_at_what_changed(tmp_path: Path) -> None:
     with closing(open_run_folder(config(tmp_path, train={"steps": 10}))) as run:
         run.summarise({"steps": 10})
