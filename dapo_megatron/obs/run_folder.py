@@ -33,6 +33,8 @@ PACKAGES = (
     "math-verify",
 )
 LOG = "log.txt"
+AGAIN = "again"
+"""There as long as the run has stopped as it was asked to and nobody has started it again."""
 _CONFIG, _VERSIONS, _SUMMARY = "config.yaml", "versions.json", "summary.json"
 _CONTENT = ("metrics.jsonl", "checkpoints")
 """What a folder without config.yaml must not hold for a run to begin there."""
@@ -106,6 +108,14 @@ class RunFolder:
         _write(path, _json(values))
         return path
 
+    def ask_again(self) -> None:
+        """Leave the file by which a script sees that the run is to be started again.
+
+        Raises:
+            OSError: where it cannot be written.
+        """
+        _write(self.path / AGAIN, f"{now()}\n")
+
     def close(self) -> None:
         self._lock.close()
 
@@ -123,7 +133,8 @@ def open_run_folder(config: Config) -> RunFolder:
     """Make dir/name, with config.yaml (resolved) and versions.json in it, or go on in the one that is there.
 
     With run.existing=rename, an older one is moved aside. Where a run goes on, its files stay what they are until
-    `RunFolder.go_on`. Waits for no lock: `check_run_folder`, which comes before, has done that.
+    `RunFolder.go_on`; only a request to start it again (`RunFolder.ask_again`) is met here. Waits for no lock:
+    `check_run_folder`, which comes before, has done that.
 
     Raises:
         ConfigError: where the folder is there already and run.existing is "refuse", where another run uses it, where
@@ -136,6 +147,7 @@ def open_run_folder(config: Config) -> RunFolder:
             folder.rename(_aside(folder))
         folder.mkdir(parents=True, exist_ok=config.run.existing == "resume")
         lock = stack.enter_context(closing(FolderLock(folder)))
+        (folder / AGAIN).unlink(missing_ok=True)
         changes = _check_use(config) if config.run.existing == "resume" else None
         if changes is None:
             made_with = {**versions(), "begun": now(), "model_config": _model_digest(config.model.path)}
