@@ -33,8 +33,6 @@ PACKAGES = (
     "math-verify",
 )
 LOG = "log.txt"
-AGAIN = "again"
-"""There as long as the run has stopped as it was asked to and nobody has started it again."""
 _CONFIG, _VERSIONS, _SUMMARY = "config.yaml", "versions.json", "summary.json"
 _CONTENT = ("metrics.jsonl", "checkpoints")
 """What a folder without config.yaml must not hold for a run to begin there."""
@@ -43,6 +41,8 @@ _OF_THE_RUN = ("begun", "model_config", "resumed")
 went on."""
 _SAYS_NOTHING = ("_name_or_path", "transformers_version")
 """Keys of a config.json that differ between copies of a model."""
+AGAIN = "again"
+"""There as long as the run has stopped as it was asked to and nobody has started it again."""
 
 
 class RunFolder:
