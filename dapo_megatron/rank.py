@@ -207,7 +207,10 @@ class _Rank:
         return self._heard
 
     def _say(self, failure: Failure) -> None:
-        """Say why the run ends and tell the other ranks, once. What is printed from then on goes to the log."""
+        """Say why the run ends and tell the other ranks, once. What is printed from then on goes to the log.
+
+        For torchrun's caller, who does not get the exit code, a file says that the run is to be started again.
+        """
         with self._saying:
             if self._said.is_set():
                 return
@@ -217,6 +220,11 @@ class _Rank:
             if not self._is_leader and not told and failure.reason:
                 self._print(f"dapo-megatron: rank {self._rank}: {failure.reason}")
             self._said.set()
+            if self._obs and failure.exit_code == REQUEUE:
+                try:
+                    self._obs.ask_again()
+                except OSError:
+                    log.exception("leaving word that the run is to be started again")
 
     def _print(self, text: str) -> None:
         if self._obs:

@@ -7,8 +7,10 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import psutil
@@ -17,6 +19,7 @@ import yaml
 
 from dapo_megatron import rank
 from dapo_megatron.heartbeat import Failure
+from dapo_megatron.obs.lock import LOCK, FolderLock
 from dapo_megatron.rank import _Rank
 from tests.helpers.checkpoint import write_tokenizer
 from tests.helpers.jobs import ended, job, ranks_of, write_config
@@ -207,6 +210,22 @@ def test_input_that_only_the_leader_sees_to_be_wrong_ends_the_run_at_once(config
     (line,) = output.splitlines()
     assert line.startswith("dapo-megatron: error: run: cannot write to /proc")
     assert time.monotonic() - started < 30
+
+
+def test_the_other_ranks_wait_behind_a_leader_that_waits_for_the_lock_of_another_machine(config: Path) -> None:
+    folder = config.parent / "runs/test"
+    folder.mkdir()
+    with closing(FolderLock(folder)):
+        (folder / LOCK).write_text(json.dumps({"host": "node7", "pid": 5, "since": "2026-01-31"}))
+        with job(config, "end,end", "run.existing=resume", "launch.collective_seconds=2") as process:
+            assert process.stdout
+            told = next((line for line in process.stdout if "in use" in line), "")
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(timeout=6)
+            (folder / LOCK).unlink()  # nobody holds the next one
+            output = ended(process)
+    assert "in use by process 5 on node7, since 2026-01-31" in told and "waiting for up to 180 s" in told
+    assert process.returncode == 0 and "in use" not in output, output
 
 
 def test_a_run_that_is_over_leaves_nothing(config: Path) -> None:

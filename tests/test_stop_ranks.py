@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from dapo_megatron.obs.run_folder import AGAIN
 from tests.helpers.jobs import ended, job, ranks_of, write_config
 
 pytestmark = [pytest.mark.multiproc, pytest.mark.slow]
@@ -30,6 +31,11 @@ def config(tmp_path: Path) -> Path:
 
 def saved(config: Path) -> int:
     return len(list((config.parent / "runs").glob("saved*")))
+
+
+def again(config: Path) -> bool:
+    """Whether the run has left word that it is to be started again."""
+    return (config.parent / "runs/test" / AGAIN).exists()
 
 
 @pytest.mark.parametrize(
@@ -69,6 +75,7 @@ def test_a_run_that_is_asked_to_stop_saves(
     assert f"dapo-megatron: {says}" in output.splitlines()[-1], output
     assert ("after 0 steps" in output) == (scene == "rollout")
     assert saved(config) == 2 and "Traceback" not in output
+    assert again(config) == (code == 75)
 
 
 def test_torchrun_passes_signals_on(config: Path) -> None:
@@ -86,7 +93,7 @@ def test_torchrun_passes_signals_on(config: Path) -> None:
         process.send_signal(signal.SIGUSR1)
         output = ended(process, ranks, timeout=20)
     assert process.returncode == 1
-    assert saved(config) == 2
+    assert saved(config) == 2 and again(config)
     assert "dapo-megatron: stopped by SIGUSR1: saved after 0 steps\n" in output
 
 
@@ -96,7 +103,7 @@ def test_a_run_that_cannot_save_in_time_ends(config: Path) -> None:
         process.terminate()
         output = ended(process, ranks, timeout=20)
     assert process.returncode == 128 + signal.SIGTERM, output
-    assert saved(config) == 0
+    assert saved(config) == 0 and not again(config)
     said, had, waiting = output.splitlines()[-3:]
     limit = "within checkpoint.signal_seconds(2)"
     assert said == f"dapo-megatron: stopped by SIGTERM: nothing was saved {limit}; the last checkpoint is step 0"
@@ -110,6 +117,7 @@ def test_what_can_be_made_again_does_not_keep_a_run_from_ending(config: Path) ->
         output = ended(process, ranks, timeout=20)
     assert process.returncode == 75, output
     assert output.splitlines()[-1] == "dapo-megatron: stopped by SIGTERM: saved after all steps; what is left is hf"
+    assert again(config)
 
 
 def test_a_run_that_is_over_and_closes_is_over(config: Path) -> None:
@@ -186,10 +194,21 @@ def test_a_run_stops_before_its_time_is_over(config: Path) -> None:
         output = ended(process, timeout=30)
     assert process.returncode == 75, output
     assert output.splitlines()[-1] == "dapo-megatron: stopped before run.max_hours(0.007) is over: saved after 0 steps"
+    assert again(config)
+
+
+def test_a_run_that_cannot_leave_word_ends_all_the_same(config: Path) -> None:
+    with alone(config, "rollout") as process:
+        (config.parent / "runs/test" / f".{AGAIN}.unfinished").mkdir()
+        process.terminate()
+        output = ended(process, timeout=20)
+    assert process.returncode == 75, output
+    assert output.splitlines()[-1] == "dapo-megatron: stopped by SIGTERM: saved after 0 steps"
+    assert "Is a directory" in (config.parent / "runs/test/log.txt").read_text()
 
 
 def test_a_run_that_is_done_when_it_is_asked_to_stop_is_done(config: Path) -> None:
     with alone(config, "end") as process:
         process.terminate()
         output = ended(process, timeout=20)
-    assert process.returncode == 0, output
+    assert process.returncode == 0 and not again(config), output

@@ -279,6 +279,14 @@ class RunObserver:
             self._shown.close()
         self._output.last_words(text)
 
+    def ask_again(self) -> None:
+        """Leave word that the run is to be started again.
+
+        Raises:
+            OSError: where it cannot be written.
+        """
+        self._folder.ask_again()
+
     def close(self) -> None:
         """Close files and give the terminal back. Safe to call twice."""
         self._open.close()

@@ -9,7 +9,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
@@ -21,7 +21,7 @@ from dapo_megatron import __version__, config_file
 from dapo_megatron.config import Config, RunConfig
 from dapo_megatron.errors import ConfigError
 from dapo_megatron.obs.changes import Change, check_changes
-from dapo_megatron.obs.lock import FolderLock, check_free, now
+from dapo_megatron.obs.lock import FolderLock, check_free, now, wait_until_free
 
 PACKAGES = (
     "torch",
@@ -44,6 +44,8 @@ _OF_THE_RUN = ("begun", "model_config", "resumed")
 went on."""
 _SAYS_NOTHING = ("_name_or_path", "transformers_version")
 """Keys of a config.json that differ between copies of a model."""
+AGAIN = "again"
+"""There as long as the run has stopped as it was asked to and nobody has started it again."""
 
 
 class RunFolder:
@@ -113,36 +115,46 @@ class RunFolder:
         _write(path, _json(values))
         return path
 
+    def ask_again(self) -> None:
+        """Leave the file by which a script sees that the run is to be started again.
+
+        Raises:
+            OSError: where it cannot be written.
+        """
+        _write(self.path / AGAIN, f"{now()}\n")
+
     def close(self) -> None:
         self._lock.close()
 
 
 def check_run_folder(config: Config) -> None:
-    """
+    """Wait for the lock of a run that is to go on and whose machine may have died, and check the folder.
+
     Raises:
         ConfigError: where `open_run_folder` would.
     """
-    _check_place(config.run)
-    _check_use(config)
+    _check(config, wait_until_free if config.run.existing == "resume" else check_free)
 
 
 def open_run_folder(config: Config) -> RunFolder:
     """Make dir/name, with config.yaml (resolved) and versions.json in it, or go on in the one that is there.
 
     With run.existing=rename, an older one is moved aside. Where a run goes on, its files stay what they are until
-    `RunFolder.go_on`.
+    `RunFolder.go_on`; only a request to start it again (`RunFolder.ask_again`) is met here. Waits for no lock:
+    `check_run_folder`, which comes before, has done that.
 
     Raises:
         ConfigError: where the folder is there already and run.existing is "refuse", where another run uses it, where
             the run there cannot go on with this configuration, or where the folder cannot be made.
     """
-    check_run_folder(config)
+    _check(config, check_free)
     folder = config.run.folder
     with _named(folder), ExitStack() as stack:
         if config.run.existing == "rename" and folder.exists():
             folder.rename(_aside(folder))
         folder.mkdir(parents=True, exist_ok=config.run.existing == "resume")
         lock = stack.enter_context(closing(FolderLock(folder)))
+        (folder / AGAIN).unlink(missing_ok=True)
         changes = _check_use(config) if config.run.existing == "resume" else None
         if changes is None:
             made_with = {**versions(), "begun": now(), "model_config": _model_digest(config.model.path)}
@@ -189,9 +201,13 @@ def _check_place(run: RunConfig) -> None:
             pass
     except OSError as error:
         raise ConfigError(f"run: cannot write to {parent} for the folder {run.folder}: {error.strerror}") from error
-    if run.folder.exists():
-        with _named(run.folder):
-            check_free(run.folder)
+
+
+def _check(config: Config, check_lock: Callable[[Path], None]) -> None:
+    _check_place(config.run)
+    with _named(config.run.folder):
+        check_lock(config.run.folder)
+    _check_use(config)
 
 
 def _check_use(config: Config) -> list[Change] | None:

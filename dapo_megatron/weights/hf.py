@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -90,7 +91,7 @@ class HfCheckpoint:
     ) -> None:
         """Write a checkpoint that `AutoModelForCausalLM` reloads bit for bit, and `AutoTokenizer` id for id.
 
-        Rank 0 writes. The folder gets its name once all is written, in the place of one that is there.
+        Rank 0 writes. The folder gets its name once all is on the disk, in the place of one that is there.
 
         Args:
             after_leader: called on every rank before the weights of a shard are gathered; the leader may still be
@@ -116,9 +117,11 @@ class HfCheckpoint:
             unfinished.mkdir(parents=True)
             _write_tensors(copies, unfinished)
             self.copy_side_files(unfinished, next(chunks[0].parameters()).dtype)
+            _sync(*unfinished.rglob("*"), unfinished)
             if folder.exists():
                 shutil.rmtree(folder)
             unfinished.rename(folder)
+            _sync(folder.parent)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(unfinished, ignore_errors=True)
             deque(copies, maxlen=0)  # the others gather to the end
@@ -173,6 +176,16 @@ def _write_tensors(weights: Iterable[Named], folder: Path) -> None:
     if len(shards) > 1:
         index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _sync(*paths: Path) -> None:
+    """Have files, and the names in folders, on the disk and not only in its cache."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _write_config(source: Path, target: Path, dtype: torch.dtype) -> None:

@@ -2,17 +2,23 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import re
 import socket
 import subprocess
 import sys
-from contextlib import closing
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from dapo_megatron.config import Config
 from dapo_megatron.errors import ConfigError
+from dapo_megatron.obs import lock
 from dapo_megatron.obs.lock import LOCK, FolderLock, check_free
 from dapo_megatron.obs.run_folder import check_run_folder, open_run_folder
 from tests.obs.test_run_folder import config
@@ -69,7 +75,7 @@ def test_a_run_that_goes_is_neither_joined_nor_moved(tmp_path: Path, existing: s
 
 def test_of_two_that_begin_at_once_one_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both have found no folder."""
-    monkeypatch.setattr("dapo_megatron.obs.run_folder.check_run_folder", lambda config: None)
+    monkeypatch.setattr("dapo_megatron.obs.run_folder._check", lambda config, check_lock: None)
     with closing(open_run_folder(config(tmp_path, "resume"))):
         with pytest.raises(ConfigError, match="in use by process"):
             open_run_folder(config(tmp_path, "resume"))
@@ -106,3 +112,57 @@ def test_a_file_system_without_locks_is_told(tmp_path: Path, monkeypatch: pytest
     number = errno.EIO
     with pytest.raises(ConfigError, match=r"cannot use the folder .*: Input/output error"):
         check_run_folder(config(tmp_path, "resume"))
+
+
+@contextmanager
+def held_elsewhere(config: Config) -> Iterator[FolderLock]:
+    """The folder of a run, whose lock a process of another machine holds."""
+    open_run_folder(config).close()
+    with closing(FolderLock(config.run.folder)) as held:
+        (config.run.folder / LOCK).write_text(json.dumps({"host": "node7", "pid": 5, "since": "2026-01-31"}))
+        yield held
+
+
+def test_a_run_that_goes_on_waits_for_the_lock_of_a_machine_that_has_died(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    looks: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        looks.append(seconds)
+        if len(looks) == 3:
+            held.close()
+
+    monkeypatch.setattr(lock, "time", SimpleNamespace(sleep=sleep, monotonic=time.monotonic))
+    with held_elsewhere(config(tmp_path)) as held:
+        check_run_folder(config(tmp_path, "resume"))
+        monkeypatch.setattr(held, "close", lambda: None)
+    assert len(looks) == 3
+    (told,) = caplog.messages
+    assert re.search(r"runs/test is in use by process 5 on node7, since .*: waiting for up to 180 s$", told)
+    open_run_folder(config(tmp_path, "resume")).close()
+
+
+def test_who_waits_for_a_run_that_lives_is_refused_in_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(lock, "time", SimpleNamespace(sleep=slept.append, monotonic=lambda: sum(slept)))
+    with held_elsewhere(config(tmp_path)):
+        with pytest.raises(ConfigError, match="in use by process 5 on node7, since"):
+            check_run_folder(config(tmp_path, "resume"))
+        assert 180 <= sum(slept) < 190 and len(caplog.messages) == 1
+        with pytest.raises(ConfigError, match="in use by process 5 on node7, since"):
+            open_run_folder(config(tmp_path, "resume"))  # whoever has it now is no machine that has died
+        with pytest.raises(ConfigError, match="in use by process 5 on node7, since"):
+            check_run_folder(config(tmp_path, "rename"))
+        assert sum(slept) < 190 and len(caplog.messages) == 1
+
+
+def test_nobody_waits_for_a_run_on_this_machine_or_of_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "time", SimpleNamespace(sleep=pytest.fail, monotonic=time.monotonic))
+    with held_elsewhere(config(tmp_path)):
+        for owner in ("", json.dumps({"host": socket.gethostname(), "pid": 5, "since": "2026-01-31"})):
+            (tmp_path / "runs/test" / LOCK).write_text(owner)
+            with pytest.raises(ConfigError, match="in use by"):
+                check_run_folder(config(tmp_path, "resume"))

@@ -15,7 +15,7 @@ import pytest
 from dapo_megatron import __version__, config_file
 from dapo_megatron.config import Config
 from dapo_megatron.errors import ConfigError
-from dapo_megatron.obs.run_folder import RunFolder, check_run_folder, nothing_to_do, open_run_folder
+from dapo_megatron.obs.run_folder import AGAIN, RunFolder, check_run_folder, nothing_to_do, open_run_folder
 
 
 def config(folder: Path, existing: str = "refuse", **sections: dict[str, Any]) -> Config:
@@ -217,6 +217,15 @@ def test_a_run_that_is_over_looks_at_what_changed(tmp_path: Path) -> None:
     assert "is over: it has done 10 steps" in over
     with pytest.raises(ConfigError, match=r"cannot go on with another\n  train\.seed: 0 -> 1"):
         nothing_to_do(config(tmp_path, "resume", train={"steps": 10, "seed": 1}))
+
+
+def test_whoever_starts_a_run_again_has_met_its_request(tmp_path: Path) -> None:
+    with closing(open_run_folder(config(tmp_path))) as run:
+        run.ask_again()
+    check_run_folder(config(tmp_path, "resume"))
+    assert (run.path / AGAIN).exists()
+    with closing(open_run_folder(config(tmp_path, "resume"))):
+        assert not (run.path / AGAIN).exists()
 
 
 @pytest.mark.parametrize("attempt", [lambda run: run.go_on(3), lambda run: run.summarise({"steps": 3})])

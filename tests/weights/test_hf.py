@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -205,3 +206,26 @@ def test_a_model_that_is_half_written_does_not_have_the_name_of_a_whole_one(
     checkpoint.save(chunks, folder)
     assert (folder / "model.safetensors").is_file() and not kept.exists()
     assert list(folder.parent.iterdir()) == [folder]
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_model_has_its_name_once_all_of_it_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dapo_megatron.weights import hf
+
+    monkeypatch.setattr(hf, "_SHARD_BYTES", 8000)
+    checkpoint, chunks = build(save_qwen2(tmp_path / "model"))
+    folder, unfinished = tmp_path / "saved/hf", tmp_path / "saved/.hf.unfinished"
+    synced: dict[str, int] = {}
+    """Path, as it was called then -> bytes that it had."""
+
+    def fsync(descriptor: int) -> None:
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        assert folder.exists() == (path == folder.parent), f"{path} before or after the name"
+        synced[str(path)] = path.stat().st_size if path.is_file() else 0
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    checkpoint.save(chunks, folder)
+    files = {str(unfinished / path.name): path.stat().st_size for path in folder.iterdir()}
+    assert len(files) > 4
+    assert synced == {**files, str(unfinished): 0, str(folder.parent): 0}
+    assert list(synced)[-2:] == [str(unfinished), str(folder.parent)]
