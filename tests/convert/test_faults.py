@@ -83,6 +83,19 @@ def test_tensors_that_are_missing_or_have_no_place_or_the_wrong_shape(own: Path,
     assert not left(tmp_path)
 
 
+def test_quantised_weights_are_refused_whether_they_are_declared_or_not(own: Path, tmp_path: Path) -> None:
+    change_config(own, quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(ConfigError, match=r"quantised \(quantization_config in config\.json says gptq\)") as refused:
+        to_megatron(own, tmp_path / "out")
+    assert refused.value.exit_code == 2
+    change_config(own, quantization_config=None)
+    scale = "model.layers.0.mlp.up_proj.weight_scale_inv"
+    save_file({**load_file(own / "model.safetensors"), scale: torch.ones(1, 1)}, own / "model.safetensors")
+    with pytest.raises(ConfigError, match=rf"hf: the weights are quantised: 1 tensors hold .*, such as {scale}; take"):
+        to_megatron(own, tmp_path / "out")
+    assert not left(tmp_path)
+
+
 def test_a_folder_that_is_there_already_is_left_alone(source: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     with pytest.raises(ConfigError, match=r"out is there already"):
