@@ -36,8 +36,7 @@ def describe(path: Path, hashes: TextIO | None = None) -> dict[str, Any]:
             sizes only.
 
     Raises:
-        CheckpointError: where there is no checkpoint, the index that everything else hangs on cannot be read, or hashes
-            are wanted of a checkpoint that has none.
+        CheckpointError: where there is no checkpoint, or hashes are wanted of one that has none.
     """
     place = resolve(path)
     if hashes and not place.of_run:
@@ -47,7 +46,11 @@ def describe(path: Path, hashes: TextIO | None = None) -> dict[str, Any]:
 
 def _huggingface(folder: Path) -> dict[str, Any]:
     missing = [] if (folder / "config.json").is_file() else ["config.json is missing"]
-    weight_map = read_index(folder)
+    try:
+        weight_map = read_index(folder)
+    except CheckpointError as error:
+        weight_map = {}
+        missing.append(str(error))
     wanted = sorted(set(weight_map.values()))
     told = _model_of(folder)
     notes = _not_converted(told)
@@ -116,8 +119,6 @@ def _index(place: Place) -> tuple[Metadata, list[str]]:
     try:
         metadata = read_metadata(place.folder)
     except CheckpointError as error:
-        if not place.of_run:
-            raise
         return Metadata({}), [str(error).removeprefix(f"{place.folder}/")]
     return metadata, file_problems(place.folder, metadata)
 

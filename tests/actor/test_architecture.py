@@ -158,4 +158,4 @@ def test_importing_it_does_not_load_megatron() -> None:
 def test_a_quantised_model_is_refused_with_its_method(values: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=rf"model: the weights are quantised \({said}"):
         check_trains(Qwen2Config(**QWEN, **values), ParallelConfig())
-    check_trains(Qwen2Config(**QWEN, quantization_config=None), ParallelConfig())
+    check_trains(Qwen2Config(**{**QWEN, "quantization_config": None}), ParallelConfig())

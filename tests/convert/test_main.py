@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -275,6 +276,51 @@ def test_inspect_names_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFix
     )
     assert "model-00002-of-00003.safetensors is no whole safetensors file" in two
     assert three.startswith("model-00003-of-00003.safetensors is missing, and 8 tensors with it")
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (None, ".metadata is missing; the checkpoint is incomplete"),
+        (b"", ".metadata is damaged and cannot be read (Ran out of input)"),
+        (b"j\xd5\xd4k\x0a.", ".metadata is damaged and cannot be read (Memo value not found at index 174838997)"),
+        (b"N.", ".metadata is damaged and cannot be read (it is no index of a checkpoint)"),
+    ],
+)
+def test_an_index_that_is_missing_or_damaged_is_no_missing_checkpoint(
+    data: bytes | None, said: str, models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(models / "m", tmp_path / "m")
+    (tmp_path / "m/.metadata").unlink() if data is None else (tmp_path / "m/.metadata").write_bytes(data)
+    code, found = inspect(tmp_path / "m", capsys)
+    assert (code, found["kind"], found["missing"]) == (1, "megatron", [said])
+    assert main.inspect_checkpoint([str(tmp_path / "m")]) == 1
+    assert f"MISSING: {said}\n" in capsys.readouterr().out
+
+
+def test_a_hugging_face_index_that_is_damaged_is_told(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(models / "hf", tmp_path / "hf")
+    (tmp_path / "hf/model.safetensors.index.json").write_text("{")
+    code, found = inspect(tmp_path / "hf", capsys)
+    assert (code, found["tensors"]) == (1, 50)
+    (said,) = found["missing"]  # type: ignore[misc]
+    assert "model.safetensors.index.json is no index of a checkpoint: " in said
+
+
+@pytest.mark.parametrize(("data", "said"), [(None, "is missing; the checkpoint is incomplete"), (b"PK", "is damaged")])
+def test_what_megatron_could_not_load_is_not_converted(
+    data: bytes | None, said: str, models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(models / "m", tmp_path / "m")
+    file = tmp_path / "m/common.pt"
+    file.unlink() if data is None else file.write_bytes(data)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(main, "_prepare", lambda: None)
+        assert main.megatron_to_hf([str(tmp_path / "m"), str(tmp_path / "new/out")]) == 2
+    assert f"error: {file} {said}" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
 
 
 SWALLOWS = """
