@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import signal
@@ -191,12 +192,19 @@ def _leave(number: int, frame: Any) -> None:
 
 def _inspect(arguments: argparse.Namespace) -> int:
     end_when_interrupted()
+    from dapo_megatron.cli import tell
     from dapo_megatron.convert.describe import describe
     from dapo_megatron.convert.describe_text import as_text
+    from dapo_megatron.obs.terminal import printable
 
     raise_when_interrupted()
     found = describe(arguments.path, sys.stderr if arguments.hashes else None)
-    print(json.dumps(found, indent=1) if arguments.json else as_text(found), flush=True)
+    if arguments.json:
+        tell(json.dumps(found, indent=1))
+    else:
+        if isinstance(sys.stdout, io.TextIOWrapper):  # names in letters that it has none for are spelled, as on stderr
+            sys.stdout.reconfigure(errors="backslashreplace")
+        tell(printable(as_text(found)))
     return 1 if found["missing"] else 0
 
 

@@ -323,6 +323,23 @@ def test_what_megatron_could_not_load_is_not_converted(
     assert not (tmp_path / "new").exists()
 
 
+def test_a_name_that_standard_output_has_no_letters_for_is_spelled(models: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(models / "hf", tmp_path / "\u6a21\u578b\x1b[2J")
+    command, environment = command_of("inspect", folder), {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"{tmp_path}/\\u6a21\\u578b\\x1b[2J\nHugging Face, ")
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_an_answer_that_cannot_be_written_is_a_line_and_1(options: list[str], models: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        command = command_of("inspect", models / "hf", *options)
+        done = subprocess.run(command, stdout=full, stderr=-1, text=True, timeout=100, check=False)
+    said = "dapo-megatron: error: cannot write to standard output: No space left on device\n"
+    assert (done.returncode, done.stderr) == (1, said)
+
+
 SWALLOWS = """
 import time
 try:
