@@ -110,7 +110,7 @@ def test_a_disk_without_room_is_refused_with_the_arithmetic(
 
     monkeypatch.setattr(output, "_MARGIN", 10**18)
     with pytest.raises(
-        ConfigError, match=r"out needs 0\.00 GB and 1000000000\.00 to spare, but only .* GB are free in"
+        ConfigError, match=r"out needs \d+\.\d kB and 1,000,000,000\.0 GB to spare, but only .* GB are free in"
     ):
         to_megatron(source, tmp_path / "new/out")
     assert not left(tmp_path)

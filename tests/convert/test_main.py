@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from dapo_megatron import cli
 from dapo_megatron.convert import main
+from dapo_megatron.units import size
 from tests.helpers.conversion import add_sides, assert_same_tensors, tensors, to_megatron
 from tests.helpers.models import save_tiny
 
@@ -159,7 +160,7 @@ def test_a_model_too_large_for_memory_has_no_logits_compared(models: Path, monke
     monkeypatch.setattr(logits, "_BASE", 10**18)
     said = logits.compare_logits(models / "m", models / "hf")
     assert said.startswith(
-        "logits are not compared: in float32, 32,864 parameters x 4 bytes x 1.2 + 1000000000.0 GB = "
+        "logits are not compared: in float32, 32,864 parameters x 4 bytes x 1.2 + 1,000,000,000.0 GB = "
     )
 
 
@@ -171,7 +172,7 @@ def inspect(path: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[s
 def test_inspect_tells_what_a_hugging_face_checkpoint_holds(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, found = inspect(models / "hf", capsys)
     assert code == 0
-    size = (models / "hf/model.safetensors").stat().st_size
+    nbytes = (models / "hf/model.safetensors").stat().st_size
     assert found == {
         "kind": "huggingface",
         "path": str(models / "hf"),
@@ -184,7 +185,7 @@ def test_inspect_tells_what_a_hugging_face_checkpoint_holds(models: Path, capsys
         "parameters": 32_864,
         "bytes": 65_728,
         "dtypes": {"bfloat16": 32_864},
-        "files": [{"name": "model.safetensors", "bytes": size, "tensors": 50}],
+        "files": [{"name": "model.safetensors", "bytes": nbytes, "tensors": 50}],
         "side_files": [
             *("LICENSE", "additional_chat_templates/tools.jinja", "chat_template.jinja", "config.json"),
             *("generation_config.json", "modeling_own.py", "tokenizer.model", "tokenizer_config.json"),
@@ -220,12 +221,10 @@ def test_inspect_tells_what_a_megatron_checkpoint_holds(models: Path, capsys: py
 
 
 def test_inspect_has_units_and_plurals(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from dapo_megatron.convert.describe_text import size
-
     assert main.inspect_checkpoint([str(models / "hf")]) == 0
     assert "\n1 file with weights, 7" in capsys.readouterr().out
-    assert [size(n) for n in (None, 1, 999, 1500, 2_300_000, 459_200_000_000)] == [
-        *("missing", "1 byte", "999 bytes", "1.5 kB", "2.3 MB", "459.2 GB"),
+    assert [size(n) for n in (1, 999, 1500, 2_300_000, 459_200_000_000)] == [
+        *("1 byte", "999 bytes", "1.5 kB", "2.3 MB", "459.2 GB"),
     ]
 
 
@@ -254,6 +253,8 @@ def test_inspect_names_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFix
     os.truncate(tmp_path / "m/__0_0.distcp", 100)
     (tmp_path / "m/__1_0.distcp").unlink()
     (tmp_path / "m/common.pt").unlink()
+    assert main.inspect_checkpoint([str(tmp_path / "m")]) == 1
+    assert "\n  __0_0.distcp  100 bytes\n  __1_0.distcp  missing\n" in capsys.readouterr().out
     code, found = inspect(tmp_path / "m", capsys)
     assert code == 1
     assert [str(said).split(":")[0] for said in found["missing"]] == [  # type: ignore[union-attr]
