@@ -19,6 +19,7 @@ from dapo_megatron.convert.output import side_files
 from dapo_megatron.convert.places import HF, Place, resolve
 from dapo_megatron.convert.run_checkpoint import differences, is_of_a_run, manifest_of
 from dapo_megatron.convert.tensors_file import INDEX, SINGLE, Spec, TensorsFile, read_index
+from dapo_megatron.hf_folder import lacks_safetensors
 
 _PROJECTION = "self_attention.linear_proj.weight"
 
@@ -59,8 +60,8 @@ def _huggingface(folder: Path) -> dict[str, Any]:
         wanted = [SINGLE] if SINGLE in found else found
         if not wanted and (beside := _weights_beside(folder)):
             notes.append(f"config and tokenizer only: the weights are in the checkpoint beside it, {beside}")
-        elif not wanted:
-            missing.append("no *.safetensors are there")
+        elif not wanted and (problem := lacks_safetensors(folder)):
+            missing.append(f"{folder} {problem}")
     files: list[dict[str, Any]] = []
     specs: dict[str, Spec] = {}
     for name in wanted:

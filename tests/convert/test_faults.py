@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -18,7 +19,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dapo_megatron.convert.describe import describe
 from dapo_megatron.errors import ConfigError, DapoError
+from dapo_megatron.hf_folder import read_hf_config
 from tests.helpers.conversion import to_hf, to_megatron
 from tests.helpers.models import save_tiny
 
@@ -92,6 +95,21 @@ def test_quantised_weights_are_refused_whether_they_are_declared_or_not(own: Pat
     scale = "model.layers.0.mlp.up_proj.weight_scale_inv"
     save_file({**load_file(own / "model.safetensors"), scale: torch.ones(1, 1)}, own / "model.safetensors")
     with pytest.raises(ConfigError, match=rf"hf: the weights are quantised: 1 tensors hold .*, such as {scale}; take"):
+        to_megatron(own, tmp_path / "out")
+    assert not left(tmp_path)
+
+
+def test_weights_in_another_format_are_named_with_the_way_out(own: Path, tmp_path: Path) -> None:
+    (own / "model.safetensors").rename(own / "pytorch_model.bin")
+    advice = rf"AutoModelForCausalLM\.from_pretrained\('{own}', dtype='auto'\)\.save_pretrained\('NEW_FOLDER'\)"
+    said = rf"hf has no \*\.safetensors; its weights are in pytorch_model\.bin, which is not read\. .*{advice}"
+    with pytest.raises(ConfigError, match=said):
+        to_megatron(own, tmp_path / "out")
+    with pytest.raises(ConfigError, match=rf"model\.path .*{said}"):
+        read_hf_config(own)
+    assert re.search(said, *describe(own)["missing"])
+    (own / "pytorch_model.bin").unlink()
+    with pytest.raises(ConfigError, match=r"hf has no \*\.safetensors, and no pytorch_model\.bin to make"):
         to_megatron(own, tmp_path / "out")
     assert not left(tmp_path)
 
