@@ -37,8 +37,8 @@ def add_convert(parser: argparse.ArgumentParser, *, to: str | None = None) -> No
         to: megatron or hf; None where the input decides.
     """
     source = {"megatron": "HF_DIR", "hf": "CHECKPOINT", None: "SOURCE"}[to]
-    parser.add_argument("source", metavar=source, type=Path, help="the folder of the checkpoint, or of a run")
-    parser.add_argument("target", metavar="OUT", type=Path, help="the folder to write, which must not be there")
+    parser.add_argument("source", metavar=source, type=_path, help="the folder of the checkpoint, or of a run")
+    parser.add_argument("target", metavar="OUT", type=_path, help="the folder to write, which must not be there")
     if to != "hf":
         only = "" if to else " (to Megatron)"
         for name, what in _SIZES.items():
@@ -47,7 +47,7 @@ def add_convert(parser: argparse.ArgumentParser, *, to: str | None = None) -> No
         parser.add_argument(
             "--hf-files",
             metavar="DIR",
-            type=Path,
+            type=_path,
             help="config.json, tokenizer and the like, for a checkpoint without an hf/ folder",
         )
     parser.add_argument("--dtype", choices=_DTYPES, help="cast the weights; default: keep what each has")
@@ -62,9 +62,21 @@ def add_convert(parser: argparse.ArgumentParser, *, to: str | None = None) -> No
         parser.set_defaults(hf_files=None)
 
 
+def _path(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty, as a shell variable that is not set; give a folder")
+    if text.startswith("~"):
+        name = text.partition("/")[0]
+        raise argparse.ArgumentTypeError(
+            f"the shell has not expanded {name} in {text!r}, which is in quotes, behind a =, or names no user; give "
+            "the whole path, or put ./ before it where a folder is called so"
+        )
+    return Path(text)
+
+
 def add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "path", metavar="PATH", type=Path, help="the folder of a checkpoint, of whatever kind, or a run"
+        "path", metavar="PATH", type=_path, help="the folder of a checkpoint, of whatever kind, or a run"
     )
     parser.add_argument(
         "--hashes",

@@ -138,6 +138,8 @@ def side_folder(place: Place, hf: Path | None) -> Path:
     Raises:
         ConfigError: where there is none.
     """
+    if hf and not hf.is_dir():
+        raise ConfigError(f"--hf-files {hf} {'is a file; give a folder' if hf.exists() else 'does not exist'}")
     sides = hf or place.hf
     if sides is None:
         raise ConfigError(

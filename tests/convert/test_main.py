@@ -101,6 +101,8 @@ def test_the_help_of_all_lists_what_a_closed_terminal_ends_with(capsys: pytest.C
         ("megatron_to_hf", ["m", "empty/../m/a/b"], "m/a/b lies in m, which is only read; give an OUT elsewhere"),
         ("hf_to_megatron", ["empty", "out"], "empty holds no checkpoint"),
         ("inspect_checkpoint", ["empty"], "empty holds no checkpoint"),
+        ("megatron_to_hf", ["m", "out", "--hf-files", "nowhere"], "error: --hf-files nowhere does not exist\n"),
+        ("megatron_to_hf", ["m", "out", "--hf-files", "m/common.pt"], "error: --hf-files m/common.pt is a file; give"),
     ],
 )
 def test_input_that_cannot_work_is_answered_with_2(
@@ -116,6 +118,36 @@ def test_input_that_cannot_work_is_answered_with_2(
     assert getattr(main, tool)(arguments) == 2
     assert said in capsys.readouterr().err
     assert {entry.name for entry in models.iterdir()} == {"hf", "m", "empty"}
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        (["inspect", "{}"], "PATH"),
+        (["convert", "{}", "out"], "SOURCE"),
+        (["convert", "m", "{}"], "OUT"),
+        (["convert", "m", "out", "--hf-files={}"], "--hf-files"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [("", "it is empty, as a shell variable"), ("~/x", "the shell has not expanded ~ in '~/x', ")],
+)
+def test_a_path_that_the_shell_has_made_nothing_of_is_refused(
+    command: list[str],
+    name: str,
+    path: str,
+    said: str,
+    models: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(models)
+    monkeypatch.setattr(main, "_prepare", lambda: None)
+    with pytest.raises(SystemExit) as ended:
+        cli.main([word.format(path) for word in command])
+    assert ended.value.code == 2
+    assert f"error: argument {name}: {said}" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
