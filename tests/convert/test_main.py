@@ -276,7 +276,7 @@ def test_an_architecture_that_cannot_be_converted_is_told(
     (tmp_path / "model.safetensors").write_bytes((models / "hf/model.safetensors").read_bytes())
     code, found = inspect(tmp_path, capsys)
     assert code == 0
-    assert found["notes"] == ["architecture gpt2 cannot be converted; qwen2, qwen3, llama, mistral can"]
+    assert found["notes"] == ["architecture gpt2 cannot be converted; qwen2, qwen3, qwen3_moe, llama, mistral can"]
 
 
 def test_inspect_names_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
