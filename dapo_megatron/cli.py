@@ -75,8 +75,28 @@ def answered(run: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)
     except BrokenPipeError:  # the reader of our output has seen enough; what was left to say, such as FAIL, is unsaid
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        _drop_output()
         return 128 + signal.SIGPIPE
+
+
+def tell(text: str) -> None:
+    """Print what a program or a person has asked for to standard output.
+
+    Raises:
+        DapoError: where it cannot be written there, such as on a full disk.
+    """
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _drop_output()
+        raise DapoError(f"cannot write to standard output: {error.strerror}") from error
+
+
+def _drop_output() -> None:
+    """Have what is still to be written to standard output, at the end of the process too, go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -181,12 +201,12 @@ def _add_config(parser: argparse.ArgumentParser, *, optional: bool = False) -> N
 
 def _config(arguments: argparse.Namespace) -> int:
     if arguments.schema:
-        print(json.dumps(Config.model_json_schema(), indent=1))
+        tell(json.dumps(Config.model_json_schema(), indent=1))
         return 0
     path: Path | None = arguments.config
     if path is None:
         return arguments.usage_error("give a CONFIG, or --schema")
-    print(config_file.dump(config_file.load(path, arguments.overrides)), end="", flush=True)
+    tell(config_file.dump(config_file.load(path, arguments.overrides)).removesuffix("\n"))
     return 0
 
 
@@ -277,7 +297,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     for name, value in row.items():
         if name != "examples":
             print(f"{name:>16}  {value}", file=sys.stderr)
-    print(json.dumps(row, indent=1, allow_nan=False))
+    tell(json.dumps(row, indent=1, allow_nan=False))
     return 0
 
 

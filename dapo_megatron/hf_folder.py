@@ -59,16 +59,32 @@ def read_hf_config(path: Path, *, trust_remote_code: bool = False) -> Any:
         )
     if not (path / "config.json").is_file():
         raise ConfigError(f"model.path {path} has no config.json; it is not a Hugging Face checkpoint")
-    if not any(path.glob("*.safetensors")):
-        raise ConfigError(
-            f"model.path {path} has no *.safetensors; convert other formats with save_pretrained of transformers"
-        )
+    if problem := lacks_safetensors(path):
+        raise ConfigError(f"model.path {path} {problem}")
     from transformers import AutoConfig
 
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # a broken config.json raises whatever the parser beneath it has
         raise ConfigError(f"cannot read {path / 'config.json'}: {error}") from error
+
+
+def lacks_safetensors(folder: Path) -> str | None:
+    """Return that a folder has no *.safetensors, what it has instead and what to do, as "has no ..."; None if it has.
+
+    pytorch_model.bin is not read: it is a pickle, and may run what it holds.
+    """
+    if any(folder.glob("*.safetensors")):
+        return None
+    pickles = sorted(file.name for file in folder.glob("pytorch_model*.bin"))
+    if not pickles:
+        return "has no *.safetensors, and no pytorch_model.bin to make them from; is the download complete?"
+    more = f" and {len(pickles) - 1} more" if len(pickles) > 1 else ""
+    return (
+        f"has no *.safetensors; its weights are in {pickles[0]}{more}, which is not read. Write them as safetensors "
+        f"with transformers: AutoModelForCausalLM.from_pretrained({str(folder)!r}, dtype='auto')"
+        ".save_pretrained('NEW_FOLDER'), the same with AutoTokenizer, without dtype, and give NEW_FOLDER"
+    )
 
 
 def tensor_files(path: Path) -> dict[str, Path]:

@@ -34,6 +34,7 @@ from dapo_megatron.rollout.adapter import adapter_for
 from dapo_megatron.rollout.place import check_gpus
 from dapo_megatron.rollout.ports import check_ports
 from dapo_megatron.types import Prompt
+from dapo_megatron.units import size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -270,8 +271,8 @@ def _check_disk(config: Config) -> None:
     free = shutil.disk_usage(parent).free
     if config.run.save_hf and free < needed:
         raise ConfigError(
-            f"run.dir: {parent} has {free / 2**30:.2f} GiB free, and the trained policy takes about "
-            f"{needed / 2**30:.2f} GiB, as model.path does; free some, choose another run.dir, or set run.save_hf=false"
+            f"run.dir: {parent} has {size(free)} free, and the trained policy takes about {size(needed)}, as "
+            "model.path does; free some, choose another run.dir, or set run.save_hf=false"
         )
 
 

@@ -31,6 +31,14 @@ def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
+def test_an_answer_that_cannot_be_written_is_a_line_and_1() -> None:
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "dapo_megatron", "config", "--schema"]
+        done = subprocess.run(command, stdout=full, stderr=-1, text=True, timeout=100, check=False)
+    said = "dapo-megatron: error: cannot write to standard output: No space left on device\n"
+    assert (done.returncode, done.stderr) == (1, said)
+
+
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
     path = tmp_path / "config.yaml"

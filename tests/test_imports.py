@@ -12,7 +12,7 @@ import dapo_megatron
 
 PACKAGE = Path(dapo_megatron.__file__).parent
 NAME = PACKAGE.name
-VOCABULARY = {"types", "measures", "config", "errors", "hf_folder", "state"}
+VOCABULARY = {"types", "measures", "config", "errors", "hf_folder", "state", "units"}
 HEAVY = {"megatron", "mbridge", "vllm", "sglang", "torch.distributed", "ray"}
 
 ROOMS: dict[str, set[str]] = {
@@ -22,6 +22,7 @@ ROOMS: dict[str, set[str]] = {
     "errors": set(),
     "hf_folder": {"errors"},
     "state": {"errors"},
+    "units": set(),
     "processes": set(),
     "signals": set(),
     "stop": set(),

@@ -161,7 +161,7 @@ def test_a_disk_without_room_for_the_policy_is_refused(tmp_path: Path, monkeypat
     config = changed(tmp_path)
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr("dapo_megatron.preflight.shutil.disk_usage", lambda path: usage)
-    assert_matches("0.00 GiB free, and the trained policy takes about", refused(config))
+    assert_matches(f"{tmp_path} has 1.0 kB free, and the trained policy takes about ", refused(config))
     preflight(
         config_file.parse(
             {

@@ -141,6 +141,15 @@ def _check_key_value_heads(hf_config: Any, tp: int) -> None:
 
 
 def _check_variant(hf_config: Any) -> None:
+    for name in ("quantization_config", "compression_config"):
+        if (how := getattr(hf_config, name, None)) is not None:
+            # transformers keeps it as config.json has it, until a model is made.
+            method = how.get("quant_method") if isinstance(how, dict) else getattr(how, "quant_method", None)
+            raise ConfigError(
+                f"model: the weights are quantised ({name} in config.json says {method or 'no method'}); only weights "
+                "as they are trained, in float32, bfloat16 or float16, are supported: take the checkpoint that this "
+                "one was made from"
+            )
     rope = rope_parameters(hf_config)
     for name, value, allowed in (
         ("rope_parameters.rope_type", rope.get("rope_type", "default"), ("default", "llama3")),

@@ -19,6 +19,7 @@ from dapo_megatron.convert.output import side_files
 from dapo_megatron.convert.places import HF, Place, resolve
 from dapo_megatron.convert.run_checkpoint import differences, is_of_a_run, manifest_of
 from dapo_megatron.convert.tensors_file import INDEX, SINGLE, Spec, TensorsFile, read_index
+from dapo_megatron.hf_folder import lacks_safetensors
 
 _PROJECTION = "self_attention.linear_proj.weight"
 
@@ -36,8 +37,7 @@ def describe(path: Path, hashes: TextIO | None = None) -> dict[str, Any]:
             sizes only.
 
     Raises:
-        CheckpointError: where there is no checkpoint, the index that everything else hangs on cannot be read, or hashes
-            are wanted of a checkpoint that has none.
+        CheckpointError: where there is no checkpoint, or hashes are wanted of one that has none.
     """
     place = resolve(path)
     if hashes and not place.of_run:
@@ -47,7 +47,11 @@ def describe(path: Path, hashes: TextIO | None = None) -> dict[str, Any]:
 
 def _huggingface(folder: Path) -> dict[str, Any]:
     missing = [] if (folder / "config.json").is_file() else ["config.json is missing"]
-    weight_map = read_index(folder)
+    try:
+        weight_map = read_index(folder)
+    except CheckpointError as error:
+        weight_map = {}
+        missing.append(str(error))
     wanted = sorted(set(weight_map.values()))
     told = _model_of(folder)
     notes = _not_converted(told)
@@ -56,8 +60,8 @@ def _huggingface(folder: Path) -> dict[str, Any]:
         wanted = [SINGLE] if SINGLE in found else found
         if not wanted and (beside := _weights_beside(folder)):
             notes.append(f"config and tokenizer only: the weights are in the checkpoint beside it, {beside}")
-        elif not wanted:
-            missing.append("no *.safetensors are there")
+        elif not wanted and (problem := lacks_safetensors(folder)):
+            missing.append(f"{folder} {problem}")
     files: list[dict[str, Any]] = []
     specs: dict[str, Spec] = {}
     for name in wanted:
@@ -116,8 +120,6 @@ def _index(place: Place) -> tuple[Metadata, list[str]]:
     try:
         metadata = read_metadata(place.folder)
     except CheckpointError as error:
-        if not place.of_run:
-            raise
         return Metadata({}), [str(error).removeprefix(f"{place.folder}/")]
     return metadata, file_problems(place.folder, metadata)
 

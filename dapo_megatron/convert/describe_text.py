@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from dapo_megatron.units import counted, size
+
 
 def as_text(found: dict[str, Any]) -> str:
     """Return it as lines."""
@@ -22,7 +24,7 @@ def as_text(found: dict[str, Any]) -> str:
         lines += _megatron(found)
     total = sum(file["bytes"] or 0 for file in found["files"])
     lines.append(f"{counted(len(found['files']), 'file')} with weights" + (f", {size(total)}" if total else ""))
-    lines += [f"  {file['name']}  {size(file['bytes'])}" for file in found["files"][:16]]
+    lines += [f"  {file['name']}  {_size(file['bytes'])}" for file in found["files"][:16]]
     if len(found["files"]) > 16:
         lines.append(f"  and {len(found['files']) - 16} more")
     lines.append(f"beside them: {', '.join(found['side_files']) or 'nothing'}")
@@ -60,16 +62,5 @@ def _declared(found: dict[str, Any]) -> str:
     return f"; config.json declares {declared}" if declared and declared not in found["dtypes"] else ""
 
 
-def counted(count: int, noun: str) -> str:
-    """1 file, 2 files."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
-def size(nbytes: int | None) -> str:
-    """Return a size in the largest unit of which it has one: 999 bytes, 1.5 kB, 459.2 GB; None is a file not there."""
-    if nbytes is None:
-        return "missing"
-    for unit, worth in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if nbytes >= worth:
-            return f"{nbytes / worth:,.1f} {unit}"
-    return counted(nbytes, "byte")
+def _size(nbytes: int | None) -> str:
+    return "missing" if nbytes is None else size(nbytes)

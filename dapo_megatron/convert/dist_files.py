@@ -60,10 +60,14 @@ class UnreadableFileError(CheckpointError):
     """A checkpoint may be whole, and a file of it cannot be read here."""
 
 
+class _ForeignClassError(Exception):
+    """A pickle asks for a class that is none of `_ALLOWED`."""
+
+
 class _Metadata(pickle.Unpickler):
     def find_class(self, module: str, name: str, /) -> Any:
         if f"{module}.{name}" not in _ALLOWED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which has no place in one")
+            raise _ForeignClassError(f"it asks for {module}.{name}, which has no place in one")
         return super().find_class(module, name)
 
 
@@ -79,16 +83,33 @@ def read_metadata(folder: Path) -> Metadata:
             metadata = _Metadata(opened).load()
         if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
             raise pickle.UnpicklingError("it is no index of a checkpoint")
-        for key, value in metadata.state_dict_metadata.items():
-            if not isinstance(key, str) or not isinstance(value, TensorStorageMetadata | BytesStorageMetadata):
-                raise pickle.UnpicklingError(f"its entry {key!r} is no tensor and no object")
+        _refuse_garbled(metadata)
     except FileNotFoundError as error:
         raise CheckpointError(f"{file} is missing; the checkpoint is incomplete") from error
     except OSError as error:
         raise UnreadableFileError(f"{file} cannot be read: {error.strerror}") from error
-    except Exception as error:  # a damaged pickle raises whatever its opcodes stumble over
+    except _ForeignClassError as error:
         raise CheckpointError(f"{file} is not read: {error}") from error
+    except Exception as error:  # a damaged pickle raises whatever its opcodes stumble over
+        raise CheckpointError(f"{file} is damaged and cannot be read ({error or type(error).__name__})") from error
     return metadata
+
+
+def _refuse_garbled(metadata: Metadata) -> None:
+    """Raise, of whatever kind, where a record lacks a part or has one of another type: a flipped bit does that."""
+    for key, value in metadata.state_dict_metadata.items():
+        if not isinstance(key, str) or not isinstance(value, TensorStorageMetadata | BytesStorageMetadata):
+            raise pickle.UnpicklingError(f"its entry {key!r} is no tensor and no object")
+        if isinstance(value, BytesStorageMetadata):
+            continue
+        sizes = [value.size, *(chunk.sizes for chunk in value.chunks)]
+        is_whole = isinstance(value.properties.dtype, torch.dtype) and all(isinstance(s, torch.Size) for s in sizes)
+        if not is_whole or not all(isinstance(chunk.offsets, tuple) for chunk in value.chunks):
+            raise pickle.UnpicklingError(f"its entry {key!r} has no sizes")
+    for index, place in metadata.storage_data.items():
+        is_whole = isinstance(index.fqn, str) and isinstance(place.relative_path, str)
+        if not is_whole or not isinstance(place.offset + place.length, int):
+            raise pickle.UnpicklingError(f"its entry {index!r} has no place")
 
 
 class _Inert:
@@ -130,8 +151,10 @@ def peek_common(folder: Path) -> dict[str, Any]:
             raise pickle.UnpicklingError("it holds no dict")
     except FileNotFoundError as error:
         raise CheckpointError(f"{file} is missing; the checkpoint is incomplete") from error
+    except OSError as error:
+        raise UnreadableFileError(f"{file} cannot be read: {error.strerror}") from error
     except Exception as error:  # as above
-        raise CheckpointError(f"{file} is not read: {error}") from error
+        raise CheckpointError(f"{file} is damaged and cannot be read ({error or type(error).__name__})") from error
     return held
 
 

@@ -12,6 +12,7 @@ from dapo_megatron.config import MemoryConfig, ModelConfig, ParallelConfig
 from dapo_megatron.convert.dist_files import check
 from dapo_megatron.convert.side_config import read_config
 from dapo_megatron.convert.verify import VerifyError
+from dapo_megatron.units import size
 
 TOLERANCE = 2e-5
 """Largest difference of a logit, in units of the largest logit or 1. Both sides compute in float32, in another order:
@@ -43,8 +44,8 @@ def compare_logits(megatron: Path, hf: Path) -> str:
     wanted, free = int(parameters * 4 * _ROOM) + _BASE, psutil.virtual_memory().available
     if wanted > free:
         return (
-            f"logits are not compared: in float32, {parameters:,} parameters x 4 bytes x {_ROOM} + {_BASE / 1e9:.1f} "
-            f"GB = {wanted / 1e9:.1f} GB, but {free / 1e9:.1f} GB of memory are free"
+            f"logits are not compared: in float32, {parameters:,} parameters x 4 bytes x {_ROOM} + {size(_BASE)} "
+            f"= {size(wanted)}, but {size(free)} of memory are free"
         )
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(hf_config.vocab_size, (_TOKENS,), generator=generator)

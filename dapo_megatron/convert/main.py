@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import signal
@@ -36,8 +37,8 @@ def add_convert(parser: argparse.ArgumentParser, *, to: str | None = None) -> No
         to: megatron or hf; None where the input decides.
     """
     source = {"megatron": "HF_DIR", "hf": "CHECKPOINT", None: "SOURCE"}[to]
-    parser.add_argument("source", metavar=source, type=Path, help="the folder of the checkpoint, or of a run")
-    parser.add_argument("target", metavar="OUT", type=Path, help="the folder to write, which must not be there")
+    parser.add_argument("source", metavar=source, type=_path, help="the folder of the checkpoint, or of a run")
+    parser.add_argument("target", metavar="OUT", type=_path, help="the folder to write, which must not be there")
     if to != "hf":
         only = "" if to else " (to Megatron)"
         for name, what in _SIZES.items():
@@ -46,7 +47,7 @@ def add_convert(parser: argparse.ArgumentParser, *, to: str | None = None) -> No
         parser.add_argument(
             "--hf-files",
             metavar="DIR",
-            type=Path,
+            type=_path,
             help="config.json, tokenizer and the like, for a checkpoint without an hf/ folder",
         )
     parser.add_argument("--dtype", choices=_DTYPES, help="cast the weights; default: keep what each has")
@@ -61,9 +62,21 @@ def add_convert(parser: argparse.ArgumentParser, *, to: str | None = None) -> No
         parser.set_defaults(hf_files=None)
 
 
+def _path(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty, as a shell variable that is not set; give a folder")
+    if text.startswith("~"):
+        name = text.partition("/")[0]
+        raise argparse.ArgumentTypeError(
+            f"the shell has not expanded {name} in {text!r}, which is in quotes, behind a =, or names no user; give "
+            "the whole path, or put ./ before it where a folder is called so"
+        )
+    return Path(text)
+
+
 def add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "path", metavar="PATH", type=Path, help="the folder of a checkpoint, of whatever kind, or a run"
+        "path", metavar="PATH", type=_path, help="the folder of a checkpoint, of whatever kind, or a run"
     )
     parser.add_argument(
         "--hashes",
@@ -191,12 +204,19 @@ def _leave(number: int, frame: Any) -> None:
 
 def _inspect(arguments: argparse.Namespace) -> int:
     end_when_interrupted()
+    from dapo_megatron.cli import tell
     from dapo_megatron.convert.describe import describe
     from dapo_megatron.convert.describe_text import as_text
+    from dapo_megatron.obs.terminal import printable
 
     raise_when_interrupted()
     found = describe(arguments.path, sys.stderr if arguments.hashes else None)
-    print(json.dumps(found, indent=1) if arguments.json else as_text(found), flush=True)
+    if arguments.json:
+        tell(json.dumps(found, indent=1))
+    else:
+        if isinstance(sys.stdout, io.TextIOWrapper):  # names in letters that it has none for are spelled, as on stderr
+            sys.stdout.reconfigure(errors="backslashreplace")
+        tell(printable(as_text(found)))
     return 1 if found["missing"] else 0
 
 

@@ -16,6 +16,14 @@ from dapo_megatron.errors import ConfigError
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """What weights may be kept as. Others are quantised forms, which have scales beside them."""
 
+_QUANTISED = (
+    *(".weight_scale_inv", ".weight_scale", ".input_scale", ".activation_scale"),  # FP8
+    *(".qweight", ".qzeros", ".scales", ".g_idx"),  # GPTQ, AWQ
+    *(".weight_packed", ".weight_zero_point"),  # compressed-tensors
+    *(".absmax", ".quant_map", ".SCB"),  # bitsandbytes
+)
+"""How tensors of quantised weights are named. No model here has such names."""
+
 
 class Model:
     """A model in both forms.
@@ -73,6 +81,11 @@ class Model:
             ConfigError: naming tensors that are missing, have no place, or another shape or form than they should.
         """
         wanted = self.hf_shapes
+        if scales := sorted(name for name in specs if name.endswith(_QUANTISED)):
+            raise ConfigError(
+                f"{where}: the weights are quantised: {len(scales)} tensors hold scales or packed numbers, such as "
+                f"{scales[0]}; take the checkpoint that this one was made from"
+            )
         spare = {name for name in specs if name.endswith("rotary_emb.inv_freq")}
         if self.hf_config.tie_word_embeddings:
             spare |= {"lm_head.weight"} & set(specs)

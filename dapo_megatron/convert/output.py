@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dapo_megatron.errors import ConfigError, DapoError
+from dapo_megatron.units import size
 
 _MARGIN = 64 << 20
 """Bytes left free besides: files have sizes in blocks, and others write too."""
@@ -37,8 +38,8 @@ def unfinished(target: Path, nbytes: int) -> Iterator[Path]:
     there = next(folder for folder in (parent, *parent.parents) if folder.exists())
     if (free := shutil.disk_usage(there).free) < nbytes + _MARGIN:
         raise ConfigError(
-            f"{target} needs {nbytes / 1e9:.2f} GB and {_MARGIN / 1e9:.2f} to spare, but only {free / 1e9:.2f} GB are "
-            f"free in {there}"
+            f"{target} needs {size(nbytes)} and {size(_MARGIN)} to spare, but only {size(free)} are free in {there}; "
+            "give an OUT on another disk, or free some"
         )
     folder = parent / f"{target.name}.unfinished-{os.getpid()}"
     made = [entry for entry in (parent, *parent.parents) if not entry.exists()]

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol, TextIO
 
+from dapo_megatron.units import size
+
 _SECONDS = 10.0
 """Between two lines."""
 
@@ -50,7 +52,7 @@ class _Lines:
         self._told = now
         left = (now - self._begun) / self._done * (self._nbytes - self._done)
         print(
-            f"{self._what}: {self._done / 1e9:.1f} of {self._nbytes / 1e9:.1f} GB, {left:.0f} s left",
+            f"{self._what}: {size(self._done)} of {size(self._nbytes)}, {left:.0f} s left",
             file=self._file,
             flush=True,
         )

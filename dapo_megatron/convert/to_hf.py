@@ -109,6 +109,8 @@ def megatron_to_hf(place: Place, target: Path, dtype: str | None, hf: Path | Non
     """
     sides = side_folder(place, hf)
     source = MegatronModel(place.folder, sides)
+    # Megatron loads no checkpoint without it, and a folder that lacks a file may lack others.
+    joins_experts = peek_common(place.folder).get(JOINED) is True
     specs = source.specs
     if dtype:
         specs = {name: Spec(DTYPES[dtype], spec.shape) for name, spec in specs.items()}
@@ -121,7 +123,7 @@ def megatron_to_hf(place: Place, target: Path, dtype: str | None, hf: Path | Non
         dtypes = {str(spec.dtype).removeprefix("torch.") for spec in specs.values()}
         if len(dtypes) == 1:
             declare_dtype(folder / "config.json", dtypes.pop())
-        whole = join_experts(specs) if peek_common(place.folder).get(JOINED) is True else specs
+        whole = join_experts(specs) if joins_experts else specs
         with TensorsWriter(folder, whole, SHARD_BYTES) as writer:
             for weight in source.model.layout.weights:
                 for name, tensor in source.read(weight).items():
@@ -136,6 +138,8 @@ def side_folder(place: Place, hf: Path | None) -> Path:
     Raises:
         ConfigError: where there is none.
     """
+    if hf and not hf.is_dir():
+        raise ConfigError(f"--hf-files {hf} {'is a file; give a folder' if hf.exists() else 'does not exist'}")
     sides = hf or place.hf
     if sides is None:
         raise ConfigError(

@@ -16,6 +16,7 @@ from dapo_megatron.convert.progress import progress
 from dapo_megatron.convert.side_config import declare_dtype, read_config
 from dapo_megatron.convert.tensors_file import TensorsFolder
 from dapo_megatron.errors import ConfigError
+from dapo_megatron.hf_folder import lacks_safetensors
 
 _COMMON = {"iteration": 0, "checkpoint_version": 3.0}
 """What Megatron-LM asks for; by the version, heads of queries, keys and values lie side by side in groups."""
@@ -39,6 +40,8 @@ def hf_to_megatron(source: Path, target: Path, parallel: ParallelConfig, dtype: 
         DapoError: where the output cannot be written.
     """
     model = Model(read_config(source), parallel)
+    if problem := lacks_safetensors(source):
+        raise ConfigError(f"{source} {problem}")
     tensors = TensorsFolder(source)
     spare = model.check(tensors.specs, str(source))
     said = [f"left out {', '.join(spare)}: the model has no such parameters of its own"] if spare else []

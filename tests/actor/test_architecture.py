@@ -145,3 +145,17 @@ def test_importing_it_does_not_load_megatron() -> None:
     code = "import sys, dapo_megatron.actor.architecture; print([m for m in ('torch', 'megatron') if m in sys.modules])"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert output.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"quantization_config in .* says gptq"),
+        ({"quantization_config": {"load_in_8bit": True}}, r"quantization_config in config\.json says no method"),
+        ({"compression_config": {"quant_method": "compressed-tensors"}}, r"compression_config .* says compressed-tens"),
+    ],
+)
+def test_a_quantised_model_is_refused_with_its_method(values: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=rf"model: the weights are quantised \({said}"):
+        check_trains(Qwen2Config(**QWEN, **values), ParallelConfig())
+    check_trains(Qwen2Config(**{**QWEN, "quantization_config": None}), ParallelConfig())

@@ -94,6 +94,17 @@ def test_places_outside_the_folder_are_refused(tmp_path: Path) -> None:
         DistReader(tmp_path / "a")
 
 
+@pytest.mark.parametrize("name", [b"relative_path", b"chunks", b"properties", b"sizes", b"offset", b"fqn"])
+def test_an_index_with_a_flipped_bit_is_called_damaged(name: bytes, tmp_path: Path) -> None:
+    write(tmp_path / "a")
+    file = tmp_path / "a/.metadata"
+    held = file.read_bytes()
+    assert name in held
+    file.write_bytes(held.replace(name, name[:-1] + bytes([name[-1] ^ 1])))
+    with pytest.raises(CheckpointError, match=r"a/\.metadata is damaged and cannot be read \("):
+        read_metadata(tmp_path / "a")
+
+
 def test_a_file_that_is_cut_short_or_gone_is_named(tmp_path: Path) -> None:
     write(tmp_path / "a")
     file = tmp_path / "a/__1_0.distcp"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -18,7 +19,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dapo_megatron.convert.describe import describe
 from dapo_megatron.errors import ConfigError, DapoError
+from dapo_megatron.hf_folder import read_hf_config
 from tests.helpers.conversion import to_hf, to_megatron
 from tests.helpers.models import save_tiny
 
@@ -83,6 +86,34 @@ def test_tensors_that_are_missing_or_have_no_place_or_the_wrong_shape(own: Path,
     assert not left(tmp_path)
 
 
+def test_quantised_weights_are_refused_whether_they_are_declared_or_not(own: Path, tmp_path: Path) -> None:
+    change_config(own, quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(ConfigError, match=r"quantised \(quantization_config in config\.json says gptq\)") as refused:
+        to_megatron(own, tmp_path / "out")
+    assert refused.value.exit_code == 2
+    change_config(own, quantization_config=None)
+    scale = "model.layers.0.mlp.up_proj.weight_scale_inv"
+    save_file({**load_file(own / "model.safetensors"), scale: torch.ones(1, 1)}, own / "model.safetensors")
+    with pytest.raises(ConfigError, match=rf"hf: the weights are quantised: 1 tensors hold .*, such as {scale}; take"):
+        to_megatron(own, tmp_path / "out")
+    assert not left(tmp_path)
+
+
+def test_weights_in_another_format_are_named_with_the_way_out(own: Path, tmp_path: Path) -> None:
+    (own / "model.safetensors").rename(own / "pytorch_model.bin")
+    advice = rf"AutoModelForCausalLM\.from_pretrained\('{own}', dtype='auto'\)\.save_pretrained\('NEW_FOLDER'\)"
+    said = rf"hf has no \*\.safetensors; its weights are in pytorch_model\.bin, which is not read\. .*{advice}"
+    with pytest.raises(ConfigError, match=said):
+        to_megatron(own, tmp_path / "out")
+    with pytest.raises(ConfigError, match=rf"model\.path .*{said}"):
+        read_hf_config(own)
+    assert re.search(said, *describe(own)["missing"])
+    (own / "pytorch_model.bin").unlink()
+    with pytest.raises(ConfigError, match=r"hf has no \*\.safetensors, and no pytorch_model\.bin to make"):
+        to_megatron(own, tmp_path / "out")
+    assert not left(tmp_path)
+
+
 def test_a_folder_that_is_there_already_is_left_alone(source: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     with pytest.raises(ConfigError, match=r"out is there already"):
@@ -97,7 +128,7 @@ def test_a_disk_without_room_is_refused_with_the_arithmetic(
 
     monkeypatch.setattr(output, "_MARGIN", 10**18)
     with pytest.raises(
-        ConfigError, match=r"out needs 0\.00 GB and 1000000000\.00 to spare, but only .* GB are free in"
+        ConfigError, match=r"out needs \d+\.\d kB and 1,000,000,000\.0 GB to spare, but only .* GB are free in"
     ):
         to_megatron(source, tmp_path / "new/out")
     assert not left(tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from dapo_megatron import cli
 from dapo_megatron.convert import main
+from dapo_megatron.units import size
 from tests.helpers.conversion import add_sides, assert_same_tensors, tensors, to_megatron
 from tests.helpers.models import save_tiny
 
@@ -99,6 +101,8 @@ def test_the_help_of_all_lists_what_a_closed_terminal_ends_with(capsys: pytest.C
         ("megatron_to_hf", ["m", "empty/../m/a/b"], "m/a/b lies in m, which is only read; give an OUT elsewhere"),
         ("hf_to_megatron", ["empty", "out"], "empty holds no checkpoint"),
         ("inspect_checkpoint", ["empty"], "empty holds no checkpoint"),
+        ("megatron_to_hf", ["m", "out", "--hf-files", "nowhere"], "error: --hf-files nowhere does not exist\n"),
+        ("megatron_to_hf", ["m", "out", "--hf-files", "m/common.pt"], "error: --hf-files m/common.pt is a file; give"),
     ],
 )
 def test_input_that_cannot_work_is_answered_with_2(
@@ -114,6 +118,36 @@ def test_input_that_cannot_work_is_answered_with_2(
     assert getattr(main, tool)(arguments) == 2
     assert said in capsys.readouterr().err
     assert {entry.name for entry in models.iterdir()} == {"hf", "m", "empty"}
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        (["inspect", "{}"], "PATH"),
+        (["convert", "{}", "out"], "SOURCE"),
+        (["convert", "m", "{}"], "OUT"),
+        (["convert", "m", "out", "--hf-files={}"], "--hf-files"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [("", "it is empty, as a shell variable"), ("~/x", "the shell has not expanded ~ in '~/x', ")],
+)
+def test_a_path_that_the_shell_has_made_nothing_of_is_refused(
+    command: list[str],
+    name: str,
+    path: str,
+    said: str,
+    models: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(models)
+    monkeypatch.setattr(main, "_prepare", lambda: None)
+    with pytest.raises(SystemExit) as ended:
+        cli.main([word.format(path) for word in command])
+    assert ended.value.code == 2
+    assert f"error: argument {name}: {said}" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +192,7 @@ def test_a_model_too_large_for_memory_has_no_logits_compared(models: Path, monke
     monkeypatch.setattr(logits, "_BASE", 10**18)
     said = logits.compare_logits(models / "m", models / "hf")
     assert said.startswith(
-        "logits are not compared: in float32, 32,864 parameters x 4 bytes x 1.2 + 1000000000.0 GB = "
+        "logits are not compared: in float32, 32,864 parameters x 4 bytes x 1.2 + 1,000,000,000.0 GB = "
     )
 
 
@@ -170,7 +204,7 @@ def inspect(path: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[s
 def test_inspect_tells_what_a_hugging_face_checkpoint_holds(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, found = inspect(models / "hf", capsys)
     assert code == 0
-    size = (models / "hf/model.safetensors").stat().st_size
+    nbytes = (models / "hf/model.safetensors").stat().st_size
     assert found == {
         "kind": "huggingface",
         "path": str(models / "hf"),
@@ -183,7 +217,7 @@ def test_inspect_tells_what_a_hugging_face_checkpoint_holds(models: Path, capsys
         "parameters": 32_864,
         "bytes": 65_728,
         "dtypes": {"bfloat16": 32_864},
-        "files": [{"name": "model.safetensors", "bytes": size, "tensors": 50}],
+        "files": [{"name": "model.safetensors", "bytes": nbytes, "tensors": 50}],
         "side_files": [
             *("LICENSE", "additional_chat_templates/tools.jinja", "chat_template.jinja", "config.json"),
             *("generation_config.json", "modeling_own.py", "tokenizer.model", "tokenizer_config.json"),
@@ -219,12 +253,10 @@ def test_inspect_tells_what_a_megatron_checkpoint_holds(models: Path, capsys: py
 
 
 def test_inspect_has_units_and_plurals(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from dapo_megatron.convert.describe_text import size
-
     assert main.inspect_checkpoint([str(models / "hf")]) == 0
     assert "\n1 file with weights, 7" in capsys.readouterr().out
-    assert [size(n) for n in (None, 1, 999, 1500, 2_300_000, 459_200_000_000)] == [
-        *("missing", "1 byte", "999 bytes", "1.5 kB", "2.3 MB", "459.2 GB"),
+    assert [size(n) for n in (1, 999, 1500, 2_300_000, 459_200_000_000)] == [
+        *("1 byte", "999 bytes", "1.5 kB", "2.3 MB", "459.2 GB"),
     ]
 
 
@@ -244,7 +276,7 @@ def test_an_architecture_that_cannot_be_converted_is_told(
     (tmp_path / "model.safetensors").write_bytes((models / "hf/model.safetensors").read_bytes())
     code, found = inspect(tmp_path, capsys)
     assert code == 0
-    assert found["notes"] == ["architecture gpt2 cannot be converted; qwen2, qwen3, llama, mistral can"]
+    assert found["notes"] == ["architecture gpt2 cannot be converted; qwen2, qwen3, qwen3_moe, llama, mistral can"]
 
 
 def test_inspect_names_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -253,6 +285,8 @@ def test_inspect_names_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFix
     os.truncate(tmp_path / "m/__0_0.distcp", 100)
     (tmp_path / "m/__1_0.distcp").unlink()
     (tmp_path / "m/common.pt").unlink()
+    assert main.inspect_checkpoint([str(tmp_path / "m")]) == 1
+    assert "\n  __0_0.distcp  100 bytes\n  __1_0.distcp  missing\n" in capsys.readouterr().out
     code, found = inspect(tmp_path / "m", capsys)
     assert code == 1
     assert [str(said).split(":")[0] for said in found["missing"]] == [  # type: ignore[union-attr]
@@ -275,6 +309,68 @@ def test_inspect_names_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFix
     )
     assert "model-00002-of-00003.safetensors is no whole safetensors file" in two
     assert three.startswith("model-00003-of-00003.safetensors is missing, and 8 tensors with it")
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (None, ".metadata is missing; the checkpoint is incomplete"),
+        (b"", ".metadata is damaged and cannot be read (Ran out of input)"),
+        (b"j\xd5\xd4k\x0a.", ".metadata is damaged and cannot be read (Memo value not found at index 174838997)"),
+        (b"N.", ".metadata is damaged and cannot be read (it is no index of a checkpoint)"),
+    ],
+)
+def test_an_index_that_is_missing_or_damaged_is_no_missing_checkpoint(
+    data: bytes | None, said: str, models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(models / "m", tmp_path / "m")
+    (tmp_path / "m/.metadata").unlink() if data is None else (tmp_path / "m/.metadata").write_bytes(data)
+    code, found = inspect(tmp_path / "m", capsys)
+    assert (code, found["kind"], found["missing"]) == (1, "megatron", [said])
+    assert main.inspect_checkpoint([str(tmp_path / "m")]) == 1
+    assert f"MISSING: {said}\n" in capsys.readouterr().out
+
+
+def test_a_hugging_face_index_that_is_damaged_is_told(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(models / "hf", tmp_path / "hf")
+    (tmp_path / "hf/model.safetensors.index.json").write_text("{")
+    code, found = inspect(tmp_path / "hf", capsys)
+    assert (code, found["tensors"]) == (1, 50)
+    (said,) = found["missing"]  # type: ignore[misc]
+    assert "model.safetensors.index.json is no index of a checkpoint: " in said
+
+
+@pytest.mark.parametrize(("data", "said"), [(None, "is missing; the checkpoint is incomplete"), (b"PK", "is damaged")])
+def test_what_megatron_could_not_load_is_not_converted(
+    data: bytes | None, said: str, models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(models / "m", tmp_path / "m")
+    file = tmp_path / "m/common.pt"
+    file.unlink() if data is None else file.write_bytes(data)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(main, "_prepare", lambda: None)
+        assert main.megatron_to_hf([str(tmp_path / "m"), str(tmp_path / "new/out")]) == 2
+    assert f"error: {file} {said}" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_name_that_standard_output_has_no_letters_for_is_spelled(models: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(models / "hf", tmp_path / "\u6a21\u578b\x1b[2J")
+    command, environment = command_of("inspect", folder), {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"{tmp_path}/\\u6a21\\u578b\\x1b[2J\nHugging Face, ")
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_an_answer_that_cannot_be_written_is_a_line_and_1(options: list[str], models: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        command = command_of("inspect", models / "hf", *options)
+        done = subprocess.run(command, stdout=full, stderr=-1, text=True, timeout=100, check=False)
+    said = "dapo-megatron: error: cannot write to standard output: No space left on device\n"
+    assert (done.returncode, done.stderr) == (1, said)
 
 
 SWALLOWS = """
