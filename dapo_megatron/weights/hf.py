@@ -153,9 +153,12 @@ class HfCheckpoint:
             spare.add("lm_head.weight")
         for problem, names in (("lacks", wanted - there), ("has no place in the model for", there - wanted - spare)):
             if names:
+                fused = any(name.endswith(".experts.gate_up_proj") for name in there)
+                advice = "; save it with transformers' save_pretrained, which gives each expert its own tensors"
                 raise ConfigError(
                     f"model.path: the checkpoint in {self.path} {problem} {len(names)} tensors, such as "
                     f"{', '.join(sorted(names)[:3])}; it has {len(there)}, the model wants {len(wanted)}"
+                    f"{advice if fused else ''}"
                 )
         return files
 

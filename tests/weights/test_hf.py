@@ -145,6 +145,15 @@ def test_missing_and_unexpected_tensors_are_errors(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("alone")
+def test_experts_in_one_tensor_are_told_how_to_come_apart(tmp_path: Path) -> None:
+    apart = save_tiny(tmp_path / "apart", "qwen3_moe")
+    load_reference(apart, torch.float32).save_pretrained(tmp_path / "fused", save_original_format=False)
+    checkpoint, chunks = build(tmp_path / "fused")
+    with pytest.raises(ConfigError, match=r"lacks 48 tensors.*gives each expert its own tensors"):
+        checkpoint.load(chunks)
+
+
+@pytest.mark.usefixtures("alone")
 def test_large_models_are_saved_in_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from dapo_megatron.weights import hf
 
