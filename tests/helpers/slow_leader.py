@@ -24,7 +24,7 @@ from tests.helpers.completions import completion
 from tests.weights.test_publish import Keeper
 
 SECONDS = float(sys.argv[1])
-BYTES = 50_000
+BYTES = 100_000
 """Of a bucket, and of a shard: the model has several."""
 
 
