@@ -195,7 +195,7 @@ def test_a_full_disk_does_not_end_a_run(config: Config, tmp_path: Path, capfd: p
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     observer.step(3, {}, [group])
     observer.close()
-    assert [row["step"] for row in rows(folder / "rollouts.jsonl")] == [1, 4]
+    assert [row["step"] for row in rows(folder / "rollouts.jsonl")] == [1, 2, 3, 4]
     shown = capfd.readouterr().out
     assert shown.count("rollouts.jsonl: could not write the responses of step 2 (OSError") == 1
     assert "rollouts.jsonl: could not write the responses of step 3" not in shown
