@@ -60,8 +60,16 @@ def differences(run: Path, undisturbed: Path) -> list[str]:
         names = sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
         if names:
             found.append(f"step {one['step']}: {', '.join(names)}")
+    if results(run) != results(undisturbed):
+        found.append(f"summary: {results(run)} and {results(undisturbed)}")
     files = ("rollouts.jsonl", "hf/model.safetensors")
     return found + [name for name in files if (run / name).read_bytes() != (undisturbed / name).read_bytes()]
+
+
+def results(run: Path) -> dict[str, Any]:
+    """What summary.json says, but how long and in how many lives."""
+    summary = json.loads((run / "summary.json").read_text())
+    return {name: value for name, value in summary.items() if name != "lives" and not name.startswith("seconds")}
 
 
 def steps_of(run: Path) -> Sequence[int]:
