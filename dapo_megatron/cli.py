@@ -6,6 +6,7 @@ Exit codes: those of `EXIT_CODES`, and 141 where the reader of the output went a
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import os
@@ -206,7 +207,10 @@ def _config(arguments: argparse.Namespace) -> int:
     path: Path | None = arguments.config
     if path is None:
         return arguments.usage_error("give a CONFIG, or --schema")
-    tell(config_file.dump(config_file.load(path, arguments.overrides)).removesuffix("\n"))
+    text = config_file.dump(config_file.load(path, arguments.overrides)).removesuffix("\n")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # as a config is read, whatever letters the terminal has
+        sys.stdout.reconfigure(encoding="utf-8")
+    tell(text)
     return 0
 
 

@@ -55,7 +55,7 @@ def parse(values: Mapping[str, Any]) -> Config:
 
 def dump(config: Config) -> str:
     """Return the resolved configuration as YAML; `load` reads it back to an equal one."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def _yaml(text: str, where: str) -> Any:

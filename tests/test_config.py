@@ -144,6 +144,16 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
         load(tmp_path, MINIMAL, "train.steps=x", "rollout.respones=8")
 
 
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/李")
+    config = load(tmp_path, MINIMAL, "model.path=~/m", "data.train=~/*.jsonl", "eval.data=~/h.jsonl", "run.dir=~/runs")
+    assert (config.model.path, config.run.dir) == (Path("/home/李/m"), Path("/home/李/runs"))
+    assert (config.data.train, config.eval.data) == ("/home/李/*.jsonl", "/home/李/h.jsonl")
+    assert "/home/李/m" in config_file.dump(config)
+    with pytest.raises(ConfigError, match=r"run\.dir: ~nobody-here/runs: "):
+        load(tmp_path, MINIMAL, "run.dir=~nobody-here/runs")
+
+
 def test_dump_and_load_are_inverse(tmp_path: Path) -> None:
     config = load(tmp_path, MINIMAL, "optimizer.lr=3e-7", "algo.dapo.dual_clip=10", "optimizer.betas=[0.9,0.95]")
     assert load(tmp_path, config_file.dump(config)) == config

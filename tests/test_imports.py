@@ -12,7 +12,7 @@ import dapo_megatron
 
 PACKAGE = Path(dapo_megatron.__file__).parent
 NAME = PACKAGE.name
-VOCABULARY = {"types", "measures", "config", "errors", "hf_folder", "state", "units"}
+VOCABULARY = {"types", "measures", "config", "errors", "hf_folder", "state", "units", "disk"}
 HEAVY = {"megatron", "mbridge", "vllm", "sglang", "torch.distributed", "ray"}
 
 ROOMS: dict[str, set[str]] = {
@@ -23,6 +23,7 @@ ROOMS: dict[str, set[str]] = {
     "hf_folder": {"errors"},
     "state": {"errors"},
     "units": set(),
+    "disk": set(),
     "processes": set(),
     "signals": set(),
     "stop": set(),

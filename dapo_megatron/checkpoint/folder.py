@@ -13,7 +13,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import os
 import re
 import secrets
 import shutil
@@ -25,6 +24,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from dapo_megatron import disk
 from dapo_megatron.errors import DapoError
 
 LATEST = "latest"
@@ -123,17 +123,17 @@ def complete(unfinished: Path, manifest: Manifest) -> Path:
         size = (unfinished / name).stat().st_size
         if size != file.bytes:
             raise OSError(f"{name} has {size:,} bytes, {file.bytes:,} were written; do all machines share the folder?")
-        _sync(unfinished / name)
-    _write(unfinished / MANIFEST, json.dumps(asdict(manifest), indent=1) + "\n")
+        disk.sync(unfinished / name)
+    disk.write(unfinished / MANIFEST, (json.dumps(asdict(manifest), indent=1) + "\n").encode())
     for folder in {(unfinished / name).parent for name in manifest.files} | {unfinished}:
-        _sync(folder)
+        disk.sync(folder)
     root, final = unfinished.parent, unfinished.parent / f"step-{manifest.step}"
     _delete(final)
     unfinished.rename(final)
-    _sync(root)
-    _write(root / f".{LATEST}.unfinished", f"{final.name}\n")
+    disk.sync(root)
+    disk.write(root / f".{LATEST}.unfinished", f"{final.name}\n".encode())
     (root / f".{LATEST}.unfinished").replace(root / LATEST)
-    _sync(root)
+    disk.sync(root)
     return final
 
 
@@ -242,23 +242,7 @@ def write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
     for name, content in contents.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-
-
-def _write(path: Path, text: str) -> None:
-    write_files(path.parent, {path.name: text.encode()})
-
-
-def _sync(path: Path) -> None:
-    """Have a file, or the names in a folder, on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        disk.write(path, content)
 
 
 def why(error: BaseException, folder: Path, nbytes: int | None = None) -> str:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from dapo_megatron.config.section import PositiveInt, Section
+from dapo_megatron.config.section import FilePath, PositiveInt, Section
 from dapo_megatron.errors import ConfigError
 
 
 class ModelConfig(Section):
-    path: Path
+    path: FilePath
     """Folder of a Hugging Face checkpoint: config.json, *.safetensors and the tokenizer."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of the parameters and activations of the actor and of the engine."""

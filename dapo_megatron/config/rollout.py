@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from dapo_megatron.config.section import Fraction, PositiveFloat, PositiveInt, Section, Temperature
+from dapo_megatron.config.section import (
+    FilePath,
+    FilePattern,
+    Fraction,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    Temperature,
+)
 
 
 class DataConfig(Section):
-    train: str
+    train: FilePattern
     """Prompts to train on: a .jsonl or .parquet file, or hub:OWNER/NAME[/SPLIT] on the Hugging Face hub."""
     prompt_field: str = "prompt"
     """Where a row keeps its question; dots reach into nested objects. Of chat messages, the last user turn."""
@@ -83,7 +90,7 @@ class RolloutConfig(Section):
 class EngineConfig(Section):
     kind: str = "vllm"
     """What serves the policy for sampling: vllm, or some.module:name for an adapter of your own."""
-    python: Path | None = None
+    python: FilePath | None = None
     """Interpreter that runs the engine, for one in a virtual environment of its own; null is the trainer's."""
     count: PositiveInt = 1
     """Engines, each with its own copy of the model; a request goes to the one with the least to do."""

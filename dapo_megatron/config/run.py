@@ -7,11 +7,19 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from dapo_megatron.config.section import Fraction, NonNegativeInt, PositiveInt, Section, Temperature
+from dapo_megatron.config.section import (
+    FilePath,
+    FilePattern,
+    Fraction,
+    NonNegativeInt,
+    PositiveInt,
+    Section,
+    Temperature,
+)
 
 
 class EvalConfig(Section):
-    data: str | None = None
+    data: FilePattern | None = None
     """Held-out prompts, read like data.train; null leaves evaluation out."""
     every: NonNegativeInt = 0
     """Rollout steps between evaluations; 0 evaluates only before the first step and after the last."""
@@ -30,7 +38,7 @@ class EvalConfig(Section):
 class RunConfig(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
     """Results go to dir/name."""
-    dir: Path = Path("runs")
+    dir: FilePath = Path("runs")
     """Folder that runs are kept in."""
     existing: Literal["refuse", "rename", "resume"] = "refuse"
     """What to do when dir/name is there already: stop, move it aside to dir/name.1, .2, ..., or go on from its last

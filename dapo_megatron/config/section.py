@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Annotated, Any, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
@@ -20,6 +22,18 @@ def _warm_or_greedy(temperature: float) -> float:
 
 
 Temperature = Annotated[float, Field(ge=0), AfterValidator(_warm_or_greedy)]
+
+
+def _from_home(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+# A shell leaves the ~ of section.key=~/x alone, and YAML knows none.
+FilePath = Annotated[Path, AfterValidator(_from_home)]
+FilePattern = Annotated[str, AfterValidator(os.path.expanduser)]
 
 
 class Section(BaseModel):

@@ -100,7 +100,10 @@ def _weights_beside(folder: Path) -> Path | None:
 def _not_converted(told: dict[str, Any]) -> list[str]:
     name = told["model_type"]
     known = name is None or name in SUPPORTED
-    return [] if known else [f"architecture {name} cannot be converted; {', '.join(SUPPORTED)} can"]
+    notes = [] if known else [f"architecture {name} cannot be converted; {', '.join(SUPPORTED)} can"]
+    if method := told.get("quantised"):
+        notes.append(f"the weights are quantised ({method}), and such cannot be converted")
+    return notes
 
 
 def _of_run(folder: Path, hashes: TextIO | None) -> tuple[dict[str, Any] | None, dict[str, str]]:
@@ -192,9 +195,16 @@ def _model_of(folder: Path) -> dict[str, Any]:
             "declared_dtype": config.get("dtype") or config.get("torch_dtype"),
             "tied": config.get("tie_word_embeddings"),
             "vocab_size": config.get("vocab_size"),
+            "quantised": _quantised(config),
         }
     except (OSError, ValueError, AttributeError):
         return {"model_type": None}
+
+
+def _quantised(config: dict[str, Any]) -> str | None:
+    """By which method, where config.json says that the weights are."""
+    how = config.get("quantization_config") or config.get("compression_config")
+    return str(how.get("quant_method", "no method named")) if isinstance(how, dict) else None
 
 
 def _tensors(specs: Iterable[Spec]) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from dapo_megatron import disk
 from dapo_megatron.convert.dist_files import COMMON, FORMAT, METADATA
 
 
@@ -93,19 +94,11 @@ class DistWriter:
                 os.fsync(file.fileno())
         metadata = Metadata(self._state, storage_data=self._places, storage_meta=StorageMeta())
         metadata.version = CURRENT_DCP_VERSION
-        write_file(self._folder / METADATA, pickle.dumps(metadata))
+        disk.write(self._folder / METADATA, pickle.dumps(metadata))
         common = io.BytesIO()
         torch.save(self._common, common)
-        write_file(self._folder / COMMON, common.getvalue())
+        disk.write(self._folder / COMMON, common.getvalue())
         backends = {"sharded_backend": "torch_dist", "common_backend": "torch"}
         versions = {f"{name}_version": 1 for name in backends}
         # The last file: a folder that has it is complete.
-        write_file(self._folder / FORMAT, json.dumps({**backends, **versions}).encode())
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Write a file, to the disk and not only to its cache."""
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+        disk.write(self._folder / FORMAT, json.dumps({**backends, **versions}).encode())

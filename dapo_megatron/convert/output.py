@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from dapo_megatron import disk
 from dapo_megatron.errors import ConfigError, DapoError
 from dapo_megatron.units import size
 
@@ -52,9 +53,9 @@ def unfinished(target: Path, nbytes: int) -> Iterator[Path]:
         ) from error
     try:
         yield folder
-        sync(folder)
+        disk.sync(folder)
         folder.rename(target)
-        sync(parent)
+        disk.sync(parent)
     except OSError as error:
         _remove(folder, made)
         raise DapoError(f"cannot write {target}: {error}; nothing is left of it") from error
@@ -79,15 +80,6 @@ def _remove(folder: Path, made: list[Path]) -> None:
             return
 
 
-def sync(folder: Path) -> None:
-    """Have the names in a folder on the disk."""
-    opened = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)
-
-
 def side_files(folder: Path) -> list[Path]:
     """Return all files of a Hugging Face checkpoint that hold no weights, relative to it: tokenizer, template, code."""
     return [file.relative_to(folder) for file in sorted(folder.rglob("*")) if _is_side_file(file, folder)]
@@ -104,5 +96,4 @@ def copy_side_files(source: Path, target: Path) -> None:
     for relative in side_files(source):
         (target / relative).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / relative, target / relative)
-        with (target / relative).open("rb") as opened:
-            os.fsync(opened.fileno())
+        disk.sync(target / relative)

@@ -7,7 +7,6 @@ of a file at once, and its reader maps the file, whose pages then count as memor
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from dapo_megatron import disk
 from dapo_megatron.convert.dist_files import CheckpointError
 from dapo_megatron.convert.memory import read_exactly, write_exactly
 from dapo_megatron.hf_folder import expert_parts
@@ -246,9 +246,8 @@ class TensorsWriter:
         if error is not None:
             return
         assert not self._missing, f"not written: {self._missing}"
-        for file in {file for file, _ in self._places.values()} | ({INDEX} if self._has_index else set()):
-            with (self._folder / file).open("rb") as opened:
-                os.fsync(opened.fileno())
+        names = {file for file, _ in self._places.values()} | ({INDEX} if self._has_index else set())
+        disk.sync(*(self._folder / name for name in names))
 
     @property
     def _has_index(self) -> bool:

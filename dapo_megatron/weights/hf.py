@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dapo_megatron import disk
 from dapo_megatron.errors import ConfigError, DapoError
 from dapo_megatron.hf_folder import read_hf_config, tensor_files
 from dapo_megatron.weights.bridge import make_bridge
@@ -117,11 +117,11 @@ class HfCheckpoint:
             unfinished.mkdir(parents=True)
             _write_tensors(copies, unfinished)
             self.copy_side_files(unfinished, next(chunks[0].parameters()).dtype)
-            _sync(*unfinished.rglob("*"), unfinished)
+            disk.sync(*unfinished.rglob("*"), unfinished)
             if folder.exists():
                 shutil.rmtree(folder)
             unfinished.rename(folder)
-            _sync(folder.parent)
+            disk.sync(folder.parent)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(unfinished, ignore_errors=True)
             deque(copies, maxlen=0)  # the others gather to the end
@@ -179,16 +179,6 @@ def _write_tensors(weights: Iterable[Named], folder: Path) -> None:
     if len(shards) > 1:
         index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _sync(*paths: Path) -> None:
-    """Have files, and the names in folders, on the disk and not only in its cache."""
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _write_config(source: Path, target: Path, dtype: torch.dtype) -> None:
