@@ -21,6 +21,10 @@ class EngineError(DapoError):
     """A rollout engine did not start, died, or answered with an error."""
 
 
+class RefusedError(EngineError):
+    """A rollout engine works, and refuses a request: it would refuse it again."""
+
+
 class RolloutError(DapoError):
     """The rollout could not be filled, for example because too few groups were mixed."""
 

@@ -10,6 +10,7 @@ from dapo_megatron.config.section import (
     FilePath,
     FilePattern,
     Fraction,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     Section,
@@ -115,6 +116,9 @@ class EngineConfig(Section):
     """How long an engine may take until it answers, and then until its first token."""
     stall_seconds: PositiveFloat = 45.0
     """How long an engine may go without a sign of life, an answer or, while it writes responses, a new token."""
+    max_restarts: NonNegativeInt = 3
+    """How often an engine that died, hangs or answers nonsense in a step is started again; once more, and the run saves
+    and ends."""
     batch_invariant: bool = False
     """On GPUs, use vLLM's batch-invariant kernels, which are slower: a response then depends on the weights and its
     seed alone, and not on what else an engine has to do. On CPU it does nothing: docs/architecture.md says how far

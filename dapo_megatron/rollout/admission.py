@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 
 
@@ -25,6 +25,7 @@ class Admission:
         """Sequences of every engine whose prompts are not answered."""
         self._finished = [0] * engines
         """How many of those are known to have ended: the responses to a prompt come together, with the longest."""
+        self._open = [True] * engines
         self._waiting: deque[tuple[int, asyncio.Future[int]]] = deque()
 
     @property
@@ -52,12 +53,17 @@ class Admission:
         self._finished[engine] = min(sequences, self._held[engine])
         self._admit()
 
+    def open(self, engines: Collection[int]) -> None:
+        """Give out places on these engines only, which others may be no longer, or not yet."""
+        self._open = [engine in engines for engine in range(len(self._open))]
+        self._admit()
+
     def _admit(self) -> None:
-        while self._waiting:
+        while self._waiting and any(self._open):
             sequences, place = self._waiting[0]
             if not place.done():
                 load = [held - finished for held, finished in zip(self._held, self._finished, strict=True)]
-                engine = min(range(len(load)), key=load.__getitem__)
+                engine = min((engine for engine, is_open in enumerate(self._open) if is_open), key=load.__getitem__)
                 if load[engine] and load[engine] + sequences > self._sequences:
                     return
                 self._held[engine] += sequences

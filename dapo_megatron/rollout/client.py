@@ -10,7 +10,7 @@ from typing import Any
 
 import aiohttp
 
-from dapo_megatron.errors import EngineError
+from dapo_megatron.errors import EngineError, RefusedError
 from dapo_megatron.rollout.server import Server
 
 _DEATH_SECONDS = 1.0
@@ -31,7 +31,7 @@ class Client:
         limited_by: the key of the configuration that says so.
 
     Raises:
-        EngineError: from `fetch`, `call` and `reading`, for whatever goes wrong.
+        EngineError: from `fetch`, `call` and `reading`, for whatever goes wrong; RefusedError, where the request is.
     """
 
     def __init__(
@@ -71,7 +71,9 @@ class Client:
                     return None
                 if response.status != 200:
                     failure = f"{what}: HTTP {response.status}: {(await response.text())[:_FAILURE_CHARACTERS]}"
-                    raise EngineError(await self._describe(failure, dying=response.status >= 500))
+                    if response.status < 500:
+                        raise RefusedError(await self._describe(failure))
+                    raise EngineError(await self._describe(failure, dying=True))
                 return await response.read()
         except TimeoutError as error:
             failure = f"{what}: no answer within {self._answer_seconds:g} s ({self._limited_by})"

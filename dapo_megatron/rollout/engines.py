@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import resource
 import socket
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from dapo_megatron.config import Config
-from dapo_megatron.errors import EngineError
+from dapo_megatron.errors import EngineError, RefusedError
 from dapo_megatron.rollout.adapter import adapter_for
 from dapo_megatron.rollout.admission import Admission
 from dapo_megatron.rollout.engine import Engine, Sampling
-from dapo_megatron.rollout.environment import environment
-from dapo_megatron.rollout.place import place
+from dapo_megatron.rollout.life import Life
 from dapo_megatron.rollout.ports import reserve_port
-from dapo_megatron.rollout.server import Server, answers
 from dapo_megatron.rollout.watch import watch
 from dapo_megatron.types import Completion, Prompt
 
@@ -25,19 +24,28 @@ T = TypeVar("T")
 
 _BATCHES = 2
 """An engine has this many times the sequences that it decodes at once: the next ones are there when some end."""
+_BACKOFF_SECONDS = 1.0
+"""Before an engine is started again; twice as long each time."""
+
+log = logging.getLogger(__name__)
 
 
 class Engines:
     """Starts every engine and returns while they start; `wait_ready` before anything else.
 
-    Engines are spoken to in coroutines on one event loop; `run` is the way in from plain code, and watches over the
-    engines meanwhile. Iterates over them.
+    Engines are spoken to in coroutines on one event loop. `sample` and `run` are the ways in from plain code, and watch
+    over the engines meanwhile. `sample` starts engines that fail again; `run` fails with them. Iterates over the
+    engines that take part in pushes of weights: all that are there.
 
     Args:
         config: the run.
         folder: where the engines write engine0.log, engine1.log, ...
         ranks: ranks on this machine, whose GPUs are not for engines; None asks torchrun's environment.
         at_once: False leaves starting them to `wait_ready`, which may never come.
+
+    Attributes:
+        refill: pushes the weights to all engines that are there. Called from within `sample` while none has the
+            weights that it is to sample with; where there is nobody to push them, None.
 
     Raises:
         ConfigError: for a port in use, or GPUs that are not there.
@@ -46,43 +54,49 @@ class Engines:
     def __init__(self, config: Config, folder: Path, *, ranks: int | None = None, at_once: bool = True) -> None:
         engine = config.engine
         _allow_connections()
+        self.refill: Callable[[], None] | None = None
         self._config, self._folder, self._ranks = config, folder, ranks
-        self._startup_seconds, self._stall_seconds = engine.startup_seconds, engine.stall_seconds
+        self._adapter = adapter_for(config)
         self._runner = asyncio.Runner()
-        self._engines: list[Engine] = []
-        self._servers: list[Server] = []
+        self._lives: list[Life] = []
+        self._failures = [0] * engine.count
+        """Of each engine, since the weights in use were pushed."""
+        self._restarts = 0
+        self._version = 0
         self._admission = Admission(engine.count, _BATCHES * engine.max_sequences)
-        self._ports: list[socket.socket] = []
         if at_once:
             self._start()
 
     def _start(self) -> None:
-        config, engine, adapter = self._config, self._config.engine, adapter_for(self._config)
+        ports: list[socket.socket] = []
         try:
-            for index in range(engine.count):
-                self._ports.append(reserve_port(engine.host, engine.port + index if engine.port else 0))
-            for index, reserved in enumerate(self._ports):
-                where = place(config, index, reserved.getsockname()[1], self._ranks)
-                server = Server(
-                    where.name,
-                    adapter.command(where),
-                    environment(engine, where) | adapter.environment(where),
-                    self._folder / f"engine{index}.log",
-                    answers(f"{where.url}{adapter.health}"),
-                )
-                self._servers.append(server)
-                self._engines.append(adapter.connect(server, where))
+            ports += (self._reserve(index) for index in range(self._config.engine.count))
+            self._lives += (self._begin(index, port) for index, port in enumerate(ports))
         except BaseException:
+            for port in ports:
+                port.close()
             self._end()
             raise
 
+    def _reserve(self, index: int) -> socket.socket:
+        engine = self._config.engine
+        return reserve_port(engine.host, engine.port + index if engine.port else 0)
+
+    def _begin(self, index: int, port: socket.socket) -> Life:
+        return Life(self._config, self._adapter, index, port, self._folder / f"engine{index}.log", self._ranks)
+
     def __iter__(self) -> Iterator[Engine]:
-        return iter(self._engines)
+        return (life.engine for life in self._lives if life.ready and not life.failure)
 
     @property
     def version(self) -> int:
-        """Which weights are in use: the oldest ones, while new ones go from engine to engine."""
-        return min(engine.version for engine in self)
+        """Which weights are in use. Engines that were started again have older ones, until they get these."""
+        return max([self._version, *(engine.version for engine in self)])
+
+    def take_restarts(self) -> int:
+        """Return how often engines were started again since the last call."""
+        restarts, self._restarts = self._restarts, 0
+        return restarts
 
     def wait_ready(self) -> None:
         """Block until every engine has written a token: some compile kernels when they are first asked for one.
@@ -92,32 +106,58 @@ class Engines:
         Raises:
             EngineError: when one dies, or is not there within engine.startup_seconds.
         """
-        if not self._servers:
+        if not self._lives:
             self._start()
-        for server in self._servers:
-            server.wait_ready(self._startup_seconds)
-        self._release_ports()
-        self._run(self._write_a_token())
+        self._run(self._come_up())
+
+    async def _come_up(self) -> None:
+        await asyncio.gather(*(life.come_up() for life in self._lives))
 
     async def generate(self, prompt: Prompt, sampling: Sampling, n: int) -> list[Completion]:
-        """Sample `n` responses as soon as an engine can take them, on the one with the least to do."""
-        async with self._admission.place(n) as index:
-            engine = self._engines[index]
-            completions = await engine.generate(prompt, sampling, n)
-            if len(completions) != n or not all(completion.versions for completion in completions):
-                raise EngineError(
-                    f"{engine.name}: asked for {n} responses to prompt {prompt.uid}, each with the versions that wrote "
-                    f"it, got {len(completions)}, {sum(not c.versions for c in completions)} of them without versions"
-                )
-            return completions
+        """Sample `n` responses as soon as an engine can take them, on the one with the least to do.
+
+        Where that one fails, on another one, or on what becomes of it.
+        """
+        while True:
+            async with self._admission.place(n) as index:
+                life = self._lives[index]
+                try:
+                    return await life.with_it(_generate(life.engine, prompt, sampling, n))
+                except RefusedError:
+                    raise
+                except EngineError as error:
+                    life.fail(error)
+                    # Whoever watches decides on what becomes of it, and of this if nothing does.
+                    self._open()
 
     def run(self, work: Coroutine[Any, Any, T], /) -> T:
         """Run a coroutine to its end. What interrupts it, Ctrl-C for example, cancels the requests in flight.
 
         Raises:
-            EngineError: also when an engine hangs (`watch`), whatever the coroutine waits for.
+            EngineError: when an engine fails, or hangs (`watch`), whatever the coroutine waits for.
         """
         return self._run(self._watched(work))
+
+    def sample(self, work: Coroutine[Any, Any, T], /) -> T:
+        """Run a coroutine that only asks for responses, as `run` does, and start engines that fail meanwhile again.
+
+        Requests that an engine had are made again. An engine that was started again answers once it has the weights
+        in use: with the next push, or `refill`, which is called where no other has them.
+
+        Raises:
+            EngineError: when an engine has failed more than engine.max_restarts times since the last push.
+        """
+        if self.version > self._version:
+            self._version, self._failures = self.version, [0] * len(self._lives)
+        main = self._run(_begun(work))
+        try:
+            while not self._run(self._mended(main)):
+                assert self.refill, "the engines have other weights than were pushed, and nobody pushes them"
+                self.refill()
+            return self._run(_result(main))
+        finally:
+            if not main.done():
+                self._run(_cancel(main))
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         results: list[T] = []
@@ -134,22 +174,13 @@ class Engines:
             self._runner.run(_cancel_others())
             raise
 
-    async def _write_a_token(self) -> None:
-        prompt = Prompt("start", token_ids=(0,), text="", answer="")
-        sampling = Sampling(temperature=1.0, top_p=1.0, max_tokens=1, stop_token_ids=())
-        try:
-            async with asyncio.timeout(self._startup_seconds):
-                await asyncio.gather(*(engine.generate(prompt, sampling, 1) for engine in self))
-        except TimeoutError:
-            states = "\n".join(server.describe() for server in self._servers)
-            raise EngineError(
-                f"the engines answer, but not all have written a token within {self._startup_seconds:g} s "
-                f"(engine.startup_seconds)\n{states}"
-            ) from None
-
     async def _watched(self, work: Coroutine[Any, Any, T]) -> T:
         main = asyncio.ensure_future(work)
-        watchers = [asyncio.ensure_future(self._watch(index)) for index in range(len(self._engines))]
+        watchers = [
+            asyncio.ensure_future(life.with_it(self._watch(index)))
+            for index, life in enumerate(self._lives)
+            if life.ready and not life.failure
+        ]
         try:
             await asyncio.wait([main, *watchers], return_when=asyncio.FIRST_COMPLETED)
             for watcher in watchers:
@@ -157,37 +188,97 @@ class Engines:
                     watcher.result()
             return await main
         finally:
-            for task in (main, *watchers):
-                task.cancel()
-            await asyncio.gather(main, *watchers, return_exceptions=True)
+            await _cancel(main, *watchers)
 
-    async def _watch(self, index: int) -> None:
+    async def _mended(self, main: asyncio.Future[Any]) -> bool:
+        """Keep the engines up until `main` is done, or can go on only with weights for one of them; False then."""
+        self._open()
+        keepers = [asyncio.ensure_future(self._keep(index)) for index in range(len(self._lives))]
+        hungry = asyncio.ensure_future(self._hungry())
+        try:
+            await asyncio.wait([main, hungry, *keepers], return_when=asyncio.FIRST_COMPLETED)
+            for keeper in keepers:
+                if keeper.done() and not main.done():
+                    keeper.result()
+            return main.done()
+        finally:
+            await _cancel(hungry, *keepers)
+
+    async def _keep(self, index: int) -> NoReturn:
+        """Watch over an engine, and start it again when it fails."""
+        while True:
+            life = self._lives[index]
+            try:
+                if not life.failure:
+                    await life.come_up()
+                    self._open()
+                    await life.with_it(self._watch(index))
+            except EngineError as error:
+                life.fail(error)
+            await self._start_again(index)
+
+    async def _start_again(self, index: int) -> None:
+        life, most = self._lives[index], self._config.engine.max_restarts
+        self._open()
+        assert life.failure
+        if self._failures[index] >= most:
+            how = f"it was started again {most} times since the last push" if most else "engine.max_restarts is 0"
+            raise EngineError(f"{life.failure}\n{life.server.name} is given up: {how}") from life.failure
+        await life.close()
+        seconds = _BACKOFF_SECONDS * 2 ** self._failures[index]
+        self._failures[index] += 1
+        self._restarts += 1
+        log.warning("%s\n%s is started again in %g s", life.failure, life.server.name, seconds)
+        await asyncio.sleep(seconds)
+        self._lives[index] = self._begin(index, self._reserve(index))
+
+    def _open(self) -> None:
+        """Give work to the engines that have the weights in use, and to no others."""
+        self._admission.open([index for index, life in enumerate(self._lives) if self._can_sample(life)])
+
+    def _can_sample(self, life: Life) -> bool:
+        return life.ready and not life.failure and life.engine.version == self._version
+
+    async def _hungry(self) -> None:
+        """Return when an engine is there, and none has the weights in use."""
+        while not any(True for _ in self) or any(self._can_sample(life) for life in self._lives):
+            await asyncio.sleep(0.1)
+
+    async def _watch(self, index: int) -> NoReturn:
+        life = self._lives[index]
         await watch(
-            self._engines[index],
-            self._servers[index],
-            self._stall_seconds,
+            life.engine,
+            life.server,
+            self._config.engine.stall_seconds,
             writing=lambda: self._admission.held[index] > 0,
             seen=lambda progress: self._admission.finished(index, progress.finished),
         )
 
     def close(self) -> None:
         """End all engines. Safe to call twice."""
-        engines, self._engines = self._engines, []
+        lives, self._lives = self._lives, []
         try:
-            if engines:
-                self._runner.run(_close(engines, self._servers))
+            if lives:
+                self._runner.run(_close(lives))
         finally:
+            for life in lives:
+                life.end()
             self._end()
 
     def _end(self) -> None:
-        self._release_ports()
-        for server in self._servers:
-            server.close()
+        for life in self._lives:
+            life.end()
         self._runner.close()
 
-    def _release_ports(self) -> None:
-        for reserved in self._ports:
-            reserved.close()
+
+async def _generate(engine: Engine, prompt: Prompt, sampling: Sampling, n: int) -> list[Completion]:
+    completions = await engine.generate(prompt, sampling, n)
+    if len(completions) != n or not all(completion.versions for completion in completions):
+        raise EngineError(
+            f"{engine.name}: asked for {n} responses to prompt {prompt.uid}, each with the versions that wrote "
+            f"it, got {len(completions)}, {sum(not c.versions for c in completions)} of them without versions"
+        )
+    return completions
 
 
 def _allow_connections() -> None:
@@ -196,13 +287,23 @@ def _allow_connections() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-async def _close(engines: Sequence[Engine], servers: Sequence[Server]) -> None:
-    await asyncio.gather(*(engine.close() for engine in engines))
-    await asyncio.gather(*(asyncio.to_thread(server.close) for server in servers))
+async def _begun(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+    return asyncio.ensure_future(work)
+
+
+async def _result(main: asyncio.Future[T]) -> T:
+    return await main
+
+
+async def _close(lives: Sequence[Life]) -> None:
+    await asyncio.gather(*(life.close() for life in lives))
+
+
+async def _cancel(*tasks: asyncio.Future[Any]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _cancel_others() -> None:
-    others = asyncio.all_tasks() - {asyncio.current_task()}
-    for task in others:
-        task.cancel()
-    await asyncio.gather(*others, return_exceptions=True)
+    await _cancel(*asyncio.all_tasks() - {asyncio.current_task()})  # pyright: ignore[reportArgumentType]

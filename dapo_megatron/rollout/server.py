@@ -19,7 +19,8 @@ LOG_LINES = 20
 _CLOSE_SECONDS = 10.0
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 """Engines are asked directly, whatever http_proxy says."""
-_POLL_SECONDS = 0.05
+POLL_SECONDS = 0.05
+"""Between two questions whether a server answers."""
 
 
 def answers(url: str) -> Callable[[], bool]:
@@ -74,17 +75,23 @@ class Server:
 
     def wait_ready(self, timeout_seconds: float) -> None:
         """Block until the server answers. The time-out counts from the start of the process."""
-        while not self._ready():
+        while not self.ready(timeout_seconds):
+            time.sleep(POLL_SECONDS)
+
+    def ready(self, timeout_seconds: float) -> bool:
+        """Return whether the server answers, which it has to do within the time-out from the start of the process."""
+        if self._ready():
+            # Something else may have taken the port and be the one that answers.
             self.check()
-            if time.monotonic() - self._started > timeout_seconds:
-                self.close()
-                raise EngineError(
-                    f"{self.name} did not answer within {timeout_seconds:g} s (engine.startup_seconds); "
-                    f"it was ended\n{self._end_of_log()}"
-                )
-            time.sleep(_POLL_SECONDS)
-        # Something else may have taken the port and be the one that answers.
+            return True
         self.check()
+        if time.monotonic() - self._started > timeout_seconds:
+            self.close()
+            raise EngineError(
+                f"{self.name} did not answer within {timeout_seconds:g} s (engine.startup_seconds); "
+                f"it was ended\n{self._end_of_log()}"
+            )
+        return False
 
     def check(self) -> None:
         if not self.alive:

@@ -20,7 +20,7 @@ from torch.distributed import distributed_c10d as c10d
 
 from dapo_megatron.errors import EngineError
 from dapo_megatron.weights.buckets import Named, buckets, describe, flatten, only_sizes
-from dapo_megatron.weights.publish import AfterLeader, Receivers
+from dapo_megatron.weights.publish import AfterLeader, Receivers, WeightReceiver
 
 BACKEND = "gloo"
 """Name under which engines know this transport."""
@@ -75,7 +75,10 @@ class _Sender:
         self._receivers = receivers
         self._timeout = timeout_seconds
         self._sending = False
-        self._group: Any = receivers.run(self._connect())
+        self._members: list[WeightReceiver] = []
+        """The engines in the group."""
+        self._group: Any = None
+        receivers.run(self._connect())
 
     def send(self, weights: Iterator[Named], version: int) -> None:
         self._receivers.run(self._send(weights, version))
@@ -85,8 +88,10 @@ class _Sender:
         if not self._sending:
             self._group = None
 
-    async def _connect(self) -> Any:
-        engines = list(self._receivers)
+    async def _connect(self) -> None:
+        """Make a group with the engines that are there."""
+        self._group, self._members = None, list(self._receivers)
+        engines = self._members
         world_size = 1 + sum(engine.workers for engine in engines)
         # A listener of ours, because the store's own would be on every interface. It takes the socket over.
         listener = socket.create_server((_HOST, 0), backlog=world_size)
@@ -105,12 +110,12 @@ class _Sender:
             }
             joins.append(engine.join_group(info))
             offset += engine.workers
-        group, *_ = await self._all(joins, "joining the weight-transfer group")
-        return group
+        self._group, *_ = await self._all(joins, "joining the weight-transfer group")
 
     async def _send(self, weights: Iterator[Named], version: int) -> None:
-        assert self._group, "the publisher is closed"
-        engines = list(self._receivers)
+        if list(self._receivers) != self._members:  # some were started again
+            await self._connect()
+        engines = self._members
         await self._all([engine.begin_transfer() for engine in engines], "beginning to send weights")
         for bucket in weights:
             announced = [engine.receive(describe(bucket)) for engine in engines]

@@ -1,0 +1,101 @@
+"""One engine of a run, in as many lives as it takes."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any, TypeVar
+
+from dapo_megatron.config import Config
+from dapo_megatron.errors import EngineError
+from dapo_megatron.rollout.adapter import EngineAdapter
+from dapo_megatron.rollout.engine import Sampling
+from dapo_megatron.rollout.environment import environment
+from dapo_megatron.rollout.place import place
+from dapo_megatron.rollout.server import POLL_SECONDS, Server, answers
+from dapo_megatron.types import Prompt
+
+T = TypeVar("T")
+
+_FIRST_WORDS = Prompt("start", token_ids=(0,), text="", answer="")
+
+
+class Life:
+    """An engine from its start to its failure.
+
+    Attributes:
+        ready: whether it has written a token.
+        failure: why it is of no use any more; None as long as it is.
+    """
+
+    def __init__(
+        self, config: Config, adapter: EngineAdapter, index: int, port: socket.socket, log: Path, ranks: int | None
+    ) -> None:
+        where = place(config, index, port.getsockname()[1], ranks)
+        self._port, self._startup_seconds = port, config.engine.startup_seconds
+        self.server = Server(
+            where.name,
+            adapter.command(where),
+            environment(config.engine, where) | adapter.environment(where),
+            log,
+            answers(f"{where.url}{adapter.health}"),
+        )
+        self.engine = adapter.connect(self.server, where)
+        self.ready = False
+        self.failure: EngineError | None = None
+        self._gone = asyncio.Event()
+
+    def fail(self, error: EngineError) -> None:
+        """Take note that it is of no use any more. The first failure counts."""
+        self.failure = self.failure or error
+        self._gone.set()
+
+    async def with_it(self, work: Coroutine[Any, Any, T]) -> T:
+        """Await `work`, which asks this engine, as long as the engine lives.
+
+        Raises:
+            EngineError: its failure.
+        """
+        working, gone = asyncio.ensure_future(work), asyncio.ensure_future(self._gone.wait())
+        try:
+            await asyncio.wait([working, gone], return_when=asyncio.FIRST_COMPLETED)
+            if self.failure and not working.done():
+                raise self.failure
+            return await working
+        finally:
+            for task in (working, gone):
+                task.cancel()
+            await asyncio.gather(working, gone, return_exceptions=True)
+
+    async def come_up(self) -> None:
+        """Return when the engine has written a token: some compile kernels when they are first asked for one.
+
+        Raises:
+            EngineError: when it dies, or is not there within engine.startup_seconds.
+        """
+        if self.ready:
+            return
+        while not await asyncio.to_thread(self.server.ready, self._startup_seconds):
+            await asyncio.sleep(POLL_SECONDS)
+        self._port.close()
+        sampling = Sampling(temperature=1.0, top_p=1.0, max_tokens=1, stop_token_ids=())
+        try:
+            async with asyncio.timeout(self._startup_seconds):
+                await self.engine.generate(_FIRST_WORDS, sampling, 1)
+        except TimeoutError:
+            raise EngineError(
+                f"{self.server.name} answers, but has not written a token within {self._startup_seconds:g} s "
+                f"(engine.startup_seconds)\n{self.server.describe()}"
+            ) from None
+        self.ready = True
+
+    async def close(self) -> None:
+        await self.engine.close()
+        await asyncio.to_thread(self.end)
+
+    def end(self) -> None:
+        """End its processes. Safe to call twice."""
+        self._port.close()
+        self.server.close()
