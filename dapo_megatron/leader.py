@@ -113,7 +113,7 @@ class Leader:
             return
         result: EvalResult | None = None
         with suppress(StopRequested), stop.interruptible(), self._obs.phase(f"evaluating ({when})"):
-            result = self.engines.run(
+            result = self.engines.sample(
                 evaluate(
                     self.engines,
                     self._held_out,

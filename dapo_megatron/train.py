@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,7 +14,7 @@ from dapo_megatron.algo.samples import to_samples
 from dapo_megatron.algo.weighing import weigh
 from dapo_megatron.checkpoint.checkpoints import Checkpoints
 from dapo_megatron.config import Config, OptimizerConfig, ParallelConfig
-from dapo_megatron.errors import DapoError
+from dapo_megatron.errors import DapoError, EngineError
 from dapo_megatron.heartbeat import Peers
 from dapo_megatron.leader import Batch, Leader
 from dapo_megatron.obs.observer import Observer
@@ -26,9 +26,10 @@ from dapo_megatron.rollout.engine import request_seed
 from dapo_megatron.skipped import SkippedUpdates
 from dapo_megatron.state import Kept, RunState
 from dapo_megatron.stop import Stop, StopRequested
+from dapo_megatron.supply import Supply
 from dapo_megatron.types import MiniBatch
 from dapo_megatron.weights.hf import HfCheckpoint
-from dapo_megatron.weights.publish import Publisher, open_publisher
+from dapo_megatron.weights.publish import open_publisher
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,8 @@ class Parts:
     reference: Actor | None
     """The frozen reference model, where the objective has a KL term."""
     hf: HfCheckpoint
-    publisher: Publisher | None
-    """None where nothing is left to sample."""
+    supply: Supply | None
+    """What the engines sample with; None where nothing is left to sample."""
     checkpoints: Checkpoints
     skipped: SkippedUpdates
     steps_done: Kept[int]
@@ -70,10 +71,13 @@ def train(
     objective = Objective(config.algo)
 
     for step in range(steps_done.value, config.train.steps):
-        if leader:
-            leader.evaluate_due(step, stop)
+        assert parts.supply, "a step has come after all steps"
+        with parts.supply.on_demand():
+            if leader:
+                leader.evaluate_due(step, stop)
         with actor.away(obs.phase), obs.phase("rollout"):
-            batch = make_batch(leader, topo.dp, step, stop) if leader else None
+            with parts.supply.on_demand():
+                batch = make_batch(leader, topo.dp, step, stop) if leader else None
             if not peers.leader_says("rollout", batch is not None):
                 break
             mini_batches = receive(topo, batch, config.parallel)
@@ -89,9 +93,7 @@ def train(
                 for index, mini_batch in enumerate(mini_batches)
             ]
         with obs.phase("publish"):
-            assert parts.publisher, "a step has come after all steps"
-            parts.publisher.push(parts.hf.export(actor.chunks), version=step + 1)
-        peers.after_leader("publish")
+            parts.supply.push(version=step + 1)
         memory = obs.memory.take(topo.max)
         steps_done.value = step + 1
         if leader and batch:
@@ -119,8 +121,9 @@ def train(
         with obs.phase("saving"):
             parts.hf.save(actor.chunks, config.run.folder / "hf", peers.after_leader)
         stop.left = None
-    if leader:
-        leader.finish(stop)
+    with parts.supply.on_demand() if parts.supply else nullcontext():
+        if leader:
+            leader.finish(stop)
 
 
 def start(
@@ -144,20 +147,20 @@ def start(
     checkpoints = Checkpoints(config, topo, actor, hf, state, peers.after_leader, peers.together, obs.message)
     with obs.phase("restoring"):
         checkpoints.restore()
-    publisher = None
+    supply = None
     if config.samples_after(state.steps_done.value):
         with obs.phase("starting engines"):
             if leader:
                 leader.engines.wait_ready()
             publisher = open_publisher(config.weights, leader.engines if leader else None, peers.after_leader)
             opened.enter_context(closing(publisher))
+            supply = Supply(publisher, actor, hf, peers, leader.engines if leader else None)
     obs.begin()
-    if publisher:
+    if supply:
         with obs.phase("sending the weights"):
             # The engines have what the run began with.
-            publisher.push(hf.export(actor.chunks), version=state.steps_done.value)
-    peers.after_leader("publish")
-    return Parts(leader, actor, reference, hf, publisher, checkpoints, skipped, state.steps_done)
+            supply.push(version=state.steps_done.value)
+    return Parts(leader, actor, reference, hf, supply, checkpoints, skipped, state.steps_done)
 
 
 def make_batch(leader: Leader, replicas: int, step: int, stop: Stop) -> Batch | None:
@@ -170,7 +173,7 @@ def make_batch(leader: Leader, replicas: int, step: int, stop: Stop) -> Batch | 
     place = leader.prompts.state_dict()
     try:
         with stop.interruptible():
-            rollout = leader.engines.run(
+            rollout = leader.engines.sample(
                 collect(
                     leader.engines,
                     leader.prompts.take,
@@ -183,6 +186,10 @@ def make_batch(leader: Leader, replicas: int, step: int, stop: Stop) -> Batch | 
                 )
             )
     except StopRequested:
+        leader.prompts.load_state_dict(place)
+        return None
+    except EngineError as error:  # no engine that it could be sampled with; what is done can be saved
+        stop.ask(f"error: {error}", error.exit_code)
         leader.prompts.load_state_dict(place)
         return None
     leader.carried.value = rollout.carried

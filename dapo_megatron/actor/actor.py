@@ -130,6 +130,7 @@ class Actor:
             "gradients": Offload(lambda: gradient_buffers(self._modules), contents=False),
         }
         self._offloads = [kinds[name] for name in config.memory.offload] if trainable else []
+        self._is_away = False
         self._reference = Offload(self._parameters) if not trainable and config.memory.offload_reference else None
         if self._reference:
             self._reference.park()
@@ -168,16 +169,33 @@ class Actor:
             yield
             return
         with phase("offload"):
-            gather_parameters(self._modules)
-            for offload in self._offloads:
-                offload.park()
-            if torch.cuda.is_available():
-                # torch would keep what was freed for itself, and engines are other processes.
-                torch.cuda.empty_cache()
+            self._leave()
         yield
         with phase("offload"):
-            for offload in self._offloads:
-                offload.fetch()
+            self._return()
+
+    @contextmanager
+    def back(self) -> Iterator[None]:
+        """Have, inside, what `away` around this has given up."""
+        was_away = self._is_away
+        self._return()
+        yield
+        if was_away:
+            self._leave()
+
+    def _leave(self) -> None:
+        gather_parameters(self._modules)
+        for offload in self._offloads:
+            offload.park()
+        if torch.cuda.is_available():
+            # torch would keep what was freed for itself, and engines are other processes.
+            torch.cuda.empty_cache()
+        self._is_away = True
+
+    def _return(self) -> None:
+        for offload in self._offloads:
+            offload.fetch()
+        self._is_away = False
 
     def with_old_logprobs(self, mini_batches: Sequence[MiniBatch]) -> tuple[list[MiniBatch], Measures]:
         """Fill old_logprobs_T, by the same micro-batches and kernels as `update`, so that the first ratio is exactly 1.
