@@ -271,13 +271,8 @@ class _Rank:
         self._limit.daemon = True
         self._limit.start()
         if self._trains:
-            more = "Ctrl-C or SIGTERM ends the run at once"
-            log.warning(
-                "%s: saving what is done and ending at the next safe point, within %g s; %s",
-                reason,
-                self._save_seconds,
-                more,
-            )
+            limit = f"within {self._save_seconds:g} s; Ctrl-C or SIGTERM ends the run at once"
+            log.warning("%s: saving what is done and ending at the next safe point, %s", reason, limit)
 
     def _saved_nothing(self) -> None:
         """On the leader, in a thread: the time for saving is over."""

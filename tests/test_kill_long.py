@@ -72,7 +72,7 @@ def undisturbed(base: Path, tmp_path_factory: pytest.TempPathFactory, kind: str)
 @KIND
 def test_killed_at_every_place(tmp_path: Path, base: Path, undisturbed: Path, kind: str) -> None:
     config = make_config(base, tmp_path, kind)
-    call = {"rollout": 20, "grading": 20, "update": 3, "logprobs": 2, "publishing": 2, "recording": 2, "pointing": 2}
+    call = {"rollout": 20, "grading": 20, "update": 3, "logprobs": 2, "publishing": 2, "recording": 2}
     for place in PLACES:
         code = live(config, place=place, call=call.get(place, 1))
         assert code == -9, f"{place} was not come to; lives went on after steps {steps_of(tmp_path / 'run')}"

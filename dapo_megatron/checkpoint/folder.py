@@ -131,10 +131,15 @@ def complete(unfinished: Path, manifest: Manifest) -> Path:
     _delete(final)
     unfinished.rename(final)
     disk.sync(root)
-    disk.write(root / f".{LATEST}.unfinished", f"{final.name}\n".encode())
-    (root / f".{LATEST}.unfinished").replace(root / LATEST)
-    disk.sync(root)
+    _point(root, final)
     return final
+
+
+def _point(root: Path, checkpoint: Path) -> None:
+    unfinished = root / f".{LATEST}.unfinished"
+    disk.write(unfinished, f"{checkpoint.name}\n".encode())
+    unfinished.replace(root / LATEST)
+    disk.sync(root)
 
 
 def candidates(root: Path) -> tuple[list[Path], str | None]:

@@ -1,0 +1,59 @@
+"""Puts the actor's weights to use in the engines: after every step, and when engines were started again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from dapo_megatron.actor.actor import Actor
+from dapo_megatron.heartbeat import Peers
+from dapo_megatron.rollout.engines import Engines
+from dapo_megatron.weights.hf import HfCheckpoint
+from dapo_megatron.weights.publish import Publisher
+
+
+class Supply:
+    """Every rank has one and makes the same calls.
+
+    Args:
+        engines: on the leader; None elsewhere.
+    """
+
+    def __init__(
+        self, publisher: Publisher, actor: Actor, hf: HfCheckpoint, peers: Peers, engines: Engines | None
+    ) -> None:
+        self._publisher, self._actor, self._hf, self._peers = publisher, actor, hf, peers
+        self._engines, self._version = engines, 0
+
+    def push(self, version: int) -> None:
+        """Put the actor's weights to use in all engines that are there, as `version`. Collective.
+
+        Raises:
+            EngineError: on the leader, when an engine fails or does not keep up.
+        """
+        self._version = version
+        self._publisher.push(self._hf.export(self._actor.chunks), version)
+        self._peers.after_leader("publish")
+
+    @contextmanager
+    def on_demand(self) -> Iterator[None]:
+        """While the leader samples, inside, give the weights to engines that were started again. Collective.
+
+        They get them where no other engine has them; otherwise those that have go on, and the others wait for `push`.
+        """
+
+        def ask() -> None:
+            self._peers.leader_says("weights on demand", True)
+            self._push_again()
+
+        if self._engines:
+            self._engines.refill = ask
+        yield
+        while self._peers.leader_says("weights on demand", False):
+            self._push_again()
+        if self._engines:
+            self._engines.refill = None
+
+    def _push_again(self) -> None:
+        with self._actor.back():
+            self.push(self._version)
