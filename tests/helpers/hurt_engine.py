@@ -16,24 +16,16 @@ from typing import Any
 import psutil
 
 
-def hurt(number: signal.Signals, engines: Sequence[str]) -> None:
-    for guard in psutil.Process().children():
-        if "dapo_megatron.rollout.guard" not in guard.cmdline():
-            continue
-        family = [*guard.children(recursive=True), guard]
-        if any(f"engine {index}" in engine_name(guard) for index in engines):
-            for process in family:
-                process.send_signal(number)
-
-
-def engine_name(guard: psutil.Process) -> str:
-    """Guards are children in the order of their engines."""
+def hurt(number: signal.Signals, indices: Sequence[int]) -> None:
+    """Send a signal to all processes of some engines, which start in the order of their numbers."""
     guards = [child for child in psutil.Process().children() if "dapo_megatron.rollout.guard" in child.cmdline()]
-    guards.sort(key=lambda child: child.create_time())
-    return f"engine {guards.index(guard)}"
+    guards.sort(key=psutil.Process.create_time)
+    for index in indices:
+        for process in (*guards[index].children(recursive=True), guards[index]):
+            process.send_signal(number)
 
 
-def hurt_at(number: signal.Signals, call: int, indices: Sequence[str]) -> None:
+def hurt_at(number: signal.Signals, call: int, indices: Sequence[int]) -> None:
     from dapo_megatron.rollout.engines import Engines
 
     generate, calls = Engines.generate, itertools.count(1)
@@ -55,5 +47,5 @@ if __name__ == "__main__":
     from dapo_megatron import rank
 
     end = sys.argv.index("--")
-    hurt_at(signal.Signals[sys.argv[1]], int(sys.argv[2]), sys.argv[3:end])
+    hurt_at(signal.Signals[sys.argv[1]], int(sys.argv[2]), [int(index) for index in sys.argv[3:end]])
     leave(rank.main(sys.argv[end + 1 :]))
