@@ -11,7 +11,7 @@ from dapo_megatron.config import Config
 from dapo_megatron.data.stream import PromptStream
 from dapo_megatron.data.tokenizer import decoder
 from dapo_megatron.eval.evaluate import EvalResult, evaluate
-from dapo_megatron.measures import Measures
+from dapo_megatron.measures import Measures, Sum
 from dapo_megatron.obs.metrics import step_metrics
 from dapo_megatron.obs.observer import Observer
 from dapo_megatron.pack import Packed, pack, packing
@@ -90,7 +90,8 @@ class Leader:
 
     def log(self, step: int, batch: Batch, measures: Measures, results: Sequence[UpdateResult]) -> None:
         """Record a step: its batch, what was measured before its first update, and its updates."""
-        metrics = step_metrics({**batch.rollout.measures, **batch.packing, **measures}, results)
+        restarts = {"engine/restarts": Sum(self.engines.take_restarts())}
+        metrics = step_metrics({**batch.rollout.measures, **restarts, **batch.packing, **measures}, results)
         self._obs.step(step, metrics, batch.rollout.groups)
 
     def evaluate_due(self, step: int, stop: Stop) -> None:

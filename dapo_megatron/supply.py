@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from dapo_megatron.actor.actor import Actor
+from dapo_megatron.errors import EngineError
 from dapo_megatron.heartbeat import Peers
 from dapo_megatron.rollout.engines import Engines
 from dapo_megatron.weights.hf import HfCheckpoint
@@ -28,11 +29,17 @@ class Supply:
     def push(self, version: int) -> None:
         """Put the actor's weights to use in all engines that are there, as `version`. Collective.
 
-        Raises:
-            EngineError: on the leader, when an engine fails or does not keep up.
+        Where one fails or does not keep up meanwhile, all are to be started again, and get the weights `on_demand`.
         """
         self._version = version
-        self._publisher.push(self._hf.export(self._actor.chunks), version)
+        if self._engines:
+            self._engines.expect(version)
+        try:
+            self._publisher.push(self._hf.export(self._actor.chunks), version)
+        except EngineError as error:
+            if not self._engines:
+                raise
+            self._engines.fail(error)
         self._peers.after_leader("publish")
 
     @contextmanager

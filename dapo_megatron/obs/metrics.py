@@ -36,6 +36,7 @@ METRICS = {
     "groups/discarded": "mixed groups beyond rollout.prompts",
     "generation_batches": "how often prompts were drawn to fill the step",
     "tokens_per_second": "tokens sampled, over the seconds that sampling and grading took",
+    "engine/restarts": "how often engines that failed were started again",
     "entropy": "mean entropy in nats of the policy's next-token distribution, before the first update",
     "top_prob": "mean probability of its most likely token, before the first update",
     "mismatch/kl": "KL(engine || trainer) for the same weights, k3 estimate, nats per token; far from 0 is a bug",

@@ -86,7 +86,7 @@ class Engines:
         return Life(self._config, self._adapter, index, port, self._folder / f"engine{index}.log", self._ranks)
 
     def __iter__(self) -> Iterator[Engine]:
-        return (life.engine for life in self._lives if life.ready and not life.failure)
+        return (life.engine for life in self._lives if life.ready and not life.failure and life.server.alive)
 
     @property
     def version(self) -> int:
@@ -97,6 +97,17 @@ class Engines:
         """Return how often engines were started again since the last call."""
         restarts, self._restarts = self._restarts, 0
         return restarts
+
+    def expect(self, version: int) -> None:
+        """Take note that the engines are about to get weights of this version, and are to sample with no others."""
+        if version != self._version:
+            self._version, self._failures = version, [0] * len(self._failures)
+
+    def fail(self, error: EngineError) -> None:
+        """Have all engines that are there started again, because of them one broke off a push to all."""
+        for life in self._lives:
+            if life.ready:
+                life.fail(error)
 
     def wait_ready(self) -> None:
         """Block until every engine has written a token: some compile kernels when they are first asked for one.
@@ -147,8 +158,6 @@ class Engines:
         Raises:
             EngineError: when an engine has failed more than engine.max_restarts times since the last push.
         """
-        if self.version > self._version:
-            self._version, self._failures = self.version, [0] * len(self._lives)
         main = self._run(_begun(work))
         try:
             while not self._run(self._mended(main)):

@@ -56,7 +56,12 @@ class GlooPublisher:
 
     def push(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         if self._sender:
-            self._sender.send(self._buckets(weights), version)
+            gathered = self._buckets(weights)
+            try:
+                self._sender.send(gathered, version)
+            except EngineError:
+                deque(gathered, maxlen=0)  # the others gather to the end
+                raise
         else:
             deque(self._buckets(only_sizes(weights)), maxlen=0)
 
@@ -75,6 +80,8 @@ class _Sender:
         self._receivers = receivers
         self._timeout = timeout_seconds
         self._sending = False
+        self._broken: list[Any] = []
+        """Groups that were left in the middle of a bucket: dropping one would wait for it, up to the limit."""
         self._members: list[WeightReceiver] = []
         """The engines in the group."""
         self._group: Any = None
@@ -84,14 +91,14 @@ class _Sender:
         self._receivers.run(self._send(weights, version))
 
     def close(self) -> None:
-        # Where an engine failed in the middle, dropping the group would wait for it, up to the limit.
-        if not self._sending:
-            self._group = None
+        if self._sending:
+            self._broken.append(self._group)
+        self._group, self._members, self._sending = None, [], False
 
     async def _connect(self) -> None:
         """Make a group with the engines that are there."""
-        self._group, self._members = None, list(self._receivers)
-        engines = self._members
+        self.close()
+        engines = list(self._receivers)
         world_size = 1 + sum(engine.workers for engine in engines)
         # A listener of ours, because the store's own would be on every interface. It takes the socket over.
         listener = socket.create_server((_HOST, 0), backlog=world_size)
@@ -111,6 +118,7 @@ class _Sender:
             joins.append(engine.join_group(info))
             offset += engine.workers
         self._group, *_ = await self._all(joins, "joining the weight-transfer group")
+        self._members = engines
 
     async def _send(self, weights: Iterator[Named], version: int) -> None:
         if list(self._receivers) != self._members:  # some were started again
