@@ -7,6 +7,7 @@ import logging
 import resource
 import socket
 from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -26,6 +27,9 @@ _BATCHES = 2
 """An engine has this many times the sequences that it decodes at once: the next ones are there when some end."""
 _BACKOFF_SECONDS = 1.0
 """Before an engine is started again; twice as long each time."""
+
+_LOOK_SECONDS = 1.0
+"""How long a push waits for each engine that was started again."""
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +103,11 @@ class Engines:
         return restarts
 
     def expect(self, version: int) -> None:
-        """Take note that the engines are about to get weights of this version, and are to sample with no others."""
+        """Take note that the engines are about to get weights of this version, and are to sample with no others.
+
+        Those that were started again and are there by now get them, too.
+        """
+        self._run(self._look())
         if version != self._version:
             self._version, self._failures = version, [0] * len(self._failures)
 
@@ -120,6 +128,12 @@ class Engines:
         if not self._lives:
             self._start()
         self._run(self._come_up())
+
+    async def _look(self) -> None:
+        for life in self._lives:
+            with suppress(TimeoutError, EngineError):
+                if not life.failure:
+                    await asyncio.wait_for(life.come_up(), _LOOK_SECONDS)
 
     async def _come_up(self) -> None:
         await asyncio.gather(*(life.come_up() for life in self._lives))
@@ -163,6 +177,7 @@ class Engines:
             while not self._run(self._mended(main)):
                 assert self.refill, "the engines have other weights than were pushed, and nobody pushes them"
                 self.refill()
+            self._run(self._start_the_failed())
             return self._run(_result(main))
         finally:
             if not main.done():
@@ -224,22 +239,33 @@ class Engines:
                     await life.with_it(self._watch(index))
             except EngineError as error:
                 life.fail(error)
-            await self._start_again(index)
+            self._open()
+            if self._failures[index] >= self._config.engine.max_restarts:
+                raise self._given_up(life)
+            await life.close()
+            await asyncio.sleep(_BACKOFF_SECONDS * 2 ** self._failures[index])
+            self._start_again(index)
 
-    async def _start_again(self, index: int) -> None:
-        life, most = self._lives[index], self._config.engine.max_restarts
-        self._open()
-        assert life.failure
-        if self._failures[index] >= most:
-            how = f"it was started again {most} times since the last push" if most else "engine.max_restarts is 0"
-            raise EngineError(f"{life.failure}\n{life.server.name} is given up: {how}") from life.failure
-        await life.close()
-        seconds = _BACKOFF_SECONDS * 2 ** self._failures[index]
+    def _start_again(self, index: int) -> None:
+        life = self._lives[index]
+        log.warning("%s\n%s is started again", life.failure, life.server.name)
         self._failures[index] += 1
         self._restarts += 1
-        log.warning("%s\n%s is started again in %g s", life.failure, life.server.name, seconds)
-        await asyncio.sleep(seconds)
         self._lives[index] = self._begin(index, self._reserve(index))
+
+    async def _start_the_failed(self) -> None:
+        """Start what failed near the end of a rollout, so that it comes up while the weights are made."""
+        for index, life in enumerate(self._lives):
+            if life.failure and self._failures[index] < self._config.engine.max_restarts:
+                await life.close()
+                self._start_again(index)
+
+    def _given_up(self, life: Life) -> EngineError:
+        most = self._config.engine.max_restarts
+        how = f"it was started again {most} times since the last push" if most else "engine.max_restarts is 0"
+        error = EngineError(f"{life.failure}\n{life.server.name} is given up: {how}")
+        error.__cause__ = life.failure
+        return error
 
     def _open(self) -> None:
         """Give work to the engines that have the weights in use, and to no others."""

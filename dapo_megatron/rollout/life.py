@@ -61,8 +61,8 @@ class Life:
         working, gone = asyncio.ensure_future(work), asyncio.ensure_future(self._gone.wait())
         try:
             await asyncio.wait([working, gone], return_when=asyncio.FIRST_COMPLETED)
-            if self.failure and not working.done():
-                raise self.failure
+            if self.failure and (not working.done() or working.exception()):
+                raise self.failure  # whatever its end came to for this work
             return await working
         finally:
             for task in (working, gone):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import sys
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -16,77 +15,16 @@ import pytest
 from dapo_megatron.config import Config
 from dapo_megatron.config_file import parse
 from dapo_megatron.errors import ConfigError, EngineError
-from dapo_megatron.rollout.adapter import EngineAdapter, adapter_for
+from dapo_megatron.rollout.adapter import adapter_for
 from dapo_megatron.rollout.adapters.vllm import Adapter
-from dapo_megatron.rollout.client import Client
-from dapo_megatron.rollout.engine import Engine, Progress, Sampling
+from dapo_megatron.rollout.engine import Sampling
 from dapo_megatron.rollout.engines import Engines
-from dapo_megatron.rollout.place import Place
-from dapo_megatron.rollout.server import Server
 from dapo_megatron.types import Completion, Prompt
 from tests.helpers.completions import read, written
+from tests.helpers.greeter import GreeterEngine
 
 PROMPT = Prompt("p", (3, 4), "", "")
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, max_tokens=4, stop_token_ids=())
-
-SERVER = """
-import http.server, json, os, sys
-
-class Answers(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(json.dumps([int(sys.argv[2]), os.environ["GREETING"]]).encode())
-
-http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Answers).serve_forever()
-"""
-"""A server that answers with its number and a variable."""
-
-
-class Greeter(EngineAdapter):
-    packages = {}
-    health = "/up"
-
-    def __init__(self, config: Config) -> None:
-        self.greeting = "hello"
-
-    def check(self, hf_config: Any) -> None:
-        pass
-
-    def command(self, place: Place) -> list[str]:
-        return [sys.executable, "-c", SERVER, str(place.port), str(place.index)]
-
-    def environment(self, place: Place) -> dict[str, str]:
-        return {"GREETING": self.greeting}
-
-    def connect(self, server: Server, place: Place) -> Engine:
-        return GreeterEngine(Client(server, place.url))
-
-
-class GreeterEngine:
-    workers, version = 1, 0
-
-    def __init__(self, http: Client) -> None:
-        self.name, self.http = http.name, http
-
-    async def generate(self, prompt: Prompt, sampling: Sampling, n: int) -> list[Completion]:
-        number, greeting = await self.http.call("GET", "/")
-        return [written(f"{greeting} from {number}")] * n
-
-    async def progress(self) -> Progress:
-        await self.http.call("GET", "/")
-        return Progress(0, 0)
-
-    async def join_group(self, info: dict[str, Any]) -> None: ...
-
-    async def begin_transfer(self) -> None: ...
-
-    async def receive(self, info: dict[str, Any]) -> None: ...
-
-    async def finish_transfer(self, version: int) -> None: ...
-
-    async def close(self) -> None:
-        await self.http.close()
 
 
 def config(kind: str, **engine: Any) -> Config:
@@ -94,7 +32,7 @@ def config(kind: str, **engine: Any) -> Config:
 
 
 def test_an_adapter_from_elsewhere_runs_and_load_is_spread(tmp_path: Path) -> None:
-    engines = Engines(config(f"{__name__}:Greeter", count=2), tmp_path, ranks=0)
+    engines = Engines(config("tests.helpers.greeter:Greeter", count=2), tmp_path, ranks=0)
 
     async def ask() -> list[list[Completion]]:
         return await asyncio.gather(*(engines.generate(PROMPT, SAMPLING, 2) for _ in range(4)))
@@ -112,7 +50,7 @@ def test_an_adapter_from_elsewhere_runs_and_load_is_spread(tmp_path: Path) -> No
 
 
 def test_engines_that_are_not_needed_at_once_are_started_when_they_are(tmp_path: Path) -> None:
-    with closing(Engines(config(f"{__name__}:Greeter"), tmp_path, ranks=0, at_once=False)) as engines:
+    with closing(Engines(config("tests.helpers.greeter:Greeter"), tmp_path, ranks=0, at_once=False)) as engines:
         assert not list(engines) and not (tmp_path / "engine0.log").exists()
         engines.wait_ready()
         assert len(list(engines)) == 1
@@ -130,7 +68,7 @@ class Spelled:
 
 def test_the_result_of_a_run_is_not_spelled_on_its_way(tmp_path: Path) -> None:
     """asyncio does that with a task's result, and a rollout holds millions of tokens."""
-    with closing(Engines(config(f"{__name__}:Greeter"), tmp_path, ranks=0)) as engines:
+    with closing(Engines(config("tests.helpers.greeter:Greeter"), tmp_path, ranks=0)) as engines:
         assert engines.run(asyncio.sleep(0, Spelled())).times == 0
 
 
@@ -153,7 +91,7 @@ def test_an_engine_that_hangs_or_dies_ends_whatever_is_being_done(
         finally:
             cancelled = True
 
-    engines = Engines(config(f"{__name__}:Greeter", count=2, stall_seconds=1.5), tmp_path, ranks=0)
+    engines = Engines(config("tests.helpers.greeter:Greeter", count=2, stall_seconds=1.5), tmp_path, ranks=0)
     try:
         engines.wait_ready()
         guards = [p for p in psutil.Process().children() if "dapo_megatron.rollout.guard" in p.cmdline()]
@@ -174,7 +112,7 @@ def test_an_engine_that_answers_too_little_is_told_from_a_small_group(
         return answer
 
     monkeypatch.setattr(GreeterEngine, "generate", generate)
-    with closing(Engines(config(f"{__name__}:Greeter"), tmp_path, ranks=0)) as engines:
+    with closing(Engines(config("tests.helpers.greeter:Greeter"), tmp_path, ranks=0)) as engines:
         engines.wait_ready()
         with pytest.raises(EngineError, match="engine 0: asked for 2 responses to prompt p"):
             engines.run(engines.generate(PROMPT, SAMPLING, 2))
@@ -188,9 +126,9 @@ def test_an_engine_may_take_its_time_for_the_first_token(tmp_path: Path, monkeyp
         return []
 
     monkeypatch.setattr(GreeterEngine, "generate", compiles)
-    with closing(Engines(config(f"{__name__}:Greeter", stall_seconds=0.3), tmp_path, ranks=0)) as engines:
+    with closing(Engines(config("tests.helpers.greeter:Greeter", stall_seconds=0.3), tmp_path, ranks=0)) as engines:
         engines.wait_ready()
-    slow = config(f"{__name__}:Greeter", startup_seconds=0.9)
+    slow = config("tests.helpers.greeter:Greeter", startup_seconds=0.9)
     says = r"written a token within 0.9 s \(engine.startup_seconds\)\nengine 0 has not ended"
     with closing(Engines(slow, tmp_path, ranks=0)) as engines, pytest.raises(EngineError, match=says):
         engines.wait_ready()

@@ -1,0 +1,198 @@
+"""What becomes of engines that fail while they sample, and of what they were asked for."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from dapo_megatron.config_file import parse
+from dapo_megatron.errors import EngineError, RefusedError
+from dapo_megatron.rollout import engines as module
+from dapo_megatron.rollout.engine import Engine, Sampling
+from dapo_megatron.rollout.engines import Engines
+from dapo_megatron.types import Completion, Prompt
+from tests.helpers.completions import read
+from tests.helpers.greeter import GreeterEngine
+
+PROMPT = Prompt("p", (3, 4), "", "")
+SAMPLING = Sampling(temperature=1.0, top_p=1.0, max_tokens=4, stop_token_ids=())
+
+
+@pytest.fixture(autouse=True)
+def no_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_BACKOFF_SECONDS", 0.01)
+
+
+@pytest.fixture
+def opened(tmp_path: Path) -> Iterator[Any]:
+    made: list[Engines] = []
+
+    def make(**engine: Any) -> Engines:
+        settings = {"kind": "tests.helpers.greeter:Greeter", "stall_seconds": 1.5, **engine}
+        values = {"model": {"path": "m"}, "data": {"train": "t"}, "engine": settings}
+        made.append(Engines(parse(values), tmp_path, ranks=0))
+        made[0].wait_ready()
+        return made[0]
+
+    yield make
+    for engines in made:
+        engines.close()
+
+
+def hurt(number: signal.Signals, *indices: int) -> None:
+    guards = [child for child in psutil.Process().children() if "dapo_megatron.rollout.guard" in child.cmdline()]
+    guards.sort(key=psutil.Process.create_time)
+    for index in indices:
+        for process in (*guards[index].children(recursive=True), guards[index]):
+            process.send_signal(number)
+
+
+async def asked(engines: Engines, number: signal.Signals, *indices: int) -> list[str]:
+    """Who answers 8 requests, in the midst of which some engines are sent a signal."""
+    first = await engines.generate(PROMPT, SAMPLING, 1)
+    hurt(number, *indices)
+    others = await asyncio.gather(*(engines.generate(PROMPT, SAMPLING, 1) for _ in range(7)))
+    return sorted(read(answer.token_ids) for answers in [first, *others] for answer in answers)
+
+
+def push(engines: Engines, version: int) -> None:
+    async def finish(there: list[Engine]) -> None:
+        for engine in there:
+            await engine.finish_transfer(version)
+
+    engines.expect(version)
+    engines.run(finish(list(engines)))
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_what_an_engine_did_not_answer_others_do(opened: Any, number: signal.Signals) -> None:
+    engines = opened(count=2)
+    answers = engines.sample(asked(engines, number, 1))
+    assert len(answers) == 8 and "hello from 0" in answers
+    for _ in range(100):  # it takes a moment to be there again
+        engines.sample(asyncio.sleep(0.1))
+        if len(list(engines)) == 2:
+            break
+    assert engines.take_restarts() == 1
+    assert engines.take_restarts() == 0
+    assert set(engines.sample(asked(engines, signal.SIGCONT))) == {"hello from 0", "hello from 1"}
+
+
+def test_engines_that_need_no_other_weights_than_they_start_with_need_no_push(opened: Any) -> None:
+    engines = opened(count=2)
+    assert len(engines.sample(asked(engines, signal.SIGKILL, 0, 1))) == 8
+    assert engines.take_restarts() in (1, 2)  # the first one that is there may have answered all
+
+
+def test_where_no_engine_has_the_weights_they_are_asked_for_and_only_then(opened: Any) -> None:
+    engines = opened(count=2)
+    pushed: list[int] = []
+
+    def refill() -> None:
+        pushed.append(len(list(engines)))
+        push(engines, 3)
+
+    engines.refill = refill
+    push(engines, 3)
+    assert len(engines.sample(asked(engines, signal.SIGKILL, 0))) == 8
+    assert pushed == [] and engines.version == 3
+    assert len(engines.sample(asked(engines, signal.SIGKILL, 0, 1))) == 8
+    assert len(pushed) == 1 and pushed[0] >= 1 and engines.version == 3
+
+
+def test_an_engine_that_was_started_again_answers_nothing_before_it_has_the_weights(
+    opened: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engines = opened(count=2)
+    generate, versions = GreeterEngine.generate, []
+
+    async def noted(self: GreeterEngine, prompt: Prompt, *rest: Any) -> list[Completion]:
+        if prompt is PROMPT:
+            versions.append(self.version)
+        return await generate(self, prompt, *rest)
+
+    monkeypatch.setattr(GreeterEngine, "generate", noted)
+    push(engines, 3)
+    engines.sample(asked(engines, signal.SIGKILL, 1))
+    for _ in range(100):
+        engines.sample(asyncio.sleep(0.1))
+        if len(list(engines)) == 2:
+            break
+    assert set(engines.sample(asked(engines, signal.SIGCONT))) == {"hello from 0"}
+    push(engines, 4)
+    assert set(engines.sample(asked(engines, signal.SIGCONT))) == {"hello from 0", "hello from 1"}
+    assert set(versions) == {3, 4}
+
+
+def test_an_engine_that_fails_too_often_is_given_up_until_the_next_weights(opened: Any) -> None:
+    engines = opened(max_restarts=1)
+    engines.sample(asked(engines, signal.SIGKILL, 0))
+    with pytest.raises(EngineError, match=r"(?s)engine 0.*given up: it was started again 1 times since the last push"):
+        engines.sample(asked(engines, signal.SIGKILL, 0))
+
+
+def test_the_count_begins_anew_with_the_next_weights(opened: Any) -> None:
+    engines = opened(max_restarts=1)
+    for version in (1, 2):
+        push(engines, version)
+        engines.refill = lambda version=version: push(engines, version)
+        assert len(engines.sample(asked(engines, signal.SIGKILL, 0))) == 8
+
+
+def test_a_push_that_broke_off_has_all_engines_started_again(opened: Any) -> None:
+    engines = opened(count=2)
+    engines.refill = lambda: push(engines, 5)
+    engines.expect(5)
+    engines.fail(EngineError("engine 1 went away in the middle of a push"))
+    assert not list(engines)
+    assert len(engines.sample(asked(engines, signal.SIGCONT))) == 8
+    assert engines.version == 5
+
+
+def test_a_request_that_is_refused_is_not_made_again(opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    engines = opened()
+    calls = 0
+
+    async def refuse(*_: object) -> list[Completion]:
+        nonlocal calls
+        calls += 1
+        raise RefusedError("engine 0: HTTP 400: the prompt is too long")
+
+    monkeypatch.setattr(GreeterEngine, "generate", refuse)
+    with pytest.raises(RefusedError, match="too long"):
+        engines.sample(engines.generate(PROMPT, SAMPLING, 1))
+    assert calls == 1 and engines.take_restarts() == 0
+
+
+def test_what_fails_for_another_reason_ends_at_once(opened: Any) -> None:
+    engines = opened()
+
+    async def work() -> None:
+        await engines.generate(PROMPT, SAMPLING, 1)
+        raise ValueError("not an engine's fault")
+
+    with pytest.raises(ValueError, match="not an engine's fault"):
+        engines.sample(work())
+    assert engines.take_restarts() == 0
+
+
+def test_an_engine_that_does_not_come_up_again_is_given_up(opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    engines = opened(max_restarts=2)
+    monkeypatch.setattr("tests.helpers.greeter.SERVER", "raise SystemExit(3)")
+    with pytest.raises(EngineError, match=r"(?s)engine 0 ended with exit status 3.*started again 2 times"):
+        engines.sample(asked(engines, signal.SIGKILL, 0))
+
+
+def test_closing_after_failures_leaves_nothing(opened: Any) -> None:
+    with closing(opened(count=2, max_restarts=0)) as engines:
+        family = psutil.Process().children(recursive=True)
+        with pytest.raises(EngineError, match=r"given up: engine\.max_restarts is 0"):
+            engines.sample(asked(engines, signal.SIGSTOP, 0, 1))
+    assert not [process for process in family if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
