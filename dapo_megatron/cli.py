@@ -345,7 +345,7 @@ def _measure(config: Config, checked: Checked, folder: Path) -> EvalResult:
             max_tokens=max_tokens,
             stop_token_ids=ends,
         )
-        return engines.run(work)
+        return engines.sample(work)
 
 
 def _plain(result: EvalResult) -> dict[str, Any]:

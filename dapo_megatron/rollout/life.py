@@ -25,6 +25,11 @@ _FIRST_WORDS = Prompt("start", token_ids=(0,), text="", answer="")
 class Life:
     """An engine from its start to its failure.
 
+    Args:
+        port: where it is to listen, as `reserve_port` keeps it.
+        log: file to which its output is added.
+        ranks: as `place` has it.
+
     Attributes:
         ready: whether it has written a token.
         failure: why it is of no use any more; None as long as it is.
