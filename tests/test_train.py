@@ -241,7 +241,6 @@ def ranks(family: Family) -> Family:
         pytest.param(
             lambda family: ranks(family)[0].suspend(), 1, "error: the leader, rank 0 on ", id="stopped_leader"
         ),
-        pytest.param(lambda family: engine(family)[-1].kill(), 1, "engine 0", id="dead_engine"),
         pytest.param(lambda family: family[0].kill(), -signal.SIGKILL, "", id="killed_launcher"),
     ],
 )

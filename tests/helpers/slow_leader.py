@@ -59,6 +59,16 @@ class SlowEngines:
         return iter([self._keeper])
 
     version = 0
+    refill = None
+
+    def expect(self, version: int) -> None: ...
+
+    def fail(self, error: EngineError) -> None:
+        """There is no other engine that could be started."""
+        raise error
+
+    def take_restarts(self) -> int:
+        return 0
 
     def wait_ready(self) -> None:
         time.sleep(SECONDS)
@@ -70,6 +80,8 @@ class SlowEngines:
 
     def run(self, work: Coroutine[Any, Any, Any], /) -> Any:
         return self._runner.run(work)
+
+    sample = run
 
     def close(self) -> None:
         self._runner.close()
