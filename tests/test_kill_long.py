@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -57,16 +58,18 @@ def make_config(base: Path, folder: Path, kind: str) -> Path:
     return write_config(folder, values)
 
 
-_UNDISTURBED: dict[str, Path] = {}
+_UNDISTURBED: dict[str, tuple[Path, float]] = {}
+"""Kind of run -> its folder, and the seconds that it took."""
 
 
 @pytest.fixture
 def undisturbed(base: Path, tmp_path_factory: pytest.TempPathFactory, kind: str) -> Path:
     if kind not in _UNDISTURBED:
         folder = tmp_path_factory.mktemp("undisturbed")
+        started = time.monotonic()
         assert live(make_config(base, folder, kind)) == 0
-        _UNDISTURBED[kind] = folder / "run"
-    return _UNDISTURBED[kind]
+        _UNDISTURBED[kind] = (folder / "run", time.monotonic() - started)
+    return _UNDISTURBED[kind][0]
 
 
 @KIND
@@ -83,23 +86,30 @@ def test_killed_at_every_place(tmp_path: Path, base: Path, undisturbed: Path, ki
 
 @KIND
 def test_killed_at_twelve_random_moments(tmp_path: Path, base: Path, undisturbed: Path, kind: str) -> None:
-    config = make_config(base, tmp_path, kind)
-    seed = random.randrange(1 << 30)
-    print(f"seed {seed}")
+    seed, seconds = random.randrange(1 << 30), _UNDISTURBED[kind][1]
+    print(f"seed {seed}, {seconds:.0f} s undisturbed")
     moments, kills = random.Random(seed), 0
     while kills < 12:
-        process = subprocess.Popen(command(config), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            process.wait(moments.uniform(2, 40))
-            break  # it was quicker than we
-        except subprocess.TimeoutExpired:
-            kill_tree(process.pid)
-            process.wait()
+        run = Path(tempfile.mkdtemp(dir=tmp_path))
+        config = make_config(base, run, kind)
+        # One that is over before its next moment has come is compared, and another one begun.
+        while (code := live_until(config, moments.uniform(2, seconds))) is None:
             kills += 1
-            time.sleep(0.5)
-    assert live(config) == 0
-    print(f"{kills} kills; went on after steps {steps_of(tmp_path / 'run')}")
-    assert differences(tmp_path / "run", undisturbed) == []
+        assert code == 0
+        print(f"{kills} kills so far; went on after steps {steps_of(run / 'run')}")
+        assert differences(run / "run", undisturbed) == []
+
+
+def live_until(config: Path, seconds: float) -> int | None:
+    """Let a run live until it is over, and return its exit code, or kill it when its time is up."""
+    process = subprocess.Popen(command(config), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        kill_tree(process.pid)
+        process.wait()
+        time.sleep(0.5)
+        return None
 
 
 def without(owner: str, part: str, value: Any) -> Callable[[Path], None]:
