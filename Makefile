@@ -1,6 +1,6 @@
 # make quickstart   learn to add by DAPO, on this machine's CPU
 # make test         all tests that this machine can run
-# make kill-test    kill whole runs at every place and at random, and see that they go on as if nothing had happened
+# make kill-test    kill whole runs and their engines, at every place and at random, and see that nothing comes of it
 # make check        ruff, pyright and the import rule
 # make coverage     tests once more (ARGS="tests/actor"), and every line of the package that none of them reaches
 # Each makes .venv when it is not there yet. PYTHON=... chooses the interpreter (3.11 or 3.12).
@@ -34,7 +34,7 @@ test: $(READY)
 	@$(BIN)/python -m pytest $(ARGS)
 
 kill-test: $(READY)
-	@$(BIN)/python -m pytest --long -s tests/test_kill.py tests/test_kill_long.py $(ARGS)
+	@$(BIN)/python -m pytest --long -s tests/test_kill.py tests/test_kill_long.py tests/test_engine_faults.py tests/test_train_experts.py $(ARGS)
 
 check: $(READY)
 	@$(BIN)/ruff check .

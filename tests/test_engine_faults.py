@@ -56,7 +56,12 @@ def hurt(config: Path, number: str, *engines: int) -> subprocess.CompletedProces
 
 
 @pytest.mark.parametrize(
-    ("count", "number"), [(1, "SIGKILL"), (2, "SIGKILL"), (1, "SIGSTOP")], ids=["the only one", "one of two", "stopped"]
+    ("count", "number"),
+    [
+        pytest.param(1, "SIGKILL", id="the only one"),
+        pytest.param(2, "SIGKILL", id="one of two", marks=pytest.mark.long),
+        pytest.param(1, "SIGSTOP", id="stopped", marks=pytest.mark.long),
+    ],
 )
 def test_the_run_goes_on_as_if_nothing_had_happened(
     tmp_path: Path, material: Path, undisturbed: Path, count: int, number: str

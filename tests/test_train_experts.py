@@ -12,7 +12,7 @@ from examples.quickstart import sums
 from tests.helpers.lives import differences, live, metrics, steps_of, write_config
 from tests.helpers.models import save_tiny
 
-pytestmark = [pytest.mark.vllm, pytest.mark.multiproc, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.vllm, pytest.mark.multiproc, pytest.mark.long, pytest.mark.timeout(1800)]
 
 # Heads that vLLM has kernels for.
 SIZES = {"hidden": 128, "head_dim": 64, "moe_intermediate_size": 64, "intermediate_size": 160}
