@@ -95,7 +95,7 @@ class Engine(Responder, Protocol):
         ...
 
     async def join_group(self, info: dict[str, Any]) -> None:
-        """Join the group through which weights come. Once, before the first transfer."""
+        """Join the group through which weights come: before the first transfer, and anew after engines have changed."""
         ...
 
     async def begin_transfer(self) -> None:
