@@ -85,6 +85,22 @@ class Stop:
         finally:
             self._inside -= 1
 
+    @contextmanager
+    def uninterruptible(self) -> Iterator[None]:
+        """Within `interruptible`, around what other ranks take part in: a request that comes meanwhile is heard after.
+
+        Raises:
+            StopRequested: on leaving.
+        """
+        inside, self._inside = self._inside, 0
+        try:
+            yield
+        finally:
+            self._inside = inside
+        if inside and self.reason is not None and not self._raised:
+            self._raised = True
+            raise StopRequested(self.exit_code)
+
     def unwind(self, exit_code: int) -> None:
         """Raise SystemExit in the main thread, wherever it is; called from other threads."""
         self._unwinding = exit_code

@@ -9,6 +9,7 @@ from dapo_megatron.actor.actor import Actor
 from dapo_megatron.errors import EngineError
 from dapo_megatron.heartbeat import Peers
 from dapo_megatron.rollout.engines import Engines
+from dapo_megatron.stop import Stop
 from dapo_megatron.weights.hf import HfCheckpoint
 from dapo_megatron.weights.publish import Publisher
 
@@ -43,15 +44,16 @@ class Supply:
         self._peers.after_leader("publish")
 
     @contextmanager
-    def on_demand(self) -> Iterator[None]:
+    def on_demand(self, stop: Stop) -> Iterator[None]:
         """While the leader samples, inside, give the weights to engines that were started again. Collective.
 
         They get them where no other engine has them; otherwise those that have go on, and the others wait for `push`.
         """
 
         def ask() -> None:
-            self._peers.leader_says("weights on demand", True)
-            self._push_again()
+            with stop.uninterruptible():
+                self._peers.leader_says("weights on demand", True)
+                self._push_again()
 
         if self._engines:
             self._engines.refill = ask

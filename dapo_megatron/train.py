@@ -72,11 +72,11 @@ def train(
 
     for step in range(steps_done.value, config.train.steps):
         assert parts.supply, "a step has come after all steps"
-        with parts.supply.on_demand():
+        with parts.supply.on_demand(stop):
             if leader:
                 leader.evaluate_due(step, stop)
         with actor.away(obs.phase), obs.phase("rollout"):
-            with parts.supply.on_demand():
+            with parts.supply.on_demand(stop):
                 batch = make_batch(leader, topo.dp, step, stop) if leader else None
             if not peers.leader_says("rollout", batch is not None):
                 break
@@ -121,7 +121,7 @@ def train(
         with obs.phase("saving"):
             parts.hf.save(actor.chunks, config.run.folder / "hf", peers.after_leader)
         stop.left = None
-    with parts.supply.on_demand() if parts.supply else nullcontext():
+    with parts.supply.on_demand(stop) if parts.supply else nullcontext():
         if leader:
             leader.finish(stop)
 

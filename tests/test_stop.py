@@ -31,6 +31,24 @@ def later(seconds: float, act: object, *arguments: object) -> None:
     threading.Timer(seconds, act, arguments).start()  # pyright: ignore[reportArgumentType]
 
 
+def test_a_request_waits_for_what_others_take_part_in() -> None:
+    stop, done = Stop(), False
+    later(0.1, stop.ask, "enough")
+    with pytest.raises(StopRequested), stop.interruptible():
+        with stop.uninterruptible():
+            time.sleep(0.4)
+            done = True
+        pytest.fail("a request is heard on leaving")
+    assert done and stop.reason == "enough"
+
+
+def test_outside_of_what_can_be_thrown_away_nothing_is_interrupted() -> None:
+    stop = Stop()
+    stop.ask("enough")
+    with stop.uninterruptible():
+        pass
+
+
 def test_a_request_from_a_thread_interrupts_what_can_be_thrown_away() -> None:
     stop = Stop()
     later(0.2, stop.ask, "enough")
