@@ -6,6 +6,7 @@ import asyncio
 import time
 import weakref
 from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -13,11 +14,13 @@ import torch
 
 from dapo_megatron.config import WeightsConfig
 from dapo_megatron.errors import EngineError
-from dapo_megatron.weights.buckets import allocate, unflatten
+from dapo_megatron.weights.buckets import Named, describe
 from dapo_megatron.weights.gloo import GlooPublisher, join_group, transmit
 from dapo_megatron.weights.publish import open_publisher
+from dapo_megatron.weights.verify import Arrivals, Inventory, TransferError
 
 WEIGHTS = {f"w{index}": torch.full((index, 3), index, dtype=torch.bfloat16) for index in range(1, 6)}
+INVENTORY = Inventory(**describe(list(WEIGHTS.items())))
 
 
 class Keeper:
@@ -33,18 +36,39 @@ class Keeper:
         if not self.joins:
             raise EngineError(f"{self.name} does not join")
         offset = info.pop("rank_offset")
+        self.arrivals = Arrivals(info.pop("inventory"))
         self.group = await asyncio.to_thread(lambda: join_group(rank=offset, **info))
 
     async def begin_transfer(self) -> None:
         self.coming: dict[str, torch.Tensor] = {}
+        self.arrivals.begin()
 
     async def receive(self, info: dict[str, Any]) -> None:
-        flat = allocate(info["dtypes"], info["shapes"])
-        await asyncio.to_thread(transmit(self.group, flat).wait)
-        self.coming |= unflatten(flat, **info)
+        with self.telling():
+            flat = self.arrivals.allocate(info["tensors"])
+            await asyncio.to_thread(transmit(self.group, flat).wait)
+            self.load(self.arrivals.unpack(self.arrived(flat), info["tensors"], info["checksums"]))
 
     async def finish_transfer(self, version: int) -> None:
+        with self.telling():
+            self.arrivals.end()
+            self.arrivals.loaded(self.coming, {})
         self.held[version] = self.coming
+
+    def arrived(self, flat: torch.Tensor) -> torch.Tensor:
+        """The bytes of a bucket, once they are here."""
+        return flat
+
+    def load(self, bucket: Named) -> None:
+        self.coming |= dict(bucket)
+
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """An engine's client names it in whatever its workers say."""
+        try:
+            yield
+        except TransferError as error:
+            raise EngineError(f"{self.name}, {error}") from error
 
 
 class Keepers:
@@ -60,7 +84,7 @@ class Keepers:
 
 def test_the_leader_sends_to_all_engines() -> None:
     keepers = Keepers(Keeper("engine 0"), Keeper("engine 1"))
-    publisher = GlooPublisher(keepers, bucket_bytes=64, timeout_seconds=20)
+    publisher = GlooPublisher(INVENTORY, keepers, bucket_bytes=64, timeout_seconds=20)
     publisher.push(WEIGHTS.items(), version=1)
     publisher.push(((name, -tensor) for name, tensor in WEIGHTS.items()), version=5)
     publisher.close()
@@ -82,7 +106,7 @@ def test_all_ranks_wait_for_the_leader_before_they_gather_the_same_weights() -> 
                 happened.append(name)
                 yield name, tensor
 
-        publisher = GlooPublisher(receivers, 64, happened.append, timeout_seconds=20)
+        publisher = GlooPublisher(INVENTORY, receivers, 64, happened.append, timeout_seconds=20)
         publisher.push(weights(), version=1)
         publisher.close()
     assert seen["leader"] == seen["other"] == ["bucket", "w1", "w2", "w3", "w4", "w5", "bucket"]
@@ -99,14 +123,14 @@ def test_another_rank_holds_one_tensor_at_a_time() -> None:
             yield str(index), tensor
             del tensor
 
-    open_publisher(WeightsConfig(), None).push(weights(), version=1)
+    open_publisher(WeightsConfig(), None, None).push(weights(), version=1)
     assert len(held) == 4
 
 
 def test_an_engine_that_does_not_join_is_an_error_at_once() -> None:
     started = time.monotonic()
     with pytest.raises(EngineError, match="engine 0 does not join"):
-        open_publisher(WeightsConfig(), Keepers(Keeper("engine 0", joins=False)))
+        open_publisher(WeightsConfig(), INVENTORY, Keepers(Keeper("engine 0", joins=False)))
     assert time.monotonic() - started < 5
 
 
@@ -115,7 +139,7 @@ def test_a_push_that_fails_does_not_count() -> None:
         async def begin_transfer(self) -> None:
             raise EngineError(f"{self.name} is full")
 
-    publisher = open_publisher(WeightsConfig(), Keepers(Full("engine 0")))
+    publisher = open_publisher(WeightsConfig(), INVENTORY, Keepers(Full("engine 0")))
     with pytest.raises(EngineError, match="engine 0 is full"):
         publisher.push(WEIGHTS.items(), version=1)
 
@@ -136,5 +160,5 @@ def test_a_bucket_that_an_engine_does_not_take_ends_the_push(tells: bool, messag
     config = WeightsConfig(push_seconds=1.0)
     started = time.monotonic()
     with pytest.raises(EngineError, match=message):
-        open_publisher(config, Keepers(Late("engine 0"))).push(WEIGHTS.items(), version=1)
+        open_publisher(config, INVENTORY, Keepers(Late("engine 0"))).push(WEIGHTS.items(), version=1)
     assert time.monotonic() - started < 9
