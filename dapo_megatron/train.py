@@ -12,6 +12,7 @@ from dapo_megatron.algo.filter import is_mixed
 from dapo_megatron.algo.objective import Objective
 from dapo_megatron.algo.samples import to_samples
 from dapo_megatron.algo.weighing import weigh
+from dapo_megatron.canary import Canary
 from dapo_megatron.checkpoint.checkpoints import Checkpoints
 from dapo_megatron.config import Config, OptimizerConfig, ParallelConfig
 from dapo_megatron.errors import DapoError
@@ -90,12 +91,12 @@ def train(
             ]
         with obs.phase("publish"):
             assert parts.publisher, "a step has come after all steps"
-            parts.publisher.push(parts.hf.export(actor.chunks), version=step + 1)
+            verified = parts.publisher.push(parts.hf.export(actor.chunks), version=step + 1)
         peers.after_leader("publish")
         memory = obs.memory.take(topo.max)
         steps_done.value = step + 1
         if leader and batch:
-            leader.log(step, batch, {**policy, **weighing, **memory}, results)
+            leader.log(step, batch, {**policy, **weighing, **verified, **memory}, results)
         if peers.leader_says("checkpoint", parts.checkpoints.due(step + 1)):
             with obs.phase("checkpoint"):
                 parts.checkpoints.save(step + 1)
@@ -149,8 +150,12 @@ def start(
         with obs.phase("starting engines"):
             if leader:
                 leader.engines.wait_ready()
-            publisher = open_publisher(config.weights, leader.engines if leader else None, peers.after_leader)
+            engines = leader.engines if leader else None
+            publisher = open_publisher(config.weights, hf.inventory, engines, peers.after_leader)
             opened.enter_context(closing(publisher))
+            if config.weights.verify == "full":
+                prompts = checked.train if checked else ()
+                publisher = Canary(publisher, config, topo, actor, leader, prompts, peers.after_leader)
     obs.begin()
     if publisher:
         with obs.phase("sending the weights"):

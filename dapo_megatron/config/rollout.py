@@ -131,8 +131,8 @@ class WeightsConfig(Section):
     bucket_mib: PositiveInt = 64
     """Tensors are sent in buckets of about this size."""
     push_seconds: PositiveFloat = 300.0
-    """How long an engine may take over each part of a push: to join, to get ready, for a bucket, to use the weights, and
-    for the canary."""
+    """How long an engine may take over each part of a push: to join, to get ready, for a bucket, to use the weights, to
+    answer the canary."""
     verify: Literal["full", "checksums", "off"] = "full"
     """What stops the run when an engine has not what was sent. Always: a tensor that is missing, comes twice or is none
     of the model's. With checksums: one whose bytes changed on the way, in a receiver's memory, or in the engine where

@@ -143,7 +143,7 @@ class HfCheckpoint:
         declare_tokenizer(folder)
 
     def _checked(self, chunks: Sequence[torch.nn.Module]) -> dict[str, Path]:
-        """Return where every tensor is that the ranks want which read, if all are there. Collective over these ranks."""
+        """Return where every tensor is that the ranks which read want, if all are there. Collective over these."""
         mine = {source for _, sources, _ in held(self._bridge, chunks) for source in sources}
         readers: Any = mpu.get_expert_tensor_model_pipeline_parallel_group()
         parts: list[Any] = [None] * readers.size()
@@ -173,7 +173,8 @@ def _inventory(files: Mapping[str, Path], dtype: torch.dtype) -> Inventory:
     shapes: dict[str, list[int]] = {}
     for file in sorted(set(files.values())):
         with safe_open(file, framework="pt") as opened:
-            shapes |= {name: list(opened.get_slice(name).get_shape()) for name in opened.keys() if name in files}
+            inside = [name for name, place in files.items() if place == file]
+            shapes |= {name: list(opened.get_slice(name).get_shape()) for name in inside}
     return Inventory(list(files), [str(dtype).removeprefix("torch.")] * len(files), [shapes[name] for name in files])
 
 

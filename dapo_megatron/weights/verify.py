@@ -78,7 +78,9 @@ class Tally:
         """Take note of tensors that come."""
         size = len(self.inventory.names)
         if unknown := [index for index in indices if not 0 <= index < size]:
-            raise TransferError(f"the model has no tensors number {unknown[:_SHOWN]}, which a push was to bring{self._of()}")
+            raise TransferError(
+                f"the model has no tensors number {unknown[:_SHOWN]}, which a push was to bring{self._of()}"
+            )
         twice = [index for place, index in enumerate(indices) if index in self._seen or index in indices[:place]]
         if twice:
             raise TransferError(f"a push brings {_some([self.inventory.names[index] for index in twice])} twice")
@@ -168,9 +170,7 @@ class Arrivals:
         elif other := sorted(found.keys() - same):
             raise TransferError(f"{_some(other)}: the engine has loaded the push, and has other bytes than came")
 
-    def _rows(
-        self, name: str, parameters: Mapping[str, Tensor], parts: Mapping[str, Sequence[str]]
-    ) -> Tensor | None:
+    def _rows(self, name: str, parameters: Mapping[str, Tensor], parts: Mapping[str, Sequence[str]]) -> Tensor | None:
         """Return where a tensor may be, byte for byte; None where there is nothing of its form."""
         place, start = name, 0
         for joined, members in parts.items():
