@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 import weakref
-from collections.abc import Coroutine, Iterator
-from contextlib import contextmanager
+from collections.abc import Coroutine, Iterable, Iterator
+from contextlib import closing, contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ import torch
 
 from dapo_megatron.config import WeightsConfig
 from dapo_megatron.errors import EngineError
+from dapo_megatron.measures import Measures
 from dapo_megatron.weights.buckets import Named, describe
 from dapo_megatron.weights.gloo import GlooPublisher, join_group, transmit
 from dapo_megatron.weights.publish import open_publisher
@@ -94,6 +95,81 @@ def test_the_leader_sends_to_all_engines() -> None:
         for sign, held in zip((1, -1), keeper.held.values(), strict=True):
             assert held.keys() == WEIGHTS.keys()
             assert all(torch.equal(held[name], sign * tensor) for name, tensor in WEIGHTS.items())
+
+
+def push(keeper: Keeper, weights: Iterable[tuple[str, torch.Tensor]], *, version: int = 1, **changes: Any) -> Measures:
+    config = WeightsConfig(push_seconds=5.0, **changes)
+    with closing(open_publisher(config, INVENTORY, Keepers(Keeper("engine 0"), keeper))) as publisher:
+        return publisher.push(weights, version=version)
+
+
+@pytest.mark.parametrize(
+    ("weights", "says"),
+    [
+        ([*WEIGHTS.items()][:3], "a push has left out w4, w5; the model has 5 tensors"),
+        ([*WEIGHTS.items(), ("w2", WEIGHTS["w2"])], "a push brings w2 twice"),
+        ([*WEIGHTS.items(), ("w6", WEIGHTS["w2"])], "the model has no w6"),
+        ([("w1", WEIGHTS["w1"].T)], r"w1 is bfloat16 \[3, 1\], and the model has bfloat16 \[1, 3\]"),
+    ],
+)
+def test_a_push_that_is_not_the_model_is_refused(weights: Named, says: str) -> None:
+    keeper = Keeper("engine 1")
+    with pytest.raises(EngineError, match=says):
+        push(keeper, weights)
+    assert not keeper.held
+
+
+@pytest.mark.parametrize(("verify", "caught"), [("checksums", True), ("off", False)])
+def test_a_bit_that_is_flipped_on_the_way_is_caught_with_tensor_and_engine(verify: str, caught: bool) -> None:
+    class Unlucky(Keeper):
+        def arrived(self, flat: torch.Tensor) -> torch.Tensor:
+            flat[-1] ^= 1
+            return flat
+
+    unlucky = Unlucky("engine 1")
+    with pytest.raises(EngineError, match=r"engine 1, w\d has arrived with other bytes") if caught else nullcontext():
+        push(unlucky, WEIGHTS.items(), verify=verify)
+    assert bool(unlucky.held) != caught
+
+
+def test_an_engine_whose_announcements_do_not_come_as_they_were_sent_is_named() -> None:
+    class Forgetful(Keeper):
+        async def receive(self, info: dict[str, Any]) -> None:
+            await super().receive({**info, "tensors": [0] * len(info["tensors"])})
+
+    with pytest.raises(EngineError, match="engine 1, a push brings w1 twice"):
+        push(Forgetful("engine 1"), WEIGHTS.items())
+
+
+def test_a_buffer_that_is_reused_too_early_is_caught() -> None:
+    class Frugal(Keeper):
+        """Has one buffer for all buckets, and, as vLLM, puts tensors to use when all of a layer are there."""
+
+        buffer = torch.empty(1000, dtype=torch.uint8)
+
+        def arrived(self, flat: torch.Tensor) -> torch.Tensor:
+            return self.buffer[: len(flat)].copy_(flat)
+
+    with (
+        closing(GlooPublisher(INVENTORY, Keepers(Frugal("engine 1")), 20, timeout_seconds=5)) as publisher,
+        pytest.raises(EngineError, match="engine 1, w1 was overwritten in this process before the engine had loaded"),
+    ):
+        publisher.push(WEIGHTS.items(), version=1)
+
+
+def test_an_engine_that_reports_success_and_kept_the_old_weights_is_caught() -> None:
+    class Lazy(Keeper):
+        def load(self, bucket: Named) -> None:
+            self.coming |= {name: self.held[1][name] if 1 in self.held else tensor for name, tensor in bucket}
+
+    lazy = Lazy("engine 0")
+    with closing(GlooPublisher(INVENTORY, Keepers(lazy), 64, timeout_seconds=5)) as publisher:
+        measures = publisher.push(WEIGHTS.items(), version=1)
+        assert measures["verify/tensors"].value == 5 and measures["seconds/verify"].value > 0
+        with pytest.raises(
+            EngineError, match="engine 0, w1, w2, w3 and 2 more: the engine has loaded the push, and has"
+        ):
+            publisher.push(((name, -tensor) for name, tensor in WEIGHTS.items()), version=2)
 
 
 def test_all_ranks_wait_for_the_leader_before_they_gather_the_same_weights() -> None:
