@@ -25,7 +25,7 @@ from dapo_megatron.errors import EngineError
 from dapo_megatron.leader import Leader
 from dapo_megatron.measures import Max, Measures, Sum
 from dapo_megatron.pack import Share
-from dapo_megatron.rollout.engine import Sampling, request_seed
+from dapo_megatron.rollout.engine import Engine, Sampling, request_seed
 from dapo_megatron.types import Completion, MiniBatch, Prompt, TrainSample
 from dapo_megatron.weights.publish import AfterLeader, Publisher
 
@@ -115,7 +115,7 @@ class Canary:
     def _ask(self, leader: Leader, prompt: Prompt | None, tokens: int) -> list[Completion]:
         """Return the answer of each engine; all are asked at once."""
         assert prompt
-        config = self._config
+        config, limit = self._config, self._config.weights.push_seconds
         sampling = Sampling(
             # The actor's log-probs are those of the whole distribution at this temperature.
             temperature=config.rollout.temperature,
@@ -125,17 +125,20 @@ class Canary:
             seed=request_seed(config.sampling_seed, prompt.uid, 0, prompt.uid),
         )
 
-        async def everywhere() -> list[list[Completion]]:
+        async def answer_of(engine: Engine) -> Completion:
             try:
-                async with asyncio.timeout(config.weights.push_seconds):
-                    return await asyncio.gather(*(engine.generate(prompt, sampling, 1) for engine in leader.engines))
+                async with asyncio.timeout(limit):
+                    (answer,) = await engine.generate(prompt, sampling, 1)
+                    return answer
             except TimeoutError:
                 raise EngineError(
-                    f"the engines have not all answered the canary within {config.weights.push_seconds:g} s "
-                    f"(weights.push_seconds)"
+                    f"{engine.name} has not answered the canary within {limit:g} s (weights.push_seconds)"
                 ) from None
 
-        return [answer for (answer,) in leader.engines.run(everywhere())]
+        async def answers() -> list[Completion]:
+            return await asyncio.gather(*map(answer_of, leader.engines))
+
+        return leader.engines.run(answers())
 
     def _message(self, leader: Leader, version: int, apart: Tensor, fresh: Tensor) -> str:
         engines = [engine.name for engine in leader.engines]
