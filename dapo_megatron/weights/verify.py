@@ -181,13 +181,14 @@ class Arrivals:
                         return None
                     place = name.replace(f".{member}.", f".{joined}.")
                     start = sum(self._inventory.shapes[self._index[other]][0] for other in before)
-        index = self._index[name]
-        parameter, (rows, *row) = parameters.get(place), self._inventory.shapes[index]
-        if parameter is None or parameter.dtype != getattr(torch, self._inventory.dtypes[index]):
+        parameter, shape = parameters.get(place), self._inventory.shapes[self._index[name]]
+        if parameter is None or parameter.dtype != getattr(torch, self._inventory.dtypes[self._index[name]]):
             return None
-        # The rows of a vocabulary may be more than there are tokens.
-        fits = list(parameter.shape[1:]) == row and len(parameter) >= start + rows and not parameter.is_meta
-        return parameter.detach()[start : start + rows] if fits else None
+        if len(shape) != parameter.dim() or not shape or list(parameter.shape[1:]) != shape[1:] or parameter.is_meta:
+            return None
+        # A vocabulary may have more rows than there are tokens.
+        end = start + shape[0]
+        return parameter.detach()[start:end] if end <= len(parameter) else None
 
     def _compare(self, tensors: Mapping[str, Tensor], wanted: Mapping[str, int], problem: str) -> None:
         found = checksums(list(tensors.values()))
