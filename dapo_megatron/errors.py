@@ -25,6 +25,10 @@ class RefusedError(EngineError):
     """A rollout engine works, and refuses a request: it would refuse it again."""
 
 
+class WeightsError(EngineError):
+    """A rollout engine samples with other weights than it was sent. It would do so again."""
+
+
 class RolloutError(DapoError):
     """The rollout could not be filled, for example because too few groups were mixed."""
 

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from dapo_megatron.actor.actor import Actor
-from dapo_megatron.errors import EngineError
+from dapo_megatron.errors import EngineError, WeightsError
 from dapo_megatron.heartbeat import Peers
+from dapo_megatron.measures import Measures
 from dapo_megatron.rollout.engines import Engines
 from dapo_megatron.stop import Stop
 from dapo_megatron.weights.hf import HfCheckpoint
@@ -27,21 +28,32 @@ class Supply:
         self._publisher, self._actor, self._hf, self._peers = publisher, actor, hf, peers
         self._engines, self._version = engines, 0
 
-    def push(self, version: int) -> None:
+    def push(self, version: int) -> Measures:
         """Put the actor's weights to use in all engines that are there, as `version`. Collective.
 
-        Where one fails or does not keep up meanwhile, all are to be started again, and get the weights `on_demand`.
+        Where one fails meanwhile, does not keep up, or gets something else than was sent, all are to be started again,
+        and get the weights `on_demand`.
+
+        Returns:
+            On the leader, what was verified.
+
+        Raises:
+            WeightsError: on the leader, where an engine samples with other weights all the same.
         """
         self._version = version
         if self._engines:
             self._engines.expect(version)
+        verified: Measures = {}
         try:
-            self._publisher.push(self._hf.export(self._actor.chunks), version)
+            verified = self._publisher.push(self._hf.export(self._actor.chunks), version)
+        except WeightsError:
+            raise
         except EngineError as error:
             if not self._engines:
                 raise
             self._engines.fail(error)
         self._peers.after_leader("publish")
+        return verified
 
     @contextmanager
     def on_demand(self, stop: Stop) -> Iterator[None]:

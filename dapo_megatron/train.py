@@ -12,6 +12,7 @@ from dapo_megatron.algo.filter import is_mixed
 from dapo_megatron.algo.objective import Objective
 from dapo_megatron.algo.samples import to_samples
 from dapo_megatron.algo.weighing import weigh
+from dapo_megatron.canary import Canary
 from dapo_megatron.checkpoint.checkpoints import Checkpoints
 from dapo_megatron.config import Config, OptimizerConfig, ParallelConfig
 from dapo_megatron.errors import DapoError, EngineError
@@ -93,11 +94,11 @@ def train(
                 for index, mini_batch in enumerate(mini_batches)
             ]
         with obs.phase("publish"):
-            parts.supply.push(version=step + 1)
+            verified = parts.supply.push(version=step + 1)
         memory = obs.memory.take(topo.max)
         steps_done.value = step + 1
         if leader and batch:
-            leader.log(step, batch, {**policy, **weighing, **memory}, results)
+            leader.log(step, batch, {**policy, **weighing, **verified, **memory}, results)
         if peers.leader_says("checkpoint", parts.checkpoints.due(step + 1)):
             with obs.phase("checkpoint"):
                 parts.checkpoints.save(step + 1)
@@ -152,9 +153,13 @@ def start(
         with obs.phase("starting engines"):
             if leader:
                 leader.engines.wait_ready()
-            publisher = open_publisher(config.weights, leader.engines if leader else None, peers.after_leader)
+            engines = leader.engines if leader else None
+            publisher = open_publisher(config.weights, hf.inventory, engines, peers.after_leader)
             opened.enter_context(closing(publisher))
-            supply = Supply(publisher, actor, hf, peers, leader.engines if leader else None)
+            if config.weights.verify == "full":
+                prompts = checked.train if checked else ()
+                publisher = Canary(publisher, config, topo, actor, leader, prompts, peers)
+            supply = Supply(publisher, actor, hf, peers, engines)
     obs.begin()
     if supply:
         with obs.phase("sending the weights"):

@@ -60,7 +60,7 @@ def run(monkeypatch: pytest.MonkeyPatch, folder: Path, on_leader: bool, steps: t
 
     engines = SimpleNamespace(wait_ready=noting("engines ready"))
     leader = SimpleNamespace(engines=engines, close=noting("closed"), finish=noting("finished"), state={})
-    hf = SimpleNamespace(save=noting("hf"))
+    hf = SimpleNamespace(save=noting("hf"), inventory=None)
     monkeypatch.setattr(train, "Leader", lambda *_: leader)
     monkeypatch.setattr(train, "HfCheckpoint", lambda *_, **__: hf)
     monkeypatch.setattr(train, "Actor", lambda *_, **__: (happened.append("actor"), SimpleNamespace(chunks=[]))[1])

@@ -69,6 +69,11 @@ METRICS = {
     "ratio/first_max": "the same in the first update, where policy and old policy are one: 1, unless rounding differs",
     "kl/old": "KL(old policy || policy), k3 estimate, nats per token",
     "kl/ref": "KL(policy || reference) by algo.kl.estimator, nats per token",
+    "verify/tensors": "tensors of the last push, all of the model's, whose form and checksum every engine compared",
+    "verify/canary": "mean |difference| between the log-probs of engine and trainer, nats, in the answer to a fixed "
+    "prompt after the last push, of the engine that is farthest off",
+    "verify/canary_max": "largest such difference",
+    "seconds/verify": "of the seconds that publishing took, those for checksums on the leader and for the canary",
     "seconds/offload": "moving what memory.offload names to host memory and back",
     "seconds/rollout": "sampling and grading, and waiting for both",
     "seconds/logprobs": "log-probs of the old policy, and of the reference where there is one",

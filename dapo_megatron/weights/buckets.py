@@ -46,7 +46,7 @@ def only_sizes(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Ten
 
 
 def describe(bucket: Named) -> dict[str, Any]:
-    """What the receiver needs to know before the bytes come; JSON."""
+    """Return names, dtypes and shapes (`verify.Inventory`); JSON."""
     return {
         "names": [name for name, _ in bucket],
         "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket],

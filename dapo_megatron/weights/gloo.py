@@ -11,6 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
 from datetime import timedelta
 from typing import Any
 
@@ -19,8 +20,11 @@ from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 
 from dapo_megatron.errors import EngineError
-from dapo_megatron.weights.buckets import Named, buckets, describe, flatten, only_sizes
+from dapo_megatron.measures import Measures, Sum
+from dapo_megatron.weights.buckets import Named, buckets, flatten, only_sizes
+from dapo_megatron.weights.checksum import checksums
 from dapo_megatron.weights.publish import AfterLeader, Receivers, WeightReceiver
+from dapo_megatron.weights.verify import Inventory, Tally
 
 BACKEND = "gloo"
 """Name under which engines know this transport."""
@@ -33,11 +37,13 @@ class GlooPublisher:
     """A `Publisher` whose leader sends all weights; the other ranks only take part in gathering them.
 
     Args:
+        inventory: what every push brings, on the leader.
         receivers: the engines, on the leader; None on other ranks.
         bucket_bytes: most bytes in memory at a time, except where one tensor is larger.
         after_leader: called on every rank before the weights of a bucket are gathered, while which the leader may be
             busy with the one before.
         timeout_seconds: limit on connecting and on each bucket. Engines have their own (`WeightReceiver`).
+        with_checksums: whether engines get checksums to compare what has arrived with.
 
     Raises:
         EngineError: when an engine does not join the group.
@@ -45,25 +51,30 @@ class GlooPublisher:
 
     def __init__(
         self,
+        inventory: Inventory | None,
         receivers: Receivers | None,
         bucket_bytes: int,
         after_leader: AfterLeader = lambda what: None,
         *,
         timeout_seconds: float,
+        with_checksums: bool = True,
     ) -> None:
         self._bucket_bytes, self._after_leader = bucket_bytes, after_leader
-        self._sender = None if receivers is None else _Sender(receivers, timeout_seconds)
+        self._sender = None
+        if receivers is not None:
+            assert inventory is not None
+            self._sender = _Sender(inventory, receivers, timeout_seconds, with_checksums)
 
-    def push(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+    def push(self, weights: Iterable[tuple[str, Tensor]], version: int) -> Measures:
         if self._sender:
             gathered = self._buckets(weights)
             try:
-                self._sender.send(gathered, version)
+                return self._sender.send(gathered, version)
             except EngineError:
                 deque(gathered, maxlen=0)  # the others gather to the end
                 raise
-        else:
-            deque(self._buckets(only_sizes(weights)), maxlen=0)
+        deque(self._buckets(only_sizes(weights)), maxlen=0)
+        return {}
 
     def _buckets(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[Named]:
         return buckets(weights, self._bucket_bytes, lambda: self._after_leader("bucket"))
@@ -76,9 +87,13 @@ class GlooPublisher:
 class _Sender:
     """The leader's end: each bucket is announced to the engines while it is broadcast."""
 
-    def __init__(self, receivers: Receivers, timeout_seconds: float) -> None:
+    def __init__(
+        self, inventory: Inventory, receivers: Receivers, timeout_seconds: float, with_checksums: bool
+    ) -> None:
+        self._inventory, self._tally = inventory, Tally(inventory)
         self._receivers = receivers
         self._timeout = timeout_seconds
+        self._with_checksums = with_checksums
         self._sending = False
         self._broken: list[Any] = []
         """Groups that were left in the middle of a bucket: dropping one would wait for it, up to the limit."""
@@ -87,8 +102,8 @@ class _Sender:
         self._group: Any = None
         receivers.run(self._connect())
 
-    def send(self, weights: Iterator[Named], version: int) -> None:
-        self._receivers.run(self._send(weights, version))
+    def send(self, weights: Iterator[Named], version: int) -> Measures:
+        return self._receivers.run(self._send(weights, version))
 
     def close(self) -> None:
         if self._sending:
@@ -114,21 +129,32 @@ class _Sender:
                 "rank_offset": offset,
                 "world_size": world_size,
                 "timeout_seconds": self._timeout,
+                "inventory": asdict(self._inventory),
             }
             joins.append(engine.join_group(info))
             offset += engine.workers
         self._group, *_ = await self._all(joins, "joining the weight-transfer group")
         self._members = engines
 
-    async def _send(self, weights: Iterator[Named], version: int) -> None:
+    async def _send(self, weights: Iterator[Named], version: int) -> Measures:
         if list(self._receivers) != self._members:  # some were started again
             await self._connect()
         engines = self._members
         await self._all([engine.begin_transfer() for engine in engines], "beginning to send weights")
+        self._tally.begin()
+        seconds = 0.0
         for bucket in weights:
-            announced = [engine.receive(describe(bucket)) for engine in engines]
+            tensors = self._tally.find(bucket)
+            self._tally.count(tensors)
+            started = time.monotonic()
+            sums = checksums([tensor for _, tensor in bucket]) if self._with_checksums else None
+            seconds += time.monotonic() - started
+            info = {"tensors": tensors, **self._inventory.describe(tensors), "checksums": sums}
+            announced = [engine.receive(info) for engine in engines]
             await self._all([self._transmit(bucket), *announced], f"sending {bucket[0][0]} and what follows it")
+        self._tally.end()
         await self._all([engine.finish_transfer(version) for engine in engines], "putting weights to use")
+        return {"verify/tensors": Sum(len(self._inventory.names)), "seconds/verify": Sum(seconds)}
 
     async def _transmit(self, bucket: Named) -> None:
         flat = flatten(bucket)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -24,6 +24,7 @@ from dapo_megatron.weights.buckets import Named, buckets, only_sizes
 from dapo_megatron.weights.publish import AfterLeader
 from dapo_megatron.weights.read import fill, held, is_expert, share
 from dapo_megatron.weights.side_files import copy_side_files, declare_tokenizer
+from dapo_megatron.weights.verify import Inventory
 
 _SHARD_BYTES = 4 << 30
 
@@ -41,6 +42,8 @@ class HfCheckpoint:
         self.path = path
         self.hf_config: Any = read_hf_config(path, trust_remote_code=trust_remote_code)
         self._bridge = make_bridge(self.hf_config)
+        self.inventory: Inventory | None = None
+        """What `export` has to give, once rank 0 has loaded a model; None on other ranks."""
 
     def load(self, chunks: Sequence[torch.nn.Module], together: Callable[[str], object] = lambda what: None) -> None:
         """Fill this rank's GPTModels, converted to their dtype.
@@ -61,6 +64,8 @@ class HfCheckpoint:
         if of_experts.rank() == 0:
             files = self._checked(chunks)
             fill(self._bridge, chunks, files, is_expert if replicas.rank() else lambda name: True)
+            if dist.get_rank() == 0:
+                self.inventory = _inventory(files, self._bridge.dtype)
         together("weights read")
         params = list(held(self._bridge, chunks))
         share([param for name, _, param in params if not is_expert(name)], replicas)
@@ -138,7 +143,7 @@ class HfCheckpoint:
         declare_tokenizer(folder)
 
     def _checked(self, chunks: Sequence[torch.nn.Module]) -> dict[str, Path]:
-        """Return where every tensor is, if these are what the ranks that read want together. Collective over them."""
+        """Return where every tensor is that the ranks which read want, if all are there. Collective over these."""
         mine = {source for _, sources, _ in held(self._bridge, chunks) for source in sources}
         readers: Any = mpu.get_expert_tensor_model_pipeline_parallel_group()
         parts: list[Any] = [None] * readers.size()
@@ -160,7 +165,17 @@ class HfCheckpoint:
                     f"{', '.join(sorted(names)[:3])}; it has {len(there)}, the model wants {len(wanted)}"
                     f"{advice if fused else ''}"
                 )
-        return files
+        return {name: file for name, file in files.items() if name in wanted}
+
+
+def _inventory(files: Mapping[str, Path], dtype: torch.dtype) -> Inventory:
+    """What a model in `dtype` is made of that was read from these files."""
+    shapes: dict[str, list[int]] = {}
+    for file in sorted(set(files.values())):
+        with safe_open(file, framework="pt") as opened:
+            inside = [name for name, place in files.items() if place == file]
+            shapes |= {name: list(opened.get_slice(name).get_shape()) for name in inside}
+    return Inventory(list(files), [str(dtype).removeprefix("torch.")] * len(files), [shapes[name] for name in files])
 
 
 def _write_tensors(weights: Iterable[Named], folder: Path) -> None:

@@ -8,6 +8,8 @@ from typing import Any, Protocol, TypeVar
 from torch import Tensor
 
 from dapo_megatron.config import WeightsConfig
+from dapo_megatron.measures import Measures
+from dapo_megatron.weights.verify import Inventory
 
 T = TypeVar("T")
 
@@ -27,11 +29,16 @@ class WeightReceiver(Protocol):
     @property
     def workers(self) -> int: ...
 
-    async def join_group(self, info: dict[str, Any]) -> None: ...
+    async def join_group(self, info: dict[str, Any]) -> None:
+        """`info`: how to join, in the transport's words, and as "inventory" what every push brings (`Inventory`)."""
+        ...
 
     async def begin_transfer(self) -> None: ...
 
-    async def receive(self, info: dict[str, Any]) -> None: ...
+    async def receive(self, info: dict[str, Any]) -> None:
+        """`info`: one bucket, as lists with an entry for each tensor: "tensors", its index in the inventory; "names",
+        "dtypes" and "shapes"; and "checksums" (`checksum.checksums`), None where these are not wanted."""
+        ...
 
     async def finish_transfer(self, version: int) -> None: ...
 
@@ -50,14 +57,17 @@ class Publisher(Protocol):
     Collective: every rank has one and makes the same calls. Which ranks hand tensors over is the transport's business.
     """
 
-    def push(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+    def push(self, weights: Iterable[tuple[str, Tensor]], version: int) -> Measures:
         """Put `weights` to use in every engine, as `version`. No engine may be generating.
 
         Args:
             weights: Hugging Face names and whole tensors, the same on every rank. Every rank iterates to the end.
 
+        Returns:
+            On the leader, what was verified, and how long that took.
+
         Raises:
-            EngineError: on the leader, when an engine fails or does not keep up.
+            EngineError: on the leader, when an engine fails, does not keep up, or has not what was sent.
         """
         ...
 
@@ -67,11 +77,15 @@ class Publisher(Protocol):
 
 
 def open_publisher(
-    config: WeightsConfig, receivers: Receivers | None, after_leader: AfterLeader = lambda what: None
+    config: WeightsConfig,
+    inventory: Inventory | None,
+    receivers: Receivers | None,
+    after_leader: AfterLeader = lambda what: None,
 ) -> Publisher:
     """The publisher that weights.transport names. Every rank opens one, the leader once the engines answer.
 
     Args:
+        inventory: what every push brings, on the leader.
         receivers: the engines, on the leader; None on other ranks.
         after_leader: what a transport calls on every rank before a collective for which the leader may be late: it
             returns once the leader has made the same call.
@@ -83,4 +97,11 @@ def open_publisher(
         case "gloo":
             from dapo_megatron.weights.gloo import GlooPublisher
 
-            return GlooPublisher(receivers, config.bucket_mib << 20, after_leader, timeout_seconds=config.push_seconds)
+            return GlooPublisher(
+                inventory,
+                receivers,
+                config.bucket_mib << 20,
+                after_leader,
+                timeout_seconds=config.push_seconds,
+                with_checksums=config.verify != "off",
+            )

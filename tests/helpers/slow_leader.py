@@ -17,7 +17,7 @@ from dapo_megatron import leader, rank, train
 from dapo_megatron.errors import EngineError
 from dapo_megatron.processes import leave
 from dapo_megatron.rollout.engine import Sampling
-from dapo_megatron.types import Completion, Prompt
+from dapo_megatron.types import Completion, Prompt, VersionSpan
 from dapo_megatron.weights import hf
 from dapo_megatron.weights.gloo import GlooPublisher
 from tests.helpers.completions import completion
@@ -29,7 +29,7 @@ BYTES = 100_000
 
 
 class SlowKeeper(Keeper):
-    received = 0
+    received = version = 0
 
     async def receive(self, info: dict[str, Any]) -> None:
         self.received += 1
@@ -45,7 +45,13 @@ class SlowKeeper(Keeper):
     async def finish_transfer(self, version: int) -> None:
         await asyncio.sleep(SECONDS)
         await super().finish_transfer(version)
+        self.version = version
         print(f"buckets of version {version}: {self.received}")
+
+    async def generate(self, prompt: Prompt, sampling: Sampling, n: int) -> list[Completion]:
+        await asyncio.sleep(SECONDS)
+        tokens = [random.choices(range(1, 14), k=random.randint(1, sampling.max_tokens)) for _ in range(n)]
+        return [completion(ids, [-2.5] * len(ids), versions=[VersionSpan(self.version, 0, len(ids))]) for ids in tokens]
 
 
 class SlowEngines:
@@ -58,8 +64,11 @@ class SlowEngines:
     def __iter__(self) -> Iterator[SlowKeeper]:
         return iter([self._keeper])
 
-    version = 0
     refill = None
+
+    @property
+    def version(self) -> int:
+        return self._keeper.version
 
     def expect(self, version: int) -> None: ...
 
@@ -74,9 +83,7 @@ class SlowEngines:
         time.sleep(SECONDS)
 
     async def generate(self, prompt: Prompt, sampling: Sampling, n: int) -> list[Completion]:
-        await asyncio.sleep(SECONDS)
-        tokens = [random.choices(range(1, 14), k=random.randint(1, 16)) for _ in range(n)]
-        return [completion(ids, [-2.5] * len(ids)) for ids in tokens]
+        return await self._keeper.generate(prompt, sampling, n)
 
     def run(self, work: Coroutine[Any, Any, Any], /) -> Any:
         return self._runner.run(work)
@@ -103,7 +110,7 @@ if __name__ == "__main__":
     save_file = hf.save_file
     hf.save_file, hf._SHARD_BYTES = save_slowly, BYTES
     leader.Engines = SlowEngines  # pyright: ignore[reportAttributeAccessIssue]
-    train.open_publisher = lambda config, receivers, after: GlooPublisher(
-        receivers, BYTES, after, timeout_seconds=config.push_seconds
+    train.open_publisher = lambda config, inventory, receivers, after: GlooPublisher(
+        inventory, receivers, BYTES, after, timeout_seconds=config.push_seconds
     )
     leave(rank.main(sys.argv[2:]))

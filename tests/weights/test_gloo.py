@@ -18,7 +18,9 @@ from dapo_megatron.errors import EngineError
 from dapo_megatron.rollout.engine import Sampling
 from dapo_megatron.rollout.engines import Engines
 from dapo_megatron.types import Completion, Prompt, VersionSpan
+from dapo_megatron.weights.buckets import describe
 from dapo_megatron.weights.gloo import GlooPublisher
+from dapo_megatron.weights.verify import Inventory
 from tests.helpers.checkpoint import TINY
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -76,8 +78,9 @@ def engines(first: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[En
 
 
 @pytest.fixture(scope="module")
-def publisher(engines: Engines) -> Iterator[GlooPublisher]:
-    publisher = GlooPublisher(engines, BUCKET_BYTES, timeout_seconds=30)
+def publisher(engines: Engines, first: Any) -> Iterator[GlooPublisher]:
+    inventory = Inventory(**describe(list(weights_of(first).items())))
+    publisher = GlooPublisher(inventory, engines, BUCKET_BYTES, timeout_seconds=30)
     yield publisher
     publisher.close()
 

@@ -86,6 +86,6 @@ def test_engine_and_trainer_agree_before_and_after_a_push(alone: Any, model: Pat
         for param in actor.chunks[0].parameters():
             param.add_(0.05 * torch.randn(param.shape, generator=torch.Generator().manual_seed(3)))
     assert worst_difference(engines, actor) > 0.1
-    with closing(GlooPublisher(engines, 40_000, timeout_seconds=30)) as publisher:
+    with closing(GlooPublisher(checkpoint.inventory, engines, 40_000, timeout_seconds=30)) as publisher:
         publisher.push(checkpoint.export(actor.chunks), version=1)
         assert worst_difference(engines, actor) <= 2e-5

@@ -15,6 +15,7 @@ from torch import Tensor
 from dapo_megatron.check_reduction.reference import as_in_files
 from dapo_megatron.config import ParallelConfig
 from dapo_megatron.errors import ConfigError, DapoError
+from dapo_megatron.weights.verify import Tally
 from tests.helpers.distributed import run_distributed
 from tests.helpers.models import FAMILIES, load_reference, make_config, save_qwen2, save_tiny
 
@@ -22,7 +23,7 @@ from tests.helpers.models import FAMILIES, load_reference, make_config, save_qwe
 def round_trip(
     path: Path, names: Sequence[str], dtype: str, parallel: dict[str, Any], saved: Path
 ) -> dict[str, Tensor]:
-    """Load one checkpoint after the other, and save them.
+    """Load one checkpoint after the other, see that what is exported is what was to be, and save them.
 
     Returns what was exported, on the last rank.
     """
@@ -51,8 +52,14 @@ def _load_and_save(path: Path, dtype: str, parallel: dict[str, Any], saved: Path
     checkpoint = HfCheckpoint(path)
     checkpoint.load(chunks)
     checkpoint.save(chunks, saved)
+    assert (checkpoint.inventory is not None) == (torch.distributed.get_rank() == 0)
+    tally = Tally(checkpoint.inventory) if checkpoint.inventory else None
     for name, tensor in checkpoint.export(chunks):
+        if tally:
+            tally.count(tally.find([(name, tensor)]))
         yield name, tensor.clone()
+    if tally:
+        tally.end()
 
 
 # The tied model first: mbridge must not keep its mapping for the untied one.

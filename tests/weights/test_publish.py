@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 import weakref
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine, Iterable, Iterator
+from contextlib import closing, contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -13,11 +14,14 @@ import torch
 
 from dapo_megatron.config import WeightsConfig
 from dapo_megatron.errors import EngineError
-from dapo_megatron.weights.buckets import allocate, unflatten
+from dapo_megatron.measures import Measures
+from dapo_megatron.weights.buckets import Named, describe
 from dapo_megatron.weights.gloo import GlooPublisher, join_group, transmit
 from dapo_megatron.weights.publish import open_publisher
+from dapo_megatron.weights.verify import Arrivals, Inventory, TransferError
 
 WEIGHTS = {f"w{index}": torch.full((index, 3), index, dtype=torch.bfloat16) for index in range(1, 6)}
+INVENTORY = Inventory(**describe(list(WEIGHTS.items())))
 
 
 class Keeper:
@@ -33,18 +37,39 @@ class Keeper:
         if not self.joins:
             raise EngineError(f"{self.name} does not join")
         offset = info.pop("rank_offset")
+        self.arrivals = Arrivals(info.pop("inventory"))
         self.group = await asyncio.to_thread(lambda: join_group(rank=offset, **info))
 
     async def begin_transfer(self) -> None:
         self.coming: dict[str, torch.Tensor] = {}
+        self.arrivals.begin()
 
     async def receive(self, info: dict[str, Any]) -> None:
-        flat = allocate(info["dtypes"], info["shapes"])
-        await asyncio.to_thread(transmit(self.group, flat).wait)
-        self.coming |= unflatten(flat, **info)
+        with self.telling():
+            flat = self.arrivals.allocate(info["tensors"])
+            await asyncio.to_thread(transmit(self.group, flat).wait)
+            self.load(self.arrivals.unpack(self.arrived(flat), info["tensors"], info["checksums"]))
 
     async def finish_transfer(self, version: int) -> None:
+        with self.telling():
+            self.arrivals.end()
+            self.arrivals.loaded(self.coming, {})
         self.held[version] = self.coming
+
+    def arrived(self, flat: torch.Tensor) -> torch.Tensor:
+        """The bytes of a bucket, once they are here."""
+        return flat
+
+    def load(self, bucket: Named) -> None:
+        self.coming |= dict(bucket)
+
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """An engine's client names it in whatever its workers say."""
+        try:
+            yield
+        except TransferError as error:
+            raise EngineError(f"{self.name}, {error}") from error
 
 
 class Keepers:
@@ -60,7 +85,7 @@ class Keepers:
 
 def test_the_leader_sends_to_all_engines() -> None:
     keepers = Keepers(Keeper("engine 0"), Keeper("engine 1"))
-    publisher = GlooPublisher(keepers, bucket_bytes=64, timeout_seconds=20)
+    publisher = GlooPublisher(INVENTORY, keepers, bucket_bytes=64, timeout_seconds=20)
     publisher.push(WEIGHTS.items(), version=1)
     publisher.push(((name, -tensor) for name, tensor in WEIGHTS.items()), version=5)
     publisher.close()
@@ -70,6 +95,81 @@ def test_the_leader_sends_to_all_engines() -> None:
         for sign, held in zip((1, -1), keeper.held.values(), strict=True):
             assert held.keys() == WEIGHTS.keys()
             assert all(torch.equal(held[name], sign * tensor) for name, tensor in WEIGHTS.items())
+
+
+def push(keeper: Keeper, weights: Iterable[tuple[str, torch.Tensor]], *, version: int = 1, **changes: Any) -> Measures:
+    config = WeightsConfig(push_seconds=5.0, **changes)
+    with closing(open_publisher(config, INVENTORY, Keepers(Keeper("engine 0"), keeper))) as publisher:
+        return publisher.push(weights, version=version)
+
+
+@pytest.mark.parametrize(
+    ("weights", "says"),
+    [
+        ([*WEIGHTS.items()][:3], "a push has left out w4, w5; the model has 5 tensors"),
+        ([*WEIGHTS.items(), ("w2", WEIGHTS["w2"])], "a push brings w2 twice"),
+        ([*WEIGHTS.items(), ("w6", WEIGHTS["w2"])], "the model has no w6"),
+        ([("w1", WEIGHTS["w1"].T)], r"w1 is bfloat16 \[3, 1\], and the model has bfloat16 \[1, 3\]"),
+    ],
+)
+def test_a_push_that_is_not_the_model_is_refused(weights: Named, says: str) -> None:
+    keeper = Keeper("engine 1")
+    with pytest.raises(EngineError, match=says):
+        push(keeper, weights)
+    assert not keeper.held
+
+
+@pytest.mark.parametrize(("verify", "caught"), [("checksums", True), ("off", False)])
+def test_a_bit_that_is_flipped_on_the_way_is_caught_with_tensor_and_engine(verify: str, caught: bool) -> None:
+    class Unlucky(Keeper):
+        def arrived(self, flat: torch.Tensor) -> torch.Tensor:
+            flat[-1] ^= 1
+            return flat
+
+    unlucky = Unlucky("engine 1")
+    with pytest.raises(EngineError, match=r"engine 1, w\d has arrived with other bytes") if caught else nullcontext():
+        push(unlucky, WEIGHTS.items(), verify=verify)
+    assert bool(unlucky.held) != caught
+
+
+def test_an_engine_whose_announcements_do_not_come_as_they_were_sent_is_named() -> None:
+    class Forgetful(Keeper):
+        async def receive(self, info: dict[str, Any]) -> None:
+            await super().receive({**info, "tensors": [0] * len(info["tensors"])})
+
+    with pytest.raises(EngineError, match="engine 1, a push brings w1 twice"):
+        push(Forgetful("engine 1"), WEIGHTS.items())
+
+
+def test_a_buffer_that_is_reused_too_early_is_caught() -> None:
+    class Frugal(Keeper):
+        """Has one buffer for all buckets, and, as vLLM, puts tensors to use when all of a layer are there."""
+
+        buffer = torch.empty(1000, dtype=torch.uint8)
+
+        def arrived(self, flat: torch.Tensor) -> torch.Tensor:
+            return self.buffer[: len(flat)].copy_(flat)
+
+    with (
+        closing(GlooPublisher(INVENTORY, Keepers(Frugal("engine 1")), 20, timeout_seconds=5)) as publisher,
+        pytest.raises(EngineError, match="engine 1, w1 was overwritten in this process before the engine had loaded"),
+    ):
+        publisher.push(WEIGHTS.items(), version=1)
+
+
+def test_an_engine_that_reports_success_and_kept_the_old_weights_is_caught() -> None:
+    class Lazy(Keeper):
+        def load(self, bucket: Named) -> None:
+            self.coming |= {name: self.held[1][name] if 1 in self.held else tensor for name, tensor in bucket}
+
+    lazy = Lazy("engine 0")
+    with closing(GlooPublisher(INVENTORY, Keepers(lazy), 64, timeout_seconds=5)) as publisher:
+        measures = publisher.push(WEIGHTS.items(), version=1)
+        assert measures["verify/tensors"].value == 5 and measures["seconds/verify"].value > 0
+        with pytest.raises(
+            EngineError, match="engine 0, w1, w2, w3 and 2 more: the engine has loaded the push, and has"
+        ):
+            publisher.push(((name, -tensor) for name, tensor in WEIGHTS.items()), version=2)
 
 
 def test_all_ranks_wait_for_the_leader_before_they_gather_the_same_weights() -> None:
@@ -82,7 +182,7 @@ def test_all_ranks_wait_for_the_leader_before_they_gather_the_same_weights() -> 
                 happened.append(name)
                 yield name, tensor
 
-        publisher = GlooPublisher(receivers, 64, happened.append, timeout_seconds=20)
+        publisher = GlooPublisher(INVENTORY, receivers, 64, happened.append, timeout_seconds=20)
         publisher.push(weights(), version=1)
         publisher.close()
     assert seen["leader"] == seen["other"] == ["bucket", "w1", "w2", "w3", "w4", "w5", "bucket"]
@@ -99,14 +199,14 @@ def test_another_rank_holds_one_tensor_at_a_time() -> None:
             yield str(index), tensor
             del tensor
 
-    open_publisher(WeightsConfig(), None).push(weights(), version=1)
+    open_publisher(WeightsConfig(), None, None).push(weights(), version=1)
     assert len(held) == 4
 
 
 def test_an_engine_that_does_not_join_is_an_error_at_once() -> None:
     started = time.monotonic()
     with pytest.raises(EngineError, match="engine 0 does not join"):
-        open_publisher(WeightsConfig(), Keepers(Keeper("engine 0", joins=False)))
+        open_publisher(WeightsConfig(), INVENTORY, Keepers(Keeper("engine 0", joins=False)))
     assert time.monotonic() - started < 5
 
 
@@ -115,7 +215,7 @@ def test_a_push_that_fails_does_not_count() -> None:
         async def begin_transfer(self) -> None:
             raise EngineError(f"{self.name} is full")
 
-    publisher = open_publisher(WeightsConfig(), Keepers(Full("engine 0")))
+    publisher = open_publisher(WeightsConfig(), INVENTORY, Keepers(Full("engine 0")))
     with pytest.raises(EngineError, match="engine 0 is full"):
         publisher.push(WEIGHTS.items(), version=1)
 
@@ -136,5 +236,5 @@ def test_a_bucket_that_an_engine_does_not_take_ends_the_push(tells: bool, messag
     config = WeightsConfig(push_seconds=1.0)
     started = time.monotonic()
     with pytest.raises(EngineError, match=message):
-        open_publisher(config, Keepers(Late("engine 0"))).push(WEIGHTS.items(), version=1)
+        open_publisher(config, INVENTORY, Keepers(Late("engine 0"))).push(WEIGHTS.items(), version=1)
     assert time.monotonic() - started < 9

@@ -191,7 +191,9 @@ class VllmEngine:
         await self._transfer.call("POST", "/start_weight_update", {})
 
     async def receive(self, info: dict[str, Any]) -> None:
-        await self._transfer.call("POST", "/update_weights", {"update_info": info})
+        # Its workers know the rest from the inventory.
+        bucket = {key: info[key] for key in ("tensors", "checksums")}
+        await self._transfer.call("POST", "/update_weights", {"update_info": bucket})
 
     async def finish_transfer(self, version: int) -> None:
         await self._transfer.call("POST", "/finish_weight_update", {"weight_version": str(version)})

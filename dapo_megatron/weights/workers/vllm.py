@@ -15,8 +15,8 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.platforms import current_platform
 
-from dapo_megatron.weights.buckets import allocate, unflatten
 from dapo_megatron.weights.gloo import BACKEND, join_group, transmit
+from dapo_megatron.weights.verify import Arrivals
 
 
 @dataclass
@@ -27,15 +27,16 @@ class GlooInit(WeightTransferInitInfo):
     """Rank in the transfer group of this engine's first worker."""
     world_size: int
     timeout_seconds: float
+    inventory: dict[str, Any]
+    """`verify.Inventory`'s fields."""
 
 
 @dataclass
 class GlooUpdate(WeightTransferUpdateInfo):
-    """One bucket, as `buckets.describe` has it."""
+    """One bucket, as `WeightReceiver.receive` has it. Names, dtypes and shapes are known from the inventory."""
 
-    names: list[str]
-    dtypes: list[str]
-    shapes: list[list[int]]
+    tensors: list[int]
+    checksums: list[int] | None
 
 
 class GlooWeightTransfer(WeightTransferEngine[GlooInit, GlooUpdate]):
@@ -50,6 +51,7 @@ class GlooWeightTransfer(WeightTransferEngine[GlooInit, GlooUpdate]):
         self._group: Any = join_group(
             init_info.host, init_info.port, rank, init_info.world_size, init_info.timeout_seconds
         )
+        self._arrivals = Arrivals(init_info.inventory)
 
     def start_weight_update(self) -> None:
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
@@ -59,18 +61,22 @@ class GlooWeightTransfer(WeightTransferEngine[GlooInit, GlooUpdate]):
 
             let_experts_be_packed(self.model)
         initialize_layerwise_reload(self.model)
+        self._arrivals.begin()
 
     def receive_weights(self, update_info: GlooUpdate, *_: Any) -> None:
-        flat = allocate(update_info.dtypes, update_info.shapes)
+        flat = self._arrivals.allocate(update_info.tensors)
         transmit(self._group, flat).wait()
         load: Any = self.model.load_weights
-        load(unflatten(flat, update_info.names, update_info.dtypes, update_info.shapes))
+        load(self._arrivals.unpack(flat, update_info.tensors, update_info.checksums))
 
     def finish_weight_update(self) -> None:
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
+        self._arrivals.end()
         finalize_layerwise_reload(self.model, self.model_config)
         self._refresh_tied_head()
+        joined: Any = getattr(self.model, "packed_modules_mapping", {})
+        self._arrivals.loaded(dict(self.model.named_parameters()), joined)
 
     def _refresh_tied_head(self) -> None:
         """A tied output layer shares the embedding's tensor, so vLLM loads nothing into it. On CPU it multiplies by a

@@ -1,0 +1,201 @@
+"""What a push is compared by: which tensors it has to bring, and what became of each of them on its way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor
+
+from dapo_megatron.errors import EngineError
+from dapo_megatron.weights.buckets import Named, allocate, unflatten
+from dapo_megatron.weights.checksum import checksums
+
+_SHOWN = 3
+"""How many tensors a message names."""
+
+
+class TransferError(EngineError):
+    """Weights are not what they have to be."""
+
+
+@dataclass(frozen=True, slots=True)
+class Inventory:
+    """The tensors that every push brings. Sender and receivers get it once; a tensor is then its index in here.
+
+    >>> Inventory(names=["model.norm.weight"], dtypes=["bfloat16"], shapes=[[5120]]).index
+    {'model.norm.weight': 0}
+    """
+
+    names: list[str]
+    """As in a Hugging Face checkpoint, each once."""
+    dtypes: list[str]
+    """As they travel."""
+    shapes: list[list[int]]
+
+    @property
+    def index(self) -> dict[str, int]:
+        return {name: index for index, name in enumerate(self.names)}
+
+    def describe(self, indices: Iterable[int]) -> dict[str, Any]:
+        """Return names, dtypes and shapes of some; JSON."""
+        chosen = list(indices)
+        return {key: [column[index] for index in chosen] for key, column in asdict(self).items()}
+
+
+class Tally:
+    """Counts the tensors of a push: each comes once.
+
+    Raises:
+        TransferError: from every method, by name.
+    """
+
+    def __init__(self, inventory: Inventory) -> None:
+        self.inventory = inventory
+        self._index = inventory.index
+        self._seen: set[int] = set()
+
+    def begin(self) -> None:
+        """A push begins; one that was cut short is forgotten."""
+        self._seen.clear()
+
+    def find(self, bucket: Named) -> list[int]:
+        """Return the indices of tensors that are about to be sent."""
+        if unknown := [name for name, _ in bucket if name not in self._index]:
+            raise TransferError(f"the model has no {_some(unknown)}, which a push was to bring{self._of()}")
+        indices = [self._index[name] for name, _ in bucket]
+        for index, (name, tensor) in zip(indices, bucket, strict=True):
+            wanted = (self.inventory.dtypes[index], self.inventory.shapes[index])
+            given = (str(tensor.dtype).removeprefix("torch."), list(tensor.shape))
+            if given != wanted:
+                raise TransferError(f"{name} is {given[0]} {given[1]}, and the model has {wanted[0]} {wanted[1]}")
+        return indices
+
+    def count(self, indices: Sequence[int]) -> None:
+        """Take note of tensors that come."""
+        size = len(self.inventory.names)
+        if unknown := [index for index in indices if not 0 <= index < size]:
+            raise TransferError(
+                f"the model has no tensors number {unknown[:_SHOWN]}, which a push was to bring{self._of()}"
+            )
+        twice = [index for place, index in enumerate(indices) if index in self._seen or index in indices[:place]]
+        if twice:
+            raise TransferError(f"a push brings {_some([self.inventory.names[index] for index in twice])} twice")
+        self._seen.update(indices)
+
+    def end(self) -> None:
+        """The push is over: nothing may be missing."""
+        if missing := [name for index, name in enumerate(self.inventory.names) if index not in self._seen]:
+            raise TransferError(f"a push has left out {_some(missing)}{self._of()}")
+
+    def _of(self) -> str:
+        return f"; the model has {len(self.inventory.names)} tensors"
+
+
+class Arrivals:
+    """A receiver's account of a push: which tensors have come, with which bytes, and what became of them.
+
+    Args:
+        inventory: `Inventory`'s fields.
+
+    Raises:
+        TransferError: from every method, by name.
+    """
+
+    def __init__(self, inventory: Mapping[str, Any]) -> None:
+        self._inventory = Inventory(**inventory)
+        self._index = self._inventory.index
+        self._tally = Tally(self._inventory)
+        self._sums: dict[str, int] = {}
+        """Name -> checksum, of what came in this push."""
+        self._kept: dict[str, ref[Tensor]] = {}
+        """What the engine was given to load. It lets go of it when it has."""
+        self._loaded_as_sent: set[str] | None = None
+        """Which tensors the engine keeps byte for byte, as the first push showed."""
+
+    def begin(self) -> None:
+        self._tally.begin()
+        self._sums, self._kept = {}, {}
+
+    def allocate(self, tensors: Sequence[int]) -> Tensor:
+        """Count the tensors of a bucket, and make room for it."""
+        self._tally.count(tensors)
+        described = self._inventory.describe(tensors)
+        return allocate(described["dtypes"], described["shapes"])
+
+    def unpack(self, flat: Tensor, tensors: Sequence[int], sums: Sequence[int] | None) -> Named:
+        """Take a bucket apart that has come.
+
+        An engine may go on reading the tensors of earlier buckets until a layer is whole. So these are looked at again:
+        whoever reuses their memory too early changes them.
+
+        Args:
+            sums: the checksums of what was sent; None where these are not wanted.
+        """
+        named = unflatten(flat, **self._inventory.describe(tensors))
+        if sums is None:
+            return named
+        kept = {name: tensor for name, kept in self._kept.items() if (tensor := kept()) is not None}
+        self._compare(kept, self._sums, "was overwritten in this process before the engine had loaded it")
+        came = dict(zip((name for name, _ in named), sums, strict=True))
+        self._compare(dict(named), came, "has arrived with other bytes than were sent")
+        self._sums |= came
+        self._kept = {name: ref(tensor) for name, tensor in [*kept.items(), *named]}
+        return named
+
+    def end(self) -> None:
+        """All buckets have come."""
+        self._tally.end()
+
+    def loaded(self, parameters: Mapping[str, Tensor], parts: Mapping[str, Sequence[str]]) -> None:
+        """Look at what the engine has after loading, as far as it keeps tensors as they come.
+
+        It may join, cut, transpose or pack them. What it keeps byte for byte in the first push, it has to keep so in
+        all that follow.
+
+        Args:
+            parameters: those of this process.
+            parts: name of a module that joins the rows of others -> their names, in this order.
+        """
+        found = {name: rows for name in self._sums if (rows := self._rows(name, parameters, parts)) is not None}
+        if self._loaded_as_sent is not None:
+            found = {name: found[name] for name in self._loaded_as_sent & found.keys()}
+        sums = dict(zip(found, checksums(list(found.values())), strict=True))
+        same = {name for name, value in sums.items() if value == self._sums[name]}
+        if self._loaded_as_sent is None:
+            self._loaded_as_sent = same
+        elif other := sorted(found.keys() - same):
+            raise TransferError(f"{_some(other)}: the engine has loaded the push, and has other bytes than came")
+
+    def _rows(self, name: str, parameters: Mapping[str, Tensor], parts: Mapping[str, Sequence[str]]) -> Tensor | None:
+        """Return where a tensor may be, byte for byte; None where there is nothing of its form."""
+        place, start = name, 0
+        for joined, members in parts.items():
+            for position, member in enumerate(members):
+                if name not in parameters and f".{member}." in name:
+                    before = [name.replace(f".{member}.", f".{other}.") for other in members[:position]]
+                    if any(other not in self._index for other in before):
+                        return None
+                    place = name.replace(f".{member}.", f".{joined}.")
+                    start = sum(self._inventory.shapes[self._index[other]][0] for other in before)
+        parameter, shape = parameters.get(place), self._inventory.shapes[self._index[name]]
+        if parameter is None or parameter.dtype != getattr(torch, self._inventory.dtypes[self._index[name]]):
+            return None
+        if len(shape) != parameter.dim() or not shape or list(parameter.shape[1:]) != shape[1:] or parameter.is_meta:
+            return None
+        # A vocabulary may have more rows than there are tokens.
+        end = start + shape[0]
+        return parameter.detach()[start:end] if end <= len(parameter) else None
+
+    def _compare(self, tensors: Mapping[str, Tensor], wanted: Mapping[str, int], problem: str) -> None:
+        found = checksums(list(tensors.values()))
+        if wrong := [name for name, value in zip(tensors, found, strict=True) if value != wanted[name]]:
+            raise TransferError(f"{_some(wrong)} {problem}")
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"{', '.join(names[:_SHOWN])}{more}"

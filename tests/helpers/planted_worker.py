@@ -1,0 +1,29 @@
+"""vLLM's workers with a fault: `--worker-extension-cls tests.helpers.planted_worker.WorkerExtension`.
+
+The fault is what the file says that PLANTED_FAULT names: "reused" has all buckets arrive in the same memory.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dapo_megatron.weights.verify import Arrivals
+from dapo_megatron.weights.workers.vllm import WorkerExtension
+
+__all__ = ["WorkerExtension"]
+
+_room = torch.empty(1 << 20, dtype=torch.uint8)
+_allocate = Arrivals.allocate
+
+
+def _reusing(self: Arrivals, tensors: Sequence[int]) -> Tensor:
+    flat = _allocate(self, tensors)
+    return _room[: len(flat)] if Path(os.environ["PLANTED_FAULT"]).read_text() == "reused" else flat
+
+
+Arrivals.allocate = _reusing

@@ -1,0 +1,195 @@
+"""A real vLLM server on CPU, a real actor, and faults that are planted between them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from dapo_megatron.canary import Canary, differences
+from dapo_megatron.config_file import parse
+from dapo_megatron.errors import EngineError
+from dapo_megatron.heartbeat import Peers
+from dapo_megatron.leader import Leader
+from dapo_megatron.pack.microbatch import build
+from dapo_megatron.rollout.adapters.vllm import VllmEngine
+from dapo_megatron.rollout.engines import Engines
+from dapo_megatron.types import MiniBatch, Prompt, TrainSample
+from dapo_megatron.weights import gloo
+from dapo_megatron.weights.gloo import GlooPublisher
+from tests.helpers.models import save_tiny
+from tests.weights.test_publish import Keeper
+
+PROMPTS = [Prompt(f"p{i}", tuple(3 + (7 * i + 11 * j) % 70 for j in range(20 + i)), "", "") for i in range(9)]
+
+
+def sample(engine: int, errors: list[float]) -> TrainSample:
+    return TrainSample(
+        token_ids=torch.arange(4 + len(errors), dtype=torch.int32),
+        loss_mask=torch.arange(4 + len(errors)) >= 4,
+        rollout_logprobs=torch.tensor([0.0] * 4 + errors) - 1.0,
+        advantage=0.0,
+        group=engine,
+    )
+
+
+def test_each_engine_is_compared_by_its_own_tokens() -> None:
+    samples = [sample(2, [0.5, -0.25]), sample(0, [0.0, 0.0, 3.0]), sample(3, [math.nan])]
+    batch = build(samples, sequence_multiple=4, total_multiple=1)
+    idle = build([], sequence_multiple=4, total_multiple=1)
+    scored = [replace(x, old_logprobs_T=torch.full_like(x.rollout_logprobs_T, -1.0)) for x in (batch, idle)]
+    found = differences([MiniBatch(tuple(scored), 6)], 5)
+    assert found[:3].tolist() == [[1.0, 3.0], [0.0, 0.0], [0.375, 0.5]]
+    assert found[3].isnan().all() and found[4].tolist() == [0.0, 0.0]
+
+
+@pytest.fixture(scope="module")
+def fault(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Whoever writes here plants a fault in the engine's workers (`tests.helpers.planted_worker`)."""
+    file = tmp_path_factory.mktemp("fault") / "fault"
+    file.write_text("")
+    return file
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    sizes: dict[str, Any] = {"hidden": 128, "vocab_size": 80, "intermediate_size": 160}
+    model = save_tiny(tmp_path_factory.mktemp("model"), "qwen2", tied=False, **sizes)
+    extension = ["--worker-extension-cls", "tests.helpers.planted_worker.WorkerExtension"]
+    return parse(
+        {
+            "model": {"path": str(model), "dtype": "float32"},
+            "data": {"train": "unused.jsonl", "max_prompt_tokens": 200},
+            "rollout": {"prompts": 4, "responses": 4, "max_response_tokens": 64, "temperature": 0.9},
+            "train": {"mini_batch": 16, "micro_batch_tokens": 1024},
+            "reward": {"overlong": {"punishment": False}},
+            "engine": {"startup_seconds": 600, "extra_args": extension},
+            "weights": {"push_seconds": 120},
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def engines(config: Any, fault: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PLANTED_FAULT", str(fault))
+        running = Engines(config, tmp_path_factory.mktemp("run"), ranks=0)
+    with closing(running):
+        running.wait_ready()
+        yield running
+
+
+class Pushes:
+    """Pushes of an actor whose weights change each time."""
+
+    def __init__(self, config: Any, topo: Any, engines: Any) -> None:
+        from dapo_megatron.actor.actor import Actor
+        from dapo_megatron.weights.hf import HfCheckpoint
+
+        self.checkpoint = HfCheckpoint(config.model.path)
+        self.actor = Actor(config, topo, self.checkpoint)
+        leader: Any = SimpleNamespace(config=config, engines=engines, _attention_tokens=math.inf)
+        leader.pack = partial(Leader.pack, leader)
+        # Buckets smaller than most tensors: those that the engine joins come one after the other.
+        self.publisher = GlooPublisher(self.checkpoint.inventory, engines, 40_000, timeout_seconds=60)
+        self.canary = Canary(self.publisher, config, topo, self.actor, leader, PROMPTS, Peers())
+
+    def push(self, version: int) -> Any:
+        generator = torch.Generator().manual_seed(version)
+        with torch.no_grad():
+            for param in self.actor.chunks[0].parameters():
+                param.add_(0.02 * torch.randn(param.shape, generator=generator))
+        return self.canary.push(self.checkpoint.export(self.actor.chunks), version=version)
+
+
+@pytest.fixture
+def pushes(config: Any, alone: Any, engines: Engines) -> Iterator[Pushes]:
+    made = Pushes(config, alone, engines)
+    with closing(made.canary):
+        yield made
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+class TestWithVllm:
+    """In this order: after the last ones, the engine is of no more use."""
+
+    def test_an_engine_that_has_what_was_sent_passes(self, pushes: Pushes) -> None:
+        for version in (1, 2, 3):
+            measures = pushes.push(version)
+            assert 0 < measures["verify/canary"].value <= measures["verify/canary_max"].value <= 2e-5
+            assert measures["verify/tensors"].value == 3 + 2 * 12
+            assert measures["seconds/verify"].value > 0
+
+    def test_a_stale_prefix_cache_is_caught_by_name(
+        self, pushes: Pushes, engines: Engines, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (engine,) = engines
+        assert isinstance(engine, VllmEngine)
+        call = engine._transfer.call
+
+        async def keeping_the_cache(method: str, path: str, *more: Any, **options: Any) -> Any:
+            if path == "/reset_prefix_cache":
+                return {"success": True}
+            return await call(method, path.replace("mode=wait", "mode=wait&clear_cache=false"), *more, **options)
+
+        monkeypatch.setattr(engine._transfer, "call", keeping_the_cache)
+        says = r"engine 0 has answered with cached keys and values of the old weights, after the push of version 4"
+        with pytest.raises(EngineError, match=says):
+            pushes.push(4)
+
+    def test_an_engine_that_reports_success_and_kept_the_old_weights_is_caught_by_name(
+        self, config: Any, alone: Any, engines: Engines
+    ) -> None:
+        class Deaf(Keeper):
+            """Takes part in the push, and the engine does not hear of it."""
+
+            def __init__(self, engine: Any) -> None:
+                super().__init__(engine.name)
+                self.generate, self._engine = engine.generate, engine
+
+            async def finish_transfer(self, version: int) -> None:
+                await self._engine.control.call("POST", "/update_weight_version", {"new_version": str(version)})
+                self._engine.version = version
+
+        class Door:
+            run = staticmethod(engines.run)
+            all = [Deaf(engine) for engine in engines]
+
+            def __iter__(self) -> Iterator[Deaf]:
+                return iter(self.all)
+
+        pushes = Pushes(config, alone, Door())
+        with (
+            closing(pushes.canary),
+            pytest.raises(EngineError, match="engine 0 does not use the weights that it was sent"),
+        ):
+            pushes.push(5)
+
+    def test_a_buffer_that_is_reused_too_early_is_caught_by_name(self, pushes: Pushes, fault: Path) -> None:
+        fault.write_text("reused")
+        with pytest.raises(EngineError, match=r"engine 0, [\s\S]*weight was overwritten in this process before"):
+            pushes.push(6)
+        fault.write_text("")
+
+    def test_a_flipped_bit_in_a_bucket_is_caught_by_name(self, pushes: Pushes, monkeypatch: pytest.MonkeyPatch) -> None:
+        flatten = gloo.flatten
+
+        def flipping(bucket: Any) -> torch.Tensor:
+            flat = flatten(bucket)
+            flat[-1] ^= 1
+            return flat
+
+        monkeypatch.setattr(gloo, "flatten", flipping)
+        with pytest.raises(EngineError, match=r"engine 0, [\s\S]*weight has arrived with other bytes than were sent"):
+            # The last push has left the engine in its middle: it answers no canary.
+            pushes.publisher.push(pushes.checkpoint.export(pushes.actor.chunks), version=7)

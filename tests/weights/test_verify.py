@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import pytest
+import torch
+from torch import Tensor
+
+from dapo_megatron.weights.buckets import Named, describe, flatten
+from dapo_megatron.weights.checksum import checksums
+from dapo_megatron.weights.verify import Arrivals, Inventory, Tally, TransferError
+
+SHAPES = {
+    "model.embed_tokens.weight": (10, 4),
+    "model.layers.0.self_attn.q_proj.weight": (6, 4),
+    "model.layers.0.self_attn.k_proj.weight": (2, 4),
+    "model.layers.0.self_attn.v_proj.weight": (2, 4),
+    "model.norm.weight": (4,),
+}
+NAMES = list(SHAPES)
+PARTS = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+
+
+def weights(seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=generator).bfloat16() for name, shape in SHAPES.items()}
+
+
+INVENTORY = Inventory(**describe(list(weights(0).items())))
+
+
+@pytest.fixture
+def tally() -> Tally:
+    return Tally(INVENTORY)
+
+
+@pytest.fixture
+def arrivals() -> Arrivals:
+    return Arrivals(asdict(INVENTORY))
+
+
+def test_a_push_of_every_tensor_in_any_order_is_whole(tally: Tally) -> None:
+    for _ in range(2):
+        tally.begin()
+        for bucket in (NAMES[3:], NAMES[:3]):
+            tally.count(tally.find([(name, weights(1)[name]) for name in bucket]))
+        tally.end()
+
+
+@pytest.mark.parametrize(
+    ("indices", "says"),
+    [
+        ([0, 1, 2, 4], "has left out model.layers.0.self_attn.v_proj.weight; the model has 5 tensors"),
+        ([4], r"has left out model.embed_tokens.weight, .*q_proj.weight, .*k_proj.weight and 1 more"),
+        ([0, 1, 2, 3, 4, 1], "brings model.layers.0.self_attn.q_proj.weight twice"),
+        ([0, 5], r"no tensors number \[5\]"),
+        ([-1], r"no tensors number \[-1\]"),
+    ],
+)
+@pytest.mark.parametrize("together", [True, False])
+def test_what_is_missing_or_too_many_is_named(tally: Tally, indices: list[int], says: str, together: bool) -> None:
+    with pytest.raises(TransferError, match=says):
+        for bucket in [indices] if together else [[index] for index in indices]:
+            tally.count(bucket)
+        tally.end()
+
+
+def test_a_push_that_was_cut_short_is_forgotten(tally: Tally) -> None:
+    tally.count([0, 1])
+    tally.begin()
+    tally.count([0, 1, 2, 3, 4])
+    tally.end()
+
+
+@pytest.mark.parametrize(
+    ("tensor", "says"),
+    [
+        (("lm_head.weight", torch.zeros(1)), "no lm_head.weight, which a push was to bring; the model has 5 tensors"),
+        (("model.norm.weight", torch.zeros(4)), r"model.norm.weight is float32 \[4\], .* has bfloat16 \[4\]"),
+        (
+            ("model.norm.weight", torch.zeros(2, 2).bfloat16()),
+            r"is bfloat16 \[2, 2\], and the model has bfloat16 \[4\]",
+        ),
+    ],
+)
+def test_a_tensor_of_another_form_is_refused_where_it_is_sent(
+    tally: Tally, tensor: tuple[str, Tensor], says: str
+) -> None:
+    with pytest.raises(TransferError, match=says):
+        tally.find([tensor])
+
+
+def send(arrivals: Arrivals, tensors: dict[str, Tensor], names: Sequence[str], room: Tensor | None = None) -> Named:
+    """Have a bucket arrive; `room` is memory that it is put into instead of its own."""
+    bucket = [(name, tensors[name]) for name in names]
+    indices = [NAMES.index(name) for name in names]
+    flat = arrivals.allocate(indices)
+    if room is not None:
+        flat = room[: len(flat)]
+    flat.copy_(flatten(bucket))
+    return arrivals.unpack(flat, indices, checksums([tensor for _, tensor in bucket]))
+
+
+def test_what_has_arrived_is_what_was_sent(arrivals: Arrivals) -> None:
+    arrivals.begin()
+    came = send(arrivals, weights(1), NAMES)
+    arrivals.end()
+    assert [name for name, _ in came] == NAMES
+    assert all(torch.equal(tensor, weights(1)[name]) for name, tensor in came)
+
+
+def test_a_flipped_bit_is_named(arrivals: Arrivals) -> None:
+    bucket = list(weights(1).items())
+    flat = flatten(bucket)
+    flat[-1] ^= 64
+    sums = checksums([tensor for _, tensor in bucket])
+    with pytest.raises(TransferError, match=r"^model.norm.weight has arrived with other bytes than were sent$"):
+        arrivals.unpack(flat, range(5), sums)
+    assert len(arrivals.unpack(flat, range(5), None)) == 5, "checksums are not wanted"
+
+
+def test_memory_that_is_reused_while_the_engine_still_reads_it_is_noticed(arrivals: Arrivals) -> None:
+    room = torch.empty(1000, dtype=torch.uint8)
+    arrivals.begin()
+    whole = send(arrivals, weights(1), NAMES[:1], room)
+    del whole
+    half = send(arrivals, weights(1), NAMES[1:3], room)  # the engine had let go of the first
+    with pytest.raises(TransferError, match=r"^model.layers.0.self_attn.q_proj.weight was overwritten in this"):
+        send(arrivals, weights(1), NAMES[3:], room)
+    assert half
+
+
+def test_memory_of_their_own_is_left_alone(arrivals: Arrivals) -> None:
+    arrivals.begin()
+    kept = [send(arrivals, weights(1), [name]) for name in NAMES]
+    arrivals.end()
+    assert len(kept) == 5
+
+
+def parameters(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What an engine makes of them: rows joined, a vocabulary that is padded, a matrix that is transposed."""
+    q, k, v = (tensors[f"model.layers.0.self_attn.{letter}_proj.weight"] for letter in "qkv")
+    return {
+        "model.embed_tokens.weight": torch.cat([tensors["model.embed_tokens.weight"], torch.zeros(6, 4).bfloat16()]),
+        "model.layers.0.self_attn.qkv_proj.weight": torch.cat([q, k, v]),
+        "model.norm.weight": tensors["model.norm.weight"].clone(),
+    }
+
+
+def load(arrivals: Arrivals, sent: dict[str, Tensor], has: dict[str, Tensor]) -> None:
+    arrivals.begin()
+    send(arrivals, sent, NAMES)
+    arrivals.end()
+    arrivals.loaded(has, PARTS)
+
+
+@pytest.mark.parametrize("stale", ["model.embed_tokens.weight", *(f"{letter}_proj.weight" for letter in "qkv")])
+def test_an_engine_that_keeps_old_weights_is_noticed(arrivals: Arrivals, stale: str) -> None:
+    old, new = weights(1), weights(2)
+    load(arrivals, old, parameters(old))
+    load(arrivals, new, parameters(new))
+    kept = {name: old[name] if name.endswith(stale) else tensor for name, tensor in new.items()}
+    with pytest.raises(TransferError, match=rf"^[^,]*{stale}: the engine has loaded the push, and has other bytes"):
+        load(arrivals, new, parameters(kept))
+
+
+def test_what_an_engine_keeps_in_another_form_is_left_to_the_canary(arrivals: Arrivals) -> None:
+    for seed in (1, 2):
+        sent = weights(seed)
+        has = parameters(sent)
+        has["model.layers.0.self_attn.qkv_proj.weight"] = has["model.layers.0.self_attn.qkv_proj.weight"].flip(0)
+        has["model.embed_tokens.weight"] = torch.empty(0, dtype=torch.bfloat16)
+        has["model.norm.weight"] = has["model.norm.weight"].float()
+        load(arrivals, sent, has)
+    load(arrivals, weights(3), {})
