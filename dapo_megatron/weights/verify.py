@@ -81,10 +81,13 @@ class Tally:
             raise TransferError(
                 f"the model has no tensors number {unknown[:_SHOWN]}, which a push was to bring{self._of()}"
             )
-        twice = [index for place, index in enumerate(indices) if index in self._seen or index in indices[:place]]
+        twice: list[str] = []
+        for index in indices:
+            if index in self._seen and self.inventory.names[index] not in twice:
+                twice.append(self.inventory.names[index])
+            self._seen.add(index)
         if twice:
-            raise TransferError(f"a push brings {_some([self.inventory.names[index] for index in twice])} twice")
-        self._seen.update(indices)
+            raise TransferError(f"a push brings {_some(twice)} twice")
 
     def end(self) -> None:
         """The push is over: nothing may be missing."""

@@ -152,7 +152,9 @@ def test_a_buffer_that_is_reused_too_early_is_caught() -> None:
 
     with (
         closing(GlooPublisher(INVENTORY, Keepers(Frugal("engine 1")), 20, timeout_seconds=5)) as publisher,
-        pytest.raises(EngineError, match="engine 1, w1 was overwritten in this process before the engine had loaded"),
+        pytest.raises(
+            EngineError, match="engine 1, w1, w2 was overwritten in this process before the engine had loaded"
+        ),
     ):
         publisher.push(WEIGHTS.items(), version=1)
 
