@@ -133,7 +133,7 @@ def record_of_another(folder: Path) -> None:
 
 def other_random_states(folder: Path) -> None:
     states, other = load_file(folder / "random.safetensors"), torch.Generator().manual_seed(7).get_state()
-    changed = {name: other if name.endswith(".torch") else state for name, state in states.items()}
+    changed = {name: other.clone() if name.endswith(".torch") else state for name, state in states.items()}
     save_file(changed, folder / "random.safetensors")
 
 
