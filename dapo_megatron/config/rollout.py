@@ -138,7 +138,7 @@ class WeightsConfig(Section):
     """How long an engine may take over each part of a push: to join, to get ready, for a bucket, to use the weights, to
     answer the canary."""
     verify: Literal["full", "checksums", "off"] = "full"
-    """What stops the run when an engine has not what was sent. Always: a tensor that is missing, comes twice or is none
+    """How a push finds out that an engine has not what was sent. Always: a tensor that is missing, comes twice or is none
     of the model's. With checksums: one whose bytes changed on the way, in a receiver's memory, or in the engine where
     that keeps it as it came. In full: also a canary, a prompt that every engine answers before and after each push, and
     whose log-probs are compared with the actor's."""
