@@ -138,10 +138,10 @@ class WeightsConfig(Section):
     """How long an engine may take over each part of a push: to join, to get ready, for a bucket, to use the weights, to
     answer the canary."""
     verify: Literal["full", "checksums", "off"] = "full"
-    """How a push finds out that an engine has not what was sent. Always: a tensor that is missing, comes twice or is none
-    of the model's. With checksums: one whose bytes changed on the way, in a receiver's memory, or in the engine where
-    that keeps it as it came. In full: also a canary, a prompt that every engine answers before and after each push, and
-    whose log-probs are compared with the actor's."""
+    """How a push finds out that an engine has not what was sent. Always: a tensor that is missing, comes twice or is
+    none of the model's. With checksums: one whose bytes changed on the way, in a receiver's memory, or in the engine
+    where that keeps it as it came. In full: also a canary, a prompt that every engine answers before and after each
+    push, and whose log-probs are compared with the actor's."""
     canary_tolerance: PositiveFloat | None = None
     """Most nats by which the log-probs of the canary's tokens may differ from the actor's in the mean; null is 2e-5 in
     float32 and 0.1 in bfloat16."""
