@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from sglang.srt import batch_invariant_ops
 from sglang.srt.layers import sampler
+from sglang.srt.layers.rotary_embedding import base as rotary_embedding
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -23,6 +24,8 @@ def keep_sequences_apart() -> None:
     """Put these in the places of SGLang's kernels for GPUs, before it makes a model."""
     sampler.murmur_hash32 = murmur_hash32
     batch_invariant_ops.enable_batch_invariant_mode = multiply_in_blocks
+    # Torch's own. Otherwise it wants a kernel of vLLM's.
+    rotary_embedding._is_cpu = True
 
 
 def multiply_in_blocks() -> None:
