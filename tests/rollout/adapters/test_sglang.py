@@ -213,12 +213,20 @@ def test_a_push_keeps_to_the_order_that_sglang_wants(tmp_path: Path) -> None:
     ]
     asked = dict(books.asked)
     assert asked["init_weights_update_group"] == {
-        **{"master_address": "::1", "master_port": 5, "rank_offset": 2, "world_size": 4},
-        **{"group_name": "weights", "backend": "gloo"},
+        "master_address": "::1",
+        "master_port": 5,
+        "rank_offset": 2,
+        "world_size": 4,
+        "group_name": "weights",
+        "backend": "gloo",
     }
     assert asked["update_weights_from_distributed"] == {
-        **{"names": ["a"], "dtypes": ["float32"], "shapes": [[2, 3]], "group_name": "weights"},
-        **{"load_format": "flattened_bucket", "flush_cache": False},
+        "names": ["a"],
+        "dtypes": ["float32"],
+        "shapes": [[2, 3]],
+        "group_name": "weights",
+        "load_format": "flattened_bucket",
+        "flush_cache": False,
     }
     assert asked["update_weight_version"] == {"new_version": "6", "abort_all_requests": False}
 
