@@ -105,6 +105,8 @@ class Adapter(EngineAdapter):
         else:
             command += ["--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"]
             command += ["--disable-cuda-graph", "--disable-overlap-schedule"]
+            # Of the memory that nobody uses, which must leave something; the size of the cache is given.
+            command += ["--mem-fraction-static", "0.99"]
             # Seeds of requests are heeded only so. It goes without a prefix cache.
             command += ["--enable-deterministic-inference", "--chunked-prefill-size", "-1"]
         if engine.kv_cache_gib or not place.gpus:

@@ -9,6 +9,9 @@ The server's own answers are JSON, about 40 bytes and several objects for every 
 `rollout.answer`.
 """
 
+# SGLang is in an environment of its own.
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import itertools
@@ -37,7 +40,7 @@ def let_torchvision_be_imported() -> None:
     library does not load, which it tolerates in all places but one.
     """
     try:
-        import torchvision  # noqa: F401  # pyright: ignore[reportMissingImports]
+        import torchvision  # noqa: F401
     except RuntimeError:
         for name in ("nms", "qnms"):
             _OPERATORS.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")

@@ -1,5 +1,8 @@
 """Runs inside SGLang's scheduler processes, which hold the weights: they take part in the gloo transport."""
 
+# SGLang is in an environment of its own.
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import os

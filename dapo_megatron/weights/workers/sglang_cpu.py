@@ -4,6 +4,9 @@ SGLang has that mode for GPUs. With what is here, seeds of requests are heeded, 
 as among others.
 """
 
+# SGLang is in an environment of its own.
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import torch

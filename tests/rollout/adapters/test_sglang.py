@@ -94,7 +94,7 @@ def test_an_environment_for_cpu_is_not_for_gpus(model: Path, venv: Path, monkeyp
 def test_gpu_and_cpu_differ_in_what_concerns_them(model: Path) -> None:
     on_cpu, on_gpu = adapter(model).command(CPU), adapter(model).command(GPU)
     assert argument(on_cpu, "--device") == "cpu" and "--device" not in on_gpu
-    assert argument(on_gpu, "--mem-fraction-static") == "0.4" and "--mem-fraction-static" not in on_cpu
+    assert argument(on_gpu, "--mem-fraction-static") == "0.4" and argument(on_cpu, "--mem-fraction-static") == "0.99"
     assert "--enable-deterministic-inference" in on_cpu and "--enable-deterministic-inference" not in on_gpu
     assert "--enable-deterministic-inference" in adapter(model, engine={"batch_invariant": True}).command(GPU)
     assert adapter().environment(CPU)["SGLANG_USE_CPU_ENGINE"] == "0"

@@ -95,15 +95,15 @@ def test_what_is_most_likely_is_what_the_model_says(engines: Engines, hf: torch.
 
 
 def test_top_p_leaves_out_what_is_unlikely(engines: Engines, hf: torch.nn.Module) -> None:
-    answers = generate(engines, sampling(top_p=0.2, seed=5))
+    answers = generate(engines, sampling(top_p=0.2, seed=5, max_tokens=16))
     least = min(float(c.logprobs.min()) for completions in answers for c in completions)
-    wide = generate(engines, sampling(seed=5))
+    wide = generate(engines, sampling(seed=5, max_tokens=16))
     assert least > min(float(c.logprobs.min()) for completions in wide for c in completions) + 1
 
 
 def test_end_token_is_kept_and_the_cap_holds(engines: Engines) -> None:
     ends = (END, *range(200, 223))
-    completions = [c for group in generate(engines, sampling(max_tokens=8, stop_token_ids=ends), n=16) for c in group]
+    completions = [c for group in generate(engines, sampling(max_tokens=8, stop_token_ids=ends), n=8) for c in group]
     assert {completion.finish for completion in completions} == {FinishReason.STOP, FinishReason.LENGTH}
     for completion in completions:
         assert not set(completion.token_ids[:-1].tolist()) & set(ends)
@@ -118,7 +118,7 @@ def test_end_token_is_kept_and_the_cap_holds(engines: Engines) -> None:
 @pytest.mark.parametrize("ends", [(), (7,)])
 def test_only_the_given_tokens_stop_a_response(engines: Engines, ends: tuple[int, ...]) -> None:
     """The checkpoint's config says that END does."""
-    completions = [c for group in generate(engines, sampling(stop_token_ids=ends), n=32) for c in group]
+    completions = [c for group in generate(engines, sampling(stop_token_ids=ends), n=12) for c in group]
     assert all(c.finish is FinishReason.LENGTH or c.token_ids[-1] == 7 for c in completions)
     assert any(END in c.token_ids[:-1] for c in completions)
 
@@ -140,7 +140,7 @@ def same(one: list[list[Completion]], other: list[list[Completion]]) -> bool:
 
 
 def test_a_seed_decides_on_the_responses_whatever_else_is_written(engines: Engines) -> None:
-    how = sampling(seed=2**61 + 3)
+    how = sampling(seed=2**61 + 3, max_tokens=16)
     first = generate(engines, how)
     assert same(generate(engines, how), first)
     assert same(generate(engines, how, prompts=PROMPTS[::-1])[::-1], first)
@@ -149,18 +149,18 @@ def test_a_seed_decides_on_the_responses_whatever_else_is_written(engines: Engin
     more = generate(engines, how, n=7)
     assert same([group[:4] for group in more], first)
     assert all(len({c.token_ids.tobytes() for c in group}) == 7 for group in more)
-    assert not same(generate(engines, sampling(seed=2**61 + 1000)), first)
+    assert not same(generate(engines, sampling(seed=2**61 + 1000, max_tokens=16)), first)
 
 
 def test_without_a_seed_every_response_is_another(engines: Engines) -> None:
-    first, second = generate(engines, sampling()), generate(engines, sampling())
+    first, second = (generate(engines, sampling(max_tokens=16)) for _ in range(2))
     assert not same(first, second)
     assert all(len({c.token_ids.tobytes() for c in group}) == 4 for group in first)
 
 
 def test_tokens_come_as_often_as_they_are_likely(engines: Engines, hf: torch.nn.Module) -> None:
-    """With seeds, the noise is a hash of ours: 4,000 first tokens of one prompt against their probabilities."""
-    prompt, n = PROMPTS[0], 4000
+    """With seeds, the noise is a hash of ours: 2,000 first tokens of one prompt against their probabilities."""
+    prompt, n = PROMPTS[0], 2000
     (group,) = generate(engines, sampling(max_tokens=1, stop_token_ids=(), seed=11), n=n, prompts=[prompt])
     with torch.no_grad():
         expected = hf(torch.tensor([list(prompt.token_ids)])).logits[0, -1].softmax(-1)
@@ -205,17 +205,17 @@ def test_progress_is_that_of_what_is_being_written_and_ends_with_whoever_asked(e
 
     async def busy() -> bool:
         load = await control(engine).call("GET", "/v1/loads")
-        return any(one["num_total_reqs"] for one in load["loads"])
+        return any(one["num_running_reqs"] + one["num_waiting_reqs"] for one in load["loads"])
 
     async def begin_and_leave() -> list[Progress]:
         looks = [await engine.progress()]
-        tasks = [asyncio.create_task(engine.generate(prompt, endless, 64)) for prompt in PROMPTS]
-        while looks[-1].tokens < 1000:
+        tasks = [asyncio.create_task(engine.generate(prompt, endless, 8)) for prompt in PROMPTS]
+        while looks[-1].tokens < 300:
             looks.append(await engine.progress())
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             while (last := await engine.progress()) != looks[0]:
                 await asyncio.sleep(0.02)
             while await busy():
@@ -225,7 +225,7 @@ def test_progress_is_that_of_what_is_being_written_and_ends_with_whoever_asked(e
     first, *looks, last = engines.run(begin_and_leave())
     assert first == last == Progress(0, 0)
     tokens = [look.tokens for look in looks]
-    assert tokens == sorted(tokens) and tokens[-1] <= 64 * len(PROMPTS) * 64
+    assert tokens == sorted(tokens) and tokens[-1] <= 64 * len(PROMPTS) * 8
 
 
 def test_responses_that_ended_before_the_others_are_counted(engines: Engines) -> None:
