@@ -45,8 +45,12 @@ def venv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return python
 
 
-def adapter(model: str | Path = "m", **sections: Any) -> Adapter:
-    values: dict[str, Any] = {"model": {"path": str(model)}, "data": {"train": "t.jsonl"}, "engine": {"kind": "sglang"}}
+def adapter(checkpoint: str | Path = "m", /, **sections: Any) -> Adapter:
+    values: dict[str, Any] = {
+        "model": {"path": str(checkpoint)},
+        "data": {"train": "t.jsonl"},
+        "engine": {"kind": "sglang"},
+    }
     for section, changes in sections.items():
         values[section] = values.get(section, {}) | changes
     made = adapter_for(parse(values))
@@ -102,10 +106,10 @@ def test_gpu_and_cpu_differ_in_what_concerns_them(model: Path) -> None:
 
 
 def test_the_cache_has_room_for_as_many_tokens_as_fit(model: Path) -> None:
-    # Keys and values of 2 layers, 2 heads of 8 numbers: 2 x 2 x 2 x 8 x 2 bytes a token.
-    assert argument(adapter(model).command(CPU), "--max-total-tokens") == str((1 << 30) // 128)
+    # Keys and values of 2 layers, 2 heads of 32 numbers: 2 x 2 x 2 x 32 x 2 bytes a token.
+    assert argument(adapter(model).command(CPU), "--max-total-tokens") == str((1 << 30) // 512)
     three = adapter(model, model={"dtype": "float32"}, engine={"kv_cache_gib": 3})
-    assert argument(three.command(GPU), "--max-total-tokens") == str((3 << 30) // 256)
+    assert argument(three.command(GPU), "--max-total-tokens") == str((3 << 30) // 1024)
     assert "--max-total-tokens" not in adapter(model).command(GPU)
 
 

