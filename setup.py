@@ -45,7 +45,7 @@ setup(
             "transformers==5.19.0",
             "vllm==0.25.1",
         ],
-        "sglang": ["sglang>=0.5.9"],
+        "sglang": ["sglang>=0.5.23"],
         "wandb": ["wandb>=0.31"],
         "mlflow": ["mlflow-skinny>=3.17", "sqlalchemy>=2", "alembic>=1.20"],
         "dev": ["coverage>=7.10", "hypothesis", "pre-commit", "pyright[nodejs]", "pytest", "pytest-timeout", "ruff"],

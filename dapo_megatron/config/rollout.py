@@ -90,9 +90,10 @@ class RolloutConfig(Section):
 
 class EngineConfig(Section):
     kind: str = "vllm"
-    """What serves the policy for sampling: vllm, or some.module:name for an adapter of your own."""
+    """What serves the policy for sampling: vllm, sglang, or some.module:name for an adapter of your own."""
     python: FilePath | None = None
-    """Interpreter that runs the engine, for one in a virtual environment of its own; null is the trainer's."""
+    """Interpreter that runs the engine, for one in a virtual environment of its own; null is the trainer's, and with
+    sglang on CPU the one that `make sglang-cpu` makes."""
     count: PositiveInt = 1
     """Engines, each with its own copy of the model; a request goes to the one with the least to do."""
     tensor_parallel: PositiveInt = 1
@@ -120,8 +121,8 @@ class EngineConfig(Section):
     """How often an engine that died, hangs or answers nonsense in a step is started again; once more, and the run saves
     and ends."""
     batch_invariant: bool = False
-    """On GPUs, use vLLM's batch-invariant kernels, which are slower: a response then depends on the weights and its
-    seed alone, and not on what else an engine has to do. On CPU it does nothing: docs/architecture.md says how far
+    """On GPUs, use the engine's batch-invariant kernels, which are slower: a response then depends on the weights and
+    its seed alone, and not on what else an engine has to do. On CPU it does nothing: docs/architecture.md says how far
     responses are reproducible there."""
     extra_args: list[str] = []
     """More arguments for the engine's own command line."""

@@ -15,7 +15,6 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,12 +22,11 @@ from typing import Any
 from dapo_megatron.config import Config
 from dapo_megatron.errors import ConfigError, EngineError
 from dapo_megatron.rollout.adapter import EngineAdapter
-from dapo_megatron.rollout.answer import GENERATE, PROGRESS, decode
 from dapo_megatron.rollout.client import Client
-from dapo_megatron.rollout.engine import Engine, Progress, Sampling
+from dapo_megatron.rollout.engine import Engine
+from dapo_megatron.rollout.http_engine import HttpEngine
 from dapo_megatron.rollout.place import Place
 from dapo_megatron.rollout.server import Server
-from dapo_megatron.types import Completion, Prompt, VersionSpan
 
 WORKER_EXTENSION = "dapo_megatron.weights.workers.vllm.WorkerExtension"
 """Named, not imported: vLLM imports it in its own workers, where it registers the transports."""
@@ -150,38 +148,8 @@ class Adapter(EngineAdapter):
         return max(_BATCHED_TOKENS, self._config.max_sequence_tokens, self._config.engine.max_sequences)
 
 
-class VllmEngine:
-    """An `Engine` that is a vLLM server.
-
-    Args:
-        generation: for requests that take as long as responses do.
-        transfer: for those that change weights. The model's process works on them, and the server answers meanwhile.
-        control: for all others, which the server answers at once.
-        workers: its processes that hold weights.
-    """
-
-    def __init__(self, *, generation: Client, transfer: Client, control: Client, workers: int) -> None:
-        self.name = control.name
-        self.workers = workers
-        self.version = 0
-        self._generation, self._transfer, self.control = generation, transfer, control
-
-    async def generate(self, prompt: Prompt, sampling: Sampling, n: int) -> list[Completion]:
-        version = self.version
-        body = {"token_ids": prompt.token_ids, "n": n, **asdict(sampling)}
-        what = f"generating for prompt {prompt.uid}"
-        answer = await self._generation.fetch("POST", GENERATE, body, what=what)
-        with self._generation.reading(answer, what):
-            completions = decode(answer or b"")
-        if len(completions) != n:
-            raise EngineError(f"{self.name}: asked for {n} responses to prompt {prompt.uid}, got {len(completions)}")
-        # Where vLLM does not say which weights wrote a response, they are those that it had.
-        return [c if c.versions else replace(c, versions=(VersionSpan(version, 0, c.length),)) for c in completions]
-
-    async def progress(self) -> Progress:
-        answer = await self.control.call("GET", PROGRESS)
-        with self.control.reading(answer, PROGRESS):
-            return Progress(**answer)
+class VllmEngine(HttpEngine):
+    """An `Engine` that is a vLLM server."""
 
     async def join_group(self, info: dict[str, Any]) -> None:
         await self._transfer.call("POST", "/init_weight_transfer_engine", {"init_info": info})
@@ -210,10 +178,6 @@ class VllmEngine:
             raise EngineError(f"{self.name} holds weights of version {held!r} after a transfer of version {version}")
         self.version = version
         await self._transfer.call("POST", "/resume", {})
-
-    async def close(self) -> None:
-        for client in (self._generation, self._transfer, self.control):
-            await client.close()
 
 
 def _cpu_head_sizes(python: Path | None) -> list[int] | None:

@@ -1,0 +1,112 @@
+"""What the endpoints in every kind of server have in common: ASGI, errors, and clients that go away."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any, ClassVar
+
+from dapo_megatron.rollout.answer import GENERATE, PROGRESS
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+
+class Middleware:
+    """Answers two paths and passes everything else on.
+
+    `POST GENERATE` takes JSON {"token_ids", "n", "temperature", "top_p", "max_tokens", "stop_token_ids", "seed"} and
+    answers what `answer.encode` makes of the `n` responses. A client that goes away ends the request.
+
+    `GET PROGRESS` answers JSON, the fields of `engine.Progress`.
+
+    Failures are answered as text, with status 400 for what is `refused` and 500 for the rest.
+    """
+
+    refused: ClassVar[tuple[type[Exception], ...]] = (ValueError, TypeError, LookupError)
+    """What is raised for a request that cannot be served."""
+
+    def __init__(self, app: Callable[[Message, Receive, Send], Awaitable[None]]) -> None:
+        self._app = app
+
+    def client(self, scope: Message) -> Any:
+        """The engine's own Python API, which the server's application `scope["app"]` speaks to."""
+        raise NotImplementedError
+
+    async def generate(self, client: Any, request: dict[str, Any]) -> bytes:
+        raise NotImplementedError
+
+    def progress(self, client: Any) -> dict[str, int]:
+        raise NotImplementedError
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        path = scope.get("path")
+        if path not in (GENERATE, PROGRESS):
+            await self._app(scope, receive, send)
+            return
+        client = self.client(scope)
+        try:
+            if path == PROGRESS:
+                content = json.dumps(self.progress(client)).encode()
+            else:
+                work = asyncio.ensure_future(self.generate(client, json.loads(await _body(receive))))
+                content = await _unless_gone(work, receive)
+                if content is None:
+                    return
+            status = 200
+        except self.refused as error:
+            status, content = 400, f"{type(error).__name__}: {error}".encode()
+        except Exception as error:  # the client hears of whatever there is
+            status, content = 500, f"{type(error).__name__}: {error}".encode()
+        headers = [(b"content-length", str(len(content)).encode())]
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": content})
+
+
+def check_tokens(request: dict[str, Any], vocabulary: int, context: int, limited_by: str) -> None:
+    """Refuse tokens that the model has not, and more of them than there is room for.
+
+    Args:
+        limited_by: the argument of the server that says how much room there is.
+
+    Raises:
+        ValueError, TypeError: says which.
+    """
+    token_ids, max_tokens = request["token_ids"], request["max_tokens"]
+    if not all(0 <= token < vocabulary for token in token_ids):
+        raise ValueError(f"token_ids must be from 0 to {vocabulary - 1}, the model's last")
+    if (length := len(token_ids) + max_tokens) > context:
+        raise ValueError(
+            f"token_ids({len(token_ids)}) + max_tokens({max_tokens}) = {length} is more than {limited_by}({context})"
+        )
+
+
+def version(name: str) -> int:
+    """The number of weights that an engine has under a name. Those that it loaded itself are "default"."""
+    return 0 if name == "default" else int(name)
+
+
+async def _body(receive: Receive) -> bytes:
+    body, more = b"", True
+    while more:
+        message = await receive()
+        body, more = body + message.get("body", b""), message.get("more_body", False)
+    return body
+
+
+async def _unless_gone(work: asyncio.Future[bytes], receive: Receive) -> bytes | None:
+    """The result of `work`, or None where the client goes away first, which cancels it."""
+
+    async def gone() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    watching = asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait([work, watching], return_when=asyncio.FIRST_COMPLETED)
+        return work.result() if work.done() else None
+    finally:
+        watching.cancel()
+        work.cancel()

@@ -1,0 +1,49 @@
+"""What engines have in common whose server answers at our endpoints (`rollout.endpoints`)."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+
+from dapo_megatron.errors import EngineError
+from dapo_megatron.rollout.answer import GENERATE, PROGRESS, decode
+from dapo_megatron.rollout.client import Client
+from dapo_megatron.rollout.engine import Progress, Sampling
+from dapo_megatron.types import Completion, Prompt, VersionSpan
+
+
+class HttpEngine:
+    """An `Engine` but for how it takes weights.
+
+    Args:
+        generation: for requests that take as long as responses do.
+        transfer: for those that change weights. The model's process works on them, and the server answers meanwhile.
+        control: for all others, which the server answers at once.
+        workers: its processes that hold weights.
+    """
+
+    def __init__(self, *, generation: Client, transfer: Client, control: Client, workers: int) -> None:
+        self.name = control.name
+        self.workers = workers
+        self.version = 0
+        self._generation, self._transfer, self.control = generation, transfer, control
+
+    async def generate(self, prompt: Prompt, sampling: Sampling, n: int) -> list[Completion]:
+        version = self.version
+        body = {"token_ids": prompt.token_ids, "n": n, **asdict(sampling)}
+        what = f"generating for prompt {prompt.uid}"
+        answer = await self._generation.fetch("POST", GENERATE, body, what=what)
+        with self._generation.reading(answer, what):
+            completions = decode(answer or b"")
+        if len(completions) != n:
+            raise EngineError(f"{self.name}: asked for {n} responses to prompt {prompt.uid}, got {len(completions)}")
+        # Where it does not say which weights wrote a response, they are those that it had.
+        return [c if c.versions else replace(c, versions=(VersionSpan(version, 0, c.length),)) for c in completions]
+
+    async def progress(self) -> Progress:
+        answer = await self.control.call("GET", PROGRESS)
+        with self.control.reading(answer, PROGRESS):
+            return Progress(**answer)
+
+    async def close(self) -> None:
+        for client in (self._generation, self._transfer, self.control):
+            await client.close()
