@@ -213,6 +213,7 @@ def test_inspect_tells_what_a_hugging_face_checkpoint_holds(models: Path, capsys
         "declared_dtype": "bfloat16",
         "tied": True,
         "vocab_size": 50,
+        "quantised": None,
         "tensors": 50,
         "parameters": 32_864,
         "bytes": 65_728,
@@ -272,11 +273,16 @@ def test_an_architecture_that_cannot_be_converted_is_told(
     models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = json.loads((models / "hf/config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "gpt2"}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({**config, "model_type": "gpt2", "quantization_config": {"quant_method": "fp8"}})
+    )
     (tmp_path / "model.safetensors").write_bytes((models / "hf/model.safetensors").read_bytes())
     code, found = inspect(tmp_path, capsys)
     assert code == 0
-    assert found["notes"] == ["architecture gpt2 cannot be converted; qwen2, qwen3, qwen3_moe, llama, mistral can"]
+    assert found["notes"] == [
+        "architecture gpt2 cannot be converted; qwen2, qwen3, qwen3_moe, llama, mistral can",
+        "the weights are quantised (fp8), and such cannot be converted",
+    ]
 
 
 def test_inspect_names_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

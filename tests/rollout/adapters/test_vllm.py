@@ -263,7 +263,7 @@ def test_no_request_waits_for_another(tmp_path: Path) -> None:
         ("/init_weight_transfer_engine", lambda engine: engine.join_group({})),
         ("/pause", lambda engine: engine.begin_transfer()),
         ("/start_weight_update", lambda engine: engine.begin_transfer()),
-        ("/update_weights", lambda engine: engine.receive({})),
+        ("/update_weights", lambda engine: engine.receive({"tensors": [], "checksums": None})),
         ("/finish_weight_update", lambda engine: engine.finish_transfer(6)),
         ("/reset_prefix_cache", lambda engine: engine.finish_transfer(6)),
         ("/resume", lambda engine: engine.finish_transfer(6)),
