@@ -15,7 +15,7 @@ from tests.helpers.models import save_tiny
 pytestmark = [pytest.mark.vllm, pytest.mark.multiproc, pytest.mark.long, pytest.mark.timeout(1800)]
 
 # Heads that vLLM has kernels for.
-SIZES = {"hidden": 128, "head_dim": 64, "moe_intermediate_size": 64, "intermediate_size": 160}
+SIZES: dict[str, Any] = {"hidden": 128, "head_dim": 64, "moe_intermediate_size": 64, "intermediate_size": 160}
 
 
 def make_config(folder: Path) -> Path:
