@@ -36,7 +36,7 @@ def hurt_at(number: signal.Signals, call: int, indices: Sequence[int]) -> None:
             asyncio.get_running_loop().call_later(0.05, hurt, number, indices)
         return await generate(self, *args)
 
-    Engines.generate = hurting
+    setattr(Engines, "generate", hurting)  # noqa: B010
 
 
 if __name__ == "__main__":
