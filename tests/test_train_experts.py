@@ -42,7 +42,7 @@ def test_a_run_of_experts_goes_on_as_if_nothing_had_happened_and_in_another_layo
     assert live(config) == 0
     undisturbed = tmp_path / "run"
     rows = metrics(undisturbed)
-    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert [row["step"] for row in rows] == [1, 2, 3]
     for row in rows:
         assert row["mismatch/abs_max"] <= 2e-5
         assert row["grad_norm"] > 0
