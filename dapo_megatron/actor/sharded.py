@@ -61,9 +61,11 @@ def load_sharded_state(chunks: Sequence[torch.nn.Module], optimizer: Any, loaded
         absent, unknown = chunk.load_state_dict(loaded[f"model{index}"], strict=False)
         lost = [name for name in (*absent, *unknown) if not name.endswith(EXTRA)]
         assert not lost, f"the sharded state of the model's own names is not the model's: {lost}"
-    optimizer.load_state_dict(loaded["optimizer"])
     if not _is_sliced(optimizer):
+        optimizer.load_state_dict(loaded["optimizer"])
         return
+    saved = _unchained(loaded["optimizer"])
+    optimizer.load_state_dict(_chained([_hyperparameters(part, saved) for part in optimizer.chained_optimizers]))
     for part, slices in zip(optimizer.chained_optimizers, loaded["slices"], strict=True):
         for (param, _), states in zip(_own(part), slices, strict=True):
             flat = {name: torch.cat([box.flatten() for box in named]) for name, named in states.items()}
@@ -105,6 +107,28 @@ def _is_sliced(optimizer: Any) -> bool:
 def _chained(states: list[Any]) -> Any:
     """Return the states of chained optimizers as the chain wants to load them."""
     return states[0] if len(states) == 1 else dict(enumerate(states))
+
+
+def _unchained(state: Any) -> list[Any]:
+    return [state[index] for index in sorted(state)] if 0 in state else [state]
+
+
+def _hyperparameters(part: Any, saved: list[Any]) -> Any:
+    """Return what the saved optimizers have besides tensors in the form that this one reads.
+
+    With another expert parallel size there is another number of them, and groups of parameters say otherwise whether
+    they are experts'. Steps and settings are the same in all groups that weight decay or learning rate do not tell apart.
+    """
+    groups = [group for state in saved for group in state["optimizer"]["param_groups"]]
+
+    def same(group: Any, own: Any) -> bool:
+        return all(group.get(name) == own.get(name) for name in ("wd_mult", "lr_mult", "is_decoupled_lr"))
+
+    mine = [
+        {**next(group for group in groups if same(group, own)), "is_expert_parallel": own["is_expert_parallel"]}
+        for own in part.optimizer.param_groups
+    ]
+    return {**saved[0], "optimizer": {**saved[0]["optimizer"], "param_groups": mine}}
 
 
 def _begin(part: Any) -> None:
