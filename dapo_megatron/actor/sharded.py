@@ -117,7 +117,7 @@ def _hyperparameters(part: Any, saved: list[Any]) -> Any:
     """Return what the saved optimizers have besides tensors in the form that this one reads.
 
     With another expert parallel size there is another number of them, and groups of parameters say otherwise whether
-    they are experts'. Steps and settings are the same in all groups that weight decay or learning rate do not tell apart.
+    they are experts'. Steps and settings are the same in all groups that have weight decay, or have none.
     """
     groups = [group for state in saved for group in state["optimizer"]["param_groups"]]
 
