@@ -24,6 +24,7 @@ ROOMS: dict[str, set[str]] = {
     "state": {"errors"},
     "units": set(),
     "disk": set(),
+    "lean": set(),
     "processes": set(),
     "signals": set(),
     "stop": set(),
