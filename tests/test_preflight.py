@@ -249,7 +249,7 @@ def test_an_engine_with_a_python_of_its_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("engine", "message"),
     [
-        ({"kind": "vlm"}, "engine.kind: 'vlm' is not known; known are vllm, or"),
+        ({"kind": "vlm"}, "engine.kind: 'vlm' is not known; known are sglang, vllm, or"),
         ({"python": "nowhere/python"}, "engine.python=nowhere/python does not run Python: .*No such file"),
         ({"python": "/bin/false"}, "engine.python=/bin/false does not run Python: .* exit status 1"),
         ({"python": "bare"}, "vllm is not installed for engine.python=.*bare: pip install"),

@@ -195,4 +195,5 @@ def test_closing_after_failures_leaves_nothing(opened: Any) -> None:
         family = psutil.Process().children(recursive=True)
         with pytest.raises(EngineError, match=r"given up: engine\.max_restarts is 0"):
             engines.sample(asked(engines, signal.SIGSTOP, 0, 1))
-    assert not [process for process in family if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+    _, left = psutil.wait_procs(family, timeout=10)
+    assert not [process for process in left if process.status() != psutil.STATUS_ZOMBIE]
