@@ -1,5 +1,6 @@
 # make quickstart   learn to add by DAPO, on this machine's CPU
-# make test         all tests that this machine can run
+# make test         the tests of every day
+# make test-all     all tests that this machine can run (hours)
 # make kill-test    kill whole runs and their engines, at every place and at random, and see that nothing comes of it
 # make check        ruff, pyright and the import rule
 # make coverage     tests once more (ARGS="tests/actor"), and every line of the package that none of them reaches
@@ -28,7 +29,7 @@ GPU_PYTHON ?= python3
 GPU_RUN = PYTHONPATH="$(CURDIR)/.gpu/$(1):$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(GPU_PYTHON) -m benchmarks.gpu_report $(1) $(ARGS)
 GPU_PACKAGES = $(GPU_PYTHON) tools/gpu_packages.py
 
-.PHONY: quickstart test kill-test check coverage sglang-cpu gpu gpu-smoke gpu-wheels
+.PHONY: quickstart test test-all kill-test check coverage sglang-cpu gpu gpu-smoke gpu-wheels
 .DELETE_ON_ERROR:
 
 quickstart: $(READY)
@@ -36,6 +37,9 @@ quickstart: $(READY)
 
 test: $(READY)
 	@$(BIN)/python -m pytest $(ARGS)
+
+test-all: $(READY)
+	@$(BIN)/python -m pytest --long $(ARGS)
 
 kill-test: $(READY)
 	@$(BIN)/python -m pytest --long -s tests/test_kill.py tests/test_kill_long.py tests/test_engine_faults.py tests/test_train_experts.py $(ARGS)

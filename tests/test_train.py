@@ -27,6 +27,8 @@ from examples.quickstart.base import untrained
 pytestmark = [pytest.mark.vllm, pytest.mark.multiproc, pytest.mark.slow]
 
 LIMIT_SECONDS = 150
+LONG = pytest.mark.long
+"""Seen without an engine in every `make test`, too: layouts by check-reduction, lost ranks by test_rank.py."""
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +107,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
                 "algo.dapo.clip_high=0.2",
             ],
             id="tp2-grpo",
+            marks=LONG,
         ),
         pytest.param(
             [
@@ -116,7 +119,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
             ],
             id="pp2-vpp2-masked",
         ),
-        pytest.param(["parallel.cp=2", "algo.loss=gspo", "algo.loss_scope=sample"], id="cp2-gspo"),
+        pytest.param(["parallel.cp=2", "algo.loss=gspo", "algo.loss_scope=sample"], id="cp2-gspo", marks=LONG),
     ],
 )
 def test_a_run_trains_and_the_engine_follows(material: Path, tmp_path: Path, overrides: Sequence[str]) -> None:
@@ -235,11 +238,19 @@ def ranks(family: Family) -> Family:
     [
         pytest.param(lambda family: family[0].send_signal(signal.SIGINT), 130, "interrupted", id="ctrl_c"),
         pytest.param(lambda family: family[0].terminate(), 75, "stopped by SIGTERM", id="sigterm"),
-        pytest.param(lambda family: ranks(family)[1].kill(), 1, "rank 1 was ended by SIGKILL", id="dead_rank"),
-        pytest.param(lambda family: ranks(family)[0].kill(), 1, "rank 0 was ended by SIGKILL", id="dead_leader"),
-        pytest.param(lambda family: ranks(family)[1].suspend(), 1, "error: rank 1 on ", id="stopped_rank"),
         pytest.param(
-            lambda family: ranks(family)[0].suspend(), 1, "error: the leader, rank 0 on ", id="stopped_leader"
+            lambda family: ranks(family)[1].kill(), 1, "rank 1 was ended by SIGKILL", id="dead_rank", marks=LONG
+        ),
+        pytest.param(
+            lambda family: ranks(family)[0].kill(), 1, "rank 0 was ended by SIGKILL", id="dead_leader", marks=LONG
+        ),
+        pytest.param(lambda family: ranks(family)[1].suspend(), 1, "error: rank 1 on ", id="stopped_rank", marks=LONG),
+        pytest.param(
+            lambda family: ranks(family)[0].suspend(),
+            1,
+            "error: the leader, rank 0 on ",
+            id="stopped_leader",
+            marks=LONG,
         ),
         pytest.param(lambda family: family[0].kill(), -signal.SIGKILL, "", id="killed_launcher"),
     ],
