@@ -11,7 +11,7 @@ from dapo_megatron.config import Config
 from dapo_megatron.data.stream import PromptStream
 from dapo_megatron.data.tokenizer import decoder
 from dapo_megatron.eval.evaluate import EvalResult, evaluate
-from dapo_megatron.measures import Measures, Sum
+from dapo_megatron.measures import Measures
 from dapo_megatron.obs.metrics import step_metrics
 from dapo_megatron.obs.observer import Observer
 from dapo_megatron.pack import Packed, pack, packing
@@ -61,6 +61,7 @@ class Leader:
             at_once = config.samples_after(checked.steps_done)
             self.engines = stack.enter_context(closing(Engines(config, config.run.folder, at_once=at_once)))
             self._open = stack.pop_all()
+        obs.ask_what_is_waited_for(self.engines.waits)
 
     @property
     def state(self) -> dict[str, Stateful]:
@@ -90,8 +91,8 @@ class Leader:
 
     def log(self, step: int, batch: Batch, measures: Measures, results: Sequence[UpdateResult]) -> None:
         """Record a step: its batch, what was measured before its first update, and its updates."""
-        restarts = {"engine/restarts": Sum(self.engines.take_restarts())}
-        metrics = step_metrics({**batch.rollout.measures, **restarts, **batch.packing, **measures}, results)
+        engines = self.engines.take_measures()
+        metrics = step_metrics({**batch.rollout.measures, **engines, **batch.packing, **measures}, results)
         self._obs.step(step, metrics, batch.rollout.groups)
 
     def evaluate_due(self, step: int, stop: Stop) -> None:

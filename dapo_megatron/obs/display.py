@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Protocol, TextIO
 
@@ -33,6 +33,14 @@ class Display(Protocol):
 
     def step(self, done: int, metrics: Mapping[str, float]) -> None:
         """`done` steps are done; `metrics` are those of the last."""
+        ...
+
+    def ask_what_is_waited_for(self, waits: Callable[[], str]) -> None:
+        """Show what `waits` says, where there is a place for it."""
+        ...
+
+    def remind(self, text: str) -> None:
+        """A phase takes long; `text` says what it waits for."""
         ...
 
     def show(self, text: str | Text) -> None:
@@ -90,6 +98,11 @@ class PlainDisplay:
         left = clock(self._pace.left(done, seconds))
         self.show("  ".join([f"step {done}/{self._steps}", *parts, f"{seconds:.1f} s", f"left {left}"]))
 
+    def ask_what_is_waited_for(self, waits: Callable[[], str]) -> None: ...
+
+    def remind(self, text: str) -> None:
+        self.show(text)
+
     def show(self, text: str | Text) -> None:
         # A log on a full disk, a terminal that went away: the run goes on without it.
         with suppress(OSError):
@@ -110,6 +123,7 @@ class LiveDisplay:
         self._done = 0
         self._metrics: Mapping[str, float] = {}
         self._trends: dict[str, list[float]] = {}
+        self._waits: Callable[[], str] = str
         # Standard output and error are diverted by then; rich must not put itself in between.
         self._live = Live(
             get_renderable=self._panel,
@@ -138,6 +152,12 @@ class LiveDisplay:
             if name in metrics:
                 self._trends[name] = [*self._trends.get(name, []), metrics[name]][-_TREND_STEPS:]
 
+    def ask_what_is_waited_for(self, waits: Callable[[], str]) -> None:
+        self._waits = waits
+
+    def remind(self, text: str) -> None:
+        """The panel says it all the time."""
+
     def show(self, text: str | Text) -> None:
         with suppress(OSError):
             self._console.print(Text(printable(text)) if isinstance(text, str) else text)
@@ -154,6 +174,8 @@ class LiveDisplay:
         if running := self._phase:
             phase, since = running
             rows.add_row("now", Text(f"{printable(phase)}  {now - since:.0f} s"))
+            if waits := self._waits():
+                rows.add_row("waits for", Text(printable(waits)))
         for name, value in facts(metrics).items():
             trend = self._trends.get("response_length" if name == "length" else name)
             rows.add_row(name, Text(f"{value:<8}").append(sparkline(trend), style="cyan") if trend else Text(value))

@@ -37,6 +37,9 @@ METRICS = {
     "generation_batches": "how often prompts were drawn to fill the step",
     "tokens_per_second": "tokens sampled, over the seconds that sampling and grading took",
     "engine/restarts": "how often engines that failed were started again",
+    "engine/tokens_per_second_min": "tokens a second of sampling (evaluations since the step before included) of the "
+    "engine that wrote least; far from the other one says that an engine is slow, or was not there",
+    "engine/tokens_per_second_max": "the same of the engine that wrote most",
     "entropy": "mean entropy in nats of the policy's next-token distribution, before the first update",
     "top_prob": "mean probability of its most likely token, before the first update",
     "mismatch/kl": "KL(engine || trainer) for the same weights, k3 estimate, nats per token; far from 0 is a bug",

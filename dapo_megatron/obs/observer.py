@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict
+from threading import Event, Thread
 from typing import Any, Protocol
 
 from pydantic import TypeAdapter
@@ -27,6 +28,7 @@ from dapo_megatron.types import Decode, Group
 
 SHOWN_CHARACTERS = 400
 """How much of an example response is shown on the terminal."""
+_REMIND_SECONDS = 60.0
 
 
 class Example(Protocol):
@@ -81,6 +83,10 @@ class Observer(Stateful, Protocol):
 
     def message(self, text: str) -> None: ...
 
+    def ask_what_is_waited_for(self, waits: Callable[[], str]) -> None:
+        """Show what `waits` says, "" for nothing, in phases that take long. It is called on another thread."""
+        ...
+
     def summary(self, values: Mapping[str, float | int | str], evaluations: Mapping[str, Evaluation]) -> None:
         """The run is over; `values` go to summary.json, with its lives and the seconds that it took.
 
@@ -114,6 +120,8 @@ class NullObserver:
 
     def message(self, text: str) -> None: ...
 
+    def ask_what_is_waited_for(self, waits: Callable[[], str]) -> None: ...
+
     def summary(self, values: Mapping[str, float | int | str], evaluations: Mapping[str, Evaluation]) -> None: ...
 
     def close(self) -> None: ...
@@ -145,6 +153,7 @@ class RunObserver:
         self._sinks: dict[str, Sink] = {}
         self._done = 0
         self._seconds: dict[str, float] = {}
+        self._waits: Callable[[], str] = str
         self._step_started = 0.0
         self._eval_seconds = 0.0
         self._writing_rollouts = Tried(ROLLOUTS, OSError)
@@ -210,7 +219,7 @@ class RunObserver:
         if name in PHASES and not self._seconds:
             self._step_started = started
         self._display.begin(name)
-        with self.memory.phase(name):
+        with self.memory.phase(name), self._reminded(name):
             yield
         seconds = time.monotonic() - started
         self._output.note(f"phase {printable(name)}: {seconds:.3f} s")
@@ -219,6 +228,26 @@ class RunObserver:
             self._seconds[name] = self._seconds.get(name, 0.0) + seconds
         else:
             self._eval_seconds = seconds
+
+    @contextmanager
+    def _reminded(self, phase: str) -> Iterator[None]:
+        """Say every minute what a phase waits for."""
+        over, started = Event(), time.monotonic()
+
+        def remind() -> None:
+            while not over.wait(_REMIND_SECONDS):
+                if waits := self._waits():
+                    text = f"{phase}, for {time.monotonic() - started:.0f} s, waits for {waits}"
+                    self._output.note(printable(text))
+                    self._display.remind(text)
+
+        thread = Thread(target=remind, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
 
     def step(self, step: int, metrics: Mapping[str, float], groups: Sequence[Group]) -> None:
         self._done = step + 1
@@ -251,6 +280,10 @@ class RunObserver:
     def message(self, text: str) -> None:
         self._output.note(printable(text))
         self._display.show(text)
+
+    def ask_what_is_waited_for(self, waits: Callable[[], str]) -> None:
+        self._waits = waits
+        self._display.ask_what_is_waited_for(waits)
 
     def summary(self, values: Mapping[str, float | int | str], evaluations: Mapping[str, Evaluation]) -> None:
         with self._writing_summary("write it"):

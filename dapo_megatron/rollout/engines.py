@@ -13,8 +13,10 @@ from typing import Any, NoReturn, TypeVar
 
 from dapo_megatron.config import Config
 from dapo_megatron.errors import EngineError, RefusedError
+from dapo_megatron.measures import Measures
 from dapo_megatron.rollout.adapter import adapter_for
 from dapo_megatron.rollout.admission import Admission
+from dapo_megatron.rollout.books import Books
 from dapo_megatron.rollout.engine import Engine, Sampling
 from dapo_megatron.rollout.life import Life
 from dapo_megatron.rollout.ports import reserve_port
@@ -65,7 +67,7 @@ class Engines:
         self._lives: list[Life] = []
         self._failures = [0] * engine.count
         """Of each engine, since the weights in use were pushed."""
-        self._restarts = 0
+        self._books = Books(engine.count)
         self._version = 0
         self._admission = Admission(engine.count, _BATCHES * engine.max_sequences)
         if at_once:
@@ -97,10 +99,13 @@ class Engines:
         """Which weights are in use. Engines that were started again have older ones, until they get these."""
         return max([self._version, *(engine.version for engine in self)])
 
-    def take_restarts(self) -> int:
-        """Return how often engines were started again since the last call."""
-        restarts, self._restarts = self._restarts, 0
-        return restarts
+    def take_measures(self) -> Measures:
+        """Return what was measured since the last call: restarts, and tokens a second of single engines."""
+        return self._books.take()
+
+    def waits(self) -> str:
+        """Say what is waited for, in words. Can be called on any thread."""
+        return self._books.waits()
 
     def expect(self, version: int) -> None:
         """Take note that the engines are about to get weights of this version, and are to sample with no others.
@@ -143,17 +148,23 @@ class Engines:
 
         Where that one fails, on another one, or on what becomes of it.
         """
-        while True:
-            async with self._admission.place(n) as index:
-                life = self._lives[index]
-                try:
-                    return await life.with_it(_generate(life.engine, prompt, sampling, n))
-                except RefusedError:
-                    raise
-                except EngineError as error:
-                    life.fail(error)
-                    # Whoever watches decides on what becomes of it, and of this if nothing does.
-                    self._open()
+        with self._books.asked(prompt.uid) as request:
+            while True:
+                async with self._admission.place(n) as request.engine:
+                    index = request.engine
+                    life = self._lives[index]
+                    try:
+                        completions = await life.with_it(_generate(life.engine, prompt, sampling, n))
+                    except RefusedError:
+                        raise
+                    except EngineError as error:
+                        life.fail(error)
+                        # Whoever watches decides on what becomes of it, and of this if nothing does.
+                        self._open()
+                    else:
+                        self._books.wrote(index, sum(completion.length for completion in completions))
+                        return completions
+                request.engine = None
 
     def run(self, work: Coroutine[Any, Any, T], /) -> T:
         """Run a coroutine to its end. What interrupts it, Ctrl-C for example, cancels the requests in flight.
@@ -173,6 +184,10 @@ class Engines:
             EngineError: when an engine has failed more than engine.max_restarts times since the last push.
         """
         main = self._run(_begun(work))
+        with self._books.sampling():
+            return self._sampled(main)
+
+    def _sampled(self, main: asyncio.Task[T]) -> T:
         try:
             while not self._run(self._mended(main)):
                 assert self.refill, "the engines have other weights than were pushed, and nobody pushes them"
@@ -250,7 +265,7 @@ class Engines:
         life = self._lives[index]
         log.warning("%s\n%s is started again", life.failure, life.server.name)
         self._failures[index] += 1
-        self._restarts += 1
+        self._books.restarted()
         self._lives[index] = self._begin(index, self._reserve(index))
 
     async def _start_the_failed(self) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from dapo_megatron import leader, rank, train
 from dapo_megatron.errors import EngineError
+from dapo_megatron.measures import Measures
 from dapo_megatron.processes import leave
 from dapo_megatron.rollout.engine import Sampling
 from dapo_megatron.types import Completion, Prompt, VersionSpan
@@ -76,8 +77,11 @@ class SlowEngines:
         """There is no other engine that could be started."""
         raise error
 
-    def take_restarts(self) -> int:
-        return 0
+    def take_measures(self) -> Measures:
+        return {}
+
+    def waits(self) -> str:
+        return ""
 
     def wait_ready(self) -> None:
         time.sleep(SECONDS)

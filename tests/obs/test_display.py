@@ -55,10 +55,23 @@ def test_live_display_shows_where_the_run_is() -> None:
     display, file = live()
     display.step(6, {**METRICS, "accuracy": 0.125})
     display.step(7, METRICS)
+    display.ask_what_is_waited_for(lambda: "engine 3\x1b[2J")
     display.begin("rollout")
     display.close()
     last = file.getvalue()[file.getvalue().rindex("quick") :]
-    for shown in ("step 7/25", "rollout  0 s", "0.250", "▁█", "32 kept", "4,812", "2.50 s", "update 0.75", "left"):
+    assert "\x1b[2J" not in last
+    for shown in (
+        "step 7/25",
+        "rollout  0 s",
+        "waits for  engine 3",
+        "0.250",
+        "▁█",
+        "32 kept",
+        "4,812",
+        "2.50 s",
+        "update 0.75",
+        "left",
+    ):
         assert shown in last
 
 

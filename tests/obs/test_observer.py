@@ -13,6 +13,7 @@ import pytest
 from dapo_megatron import config_file
 from dapo_megatron.config import Config
 from dapo_megatron.eval.evaluate import EvalResult, Example
+from dapo_megatron.obs import observer as observer_module
 from dapo_megatron.obs.observer import NullObserver, RunObserver
 from dapo_megatron.types import FinishReason, Group, Prompt, VersionSpan
 from tests.helpers.completions import read, written
@@ -235,3 +236,21 @@ def test_a_log_that_takes_no_more_does_not_end_a_run(
             os.close(full)
     assert "going on" in (tmp_path / "test/log.txt").read_text()
     assert "error: the engine died" in (tmp_path / "test/log.txt").read_text()
+
+
+@pytest.mark.parametrize("waits", ["engine 0 with 3 prompts\x1b[2J", ""])
+def test_a_phase_that_takes_long_says_what_it_waits_for(
+    waits: str, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(observer_module, "_REMIND_SECONDS", 0.02)
+    observer = RunObserver(config, read)
+    observer.ask_what_is_waited_for(lambda: waits)
+    with observer.phase("rollout"):
+        time.sleep(0.2)
+    with observer.phase("publish"):
+        pass
+    observer.close()
+    shown, log = capfd.readouterr().out, (tmp_path / "test/log.txt").read_text()
+    for text in (shown, log):
+        assert ("rollout, for 0 s, waits for engine 0 with 3 prompts" in text) == bool(waits)
+        assert "\x1b" not in text and "publish, for" not in text
