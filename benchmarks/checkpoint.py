@@ -35,7 +35,7 @@ from dapo_megatron.state import RunState
 from dapo_megatron.weights.hf import HfCheckpoint
 
 MOST_ADDED = 0.15
-ALL = {**SIZES, "150M": Size(768, 3_072, 14, 12, 4, 16_384, sequences=32)}
+ALL = {**SIZES, "150M": Size(768, 3_072, 14, 12, 4, 16_384, sequences=8)}
 ROUNDS = {"15M": 5, "150M": 3}
 UPDATES = 4
 
