@@ -14,7 +14,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
+from functools import cache
 from multiprocessing import get_context
+from multiprocessing.context import BaseContext
 from typing import Any
 
 from dapo_megatron.errors import DapoError
@@ -60,7 +62,7 @@ class RankPool:
         self._runs += 1
         try:
             while len(self._ranks) < ranks:
-                self._ranks.append(ProcessPoolExecutor(1, get_context("spawn"), _start))
+                self._ranks.append(ProcessPoolExecutor(1, _context(), _start))
             futures = [
                 executor.submit(_call, {**world, "RANK": str(rank), "LOCAL_RANK": str(rank)}, timeout, work)
                 for rank, executor in enumerate(self._ranks[:ranks])
@@ -80,6 +82,18 @@ class RankPool:
                 process.kill()
             executor.shutdown(cancel_futures=True)
         self._ranks, self._runs = [], 0
+
+
+@cache
+def _context() -> BaseContext:
+    """Ranks are forked from a process that has imported what they need; CUDA does not survive that."""
+    import torch
+
+    if torch.cuda.is_available():
+        return get_context("spawn")
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["dapo_megatron.check_reduction.forked"])
+    return context
 
 
 def _collect(futures: Sequence[Future[bytes]], timeout: float) -> list[Any]:

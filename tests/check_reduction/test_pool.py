@@ -2,10 +2,13 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
 
+import psutil
 import pytest
 
 from dapo_megatron.check_reduction.pool import RankError, RankPool
@@ -80,6 +83,30 @@ def test_a_rank_that_died_between_two_calls_is_said(pool: RankPool) -> None:
     with pytest.raises(RankError, match="died"):
         pool.run(2, _where, 0, timeout=60)
     assert len(pool.run(2, _where, 0, timeout=60)) == 2
+
+
+PROGRAM = """
+import os, signal, time
+from threading import Thread
+import psutil
+from dapo_megatron.check_reduction.pool import RankPool
+
+if __name__ == "__main__":
+    pool = RankPool()
+    pool.run(2, int, timeout=100)
+    Thread(target=lambda: pool.run(2, time.sleep, 100, timeout=100), daemon=True).start()
+    time.sleep(0.5)
+    print(*(process.pid for process in psutil.Process().children(recursive=True)), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_ranks_end_with_the_process_that_uses_them() -> None:
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=120, check=False)
+    pids = [int(pid) for pid in done.stdout.split()]
+    assert done.returncode == -signal.SIGKILL and len(pids) >= 2, done.stderr
+    _, left = psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=20)
+    assert not left, [process.cmdline() for process in left]
 
 
 class _AwkwardError(Exception):
