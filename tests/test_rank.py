@@ -38,9 +38,9 @@ def config(tmp_path: Path) -> Path:
     [
         ("python,collective", 0, signal.SIGKILL, "error: rank 0 was ended by SIGKILL"),
         ("python,waiting", 0, signal.SIGSTOP, "error: the leader, rank 0 on "),
-        ("python,collective", 0, signal.SIGSTOP, "error: the leader, rank 0 on "),
+        pytest.param("python,collective", 0, signal.SIGSTOP, "error: the leader, rank 0 on ", marks=pytest.mark.long),
         ("collective,python", 1, signal.SIGKILL, "error: rank 1 was ended by SIGKILL"),
-        ("python,python", 1, signal.SIGSTOP, "error: rank 1 on "),
+        pytest.param("python,python", 1, signal.SIGSTOP, "error: rank 1 on ", marks=pytest.mark.long),
         ("collective,python", 1, signal.SIGSTOP, "error: rank 1 on "),
     ],
 )
@@ -248,6 +248,7 @@ def trains(config: Path) -> Path:
     return config
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_nothing_that_the_leader_does_alone_has_a_limit(trains: Path) -> None:
     """Start-up, evaluation, rollout, each bucket of a push and each shard take longer than every limit.

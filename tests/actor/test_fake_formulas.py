@@ -118,12 +118,12 @@ def test_7b() -> None:
     check_formulas("7B", gpu_config(tp=4, pp=4), 32, (4_096,) * 2)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_32b() -> None:
     check_formulas("32B", gpu_config(tp=8, pp=2), 128, (4_096,) * 2)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_32b_at_tp8_with_32k_tokens(recompute: str) -> None:
     config = gpu_config(tp=8)
