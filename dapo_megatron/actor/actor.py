@@ -42,7 +42,7 @@ from dapo_megatron.actor.schedule import Schedule
 from dapo_megatron.actor.shard import Shard, concatenated, runs_of, slots_of
 from dapo_megatron.actor.sharded import load_sharded_state, sharded_state
 from dapo_megatron.actor.topology import Topology, process_groups
-from dapo_megatron.actor.weakly import weakly
+from dapo_megatron.actor.weakly import forget_graph, weakly
 from dapo_megatron.config import Config
 from dapo_megatron.errors import DapoError
 from dapo_megatron.measures import Mean, Measure, Measures
@@ -291,6 +291,8 @@ class Actor:
     def _finalize(self, model: list[Any], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
         """Call Megatron's own and keep the count that it divided by, which it all-reduces in place."""
         finalize_model_grads(model, num_tokens, **kwargs)
+        for chunk in model:
+            forget_graph(chunk)
         self._divisor = num_tokens
 
     def _evaluate(

@@ -1,10 +1,13 @@
-"""Callbacks that do not keep alive what they are of."""
+"""What would keep a model alive when nobody holds it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 from weakref import WeakMethod
+
+from torch import Tensor
+from torch.nn import Module
 
 
 def weakly(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -21,3 +24,14 @@ def weakly(method: Callable[..., Any]) -> Callable[..., Any]:
         return bound(*args, **kwargs)
 
     return call
+
+
+def forget_graph(model: Module) -> None:
+    """Drop what the dispatchers of Megatron's experts keep of the last micro-batch: it holds on to its whole graph, and
+    that to the hooks of all parameters, past Python's garbage collector.
+    """
+    dispatchers = [module.token_dispatcher for module in model.modules() if hasattr(module, "token_dispatcher")]
+    for dispatcher in dispatchers:
+        kept = [name for name, value in vars(dispatcher).items() if isinstance(value, Tensor) and value.grad_fn]
+        for name in kept:
+            setattr(dispatcher, name, None)

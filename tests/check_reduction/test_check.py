@@ -46,6 +46,12 @@ def config_of(folder: Path, **sections: Any) -> Config:
     return make_config(write_checkpoint(folder / "model"), **sections)
 
 
+def test_layouts_of_every_kind_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert check_reduction(config_of(tmp_path), ["tp2xcp2+sp", "dp2xpp2+vpp2+dist-opt+overlap"], pool=POOL)
+    assert "PASS: all 32 checks" in capsys.readouterr().out
+
+
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_every_standard_layout_agrees(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert check_reduction(config_of(tmp_path), pool=POOL)
