@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from dapo_megatron.errors import EngineError
+from dapo_megatron.rollout.token import TOKEN, make_token
 
 LOG_LINES = 20
 """Lines of the log shown when an engine fails."""
@@ -45,15 +46,23 @@ class Server:
         env: its whole environment.
         log: file for its output, created anew.
         ready: holds once it answers.
+        token: what the command is told as `TOKEN` and a `Client` shows; made where it is not given.
 
     Raises:
         EngineError: from `wait_ready` and `check`, with exit status and the end of the log.
     """
 
     def __init__(
-        self, name: str, command: Sequence[str], env: Mapping[str, str], log: Path, ready: Callable[[], bool]
+        self,
+        name: str,
+        command: Sequence[str],
+        env: Mapping[str, str],
+        log: Path,
+        ready: Callable[[], bool],
+        token: str | None = None,
     ) -> None:
         self.name, self.log = name, log
+        self.token = token or make_token()
         self._ready = ready
         self._started = time.monotonic()
         self._closed = False
@@ -65,7 +74,7 @@ class Server:
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=dict(env),
+                env={**env, TOKEN: self.token},
                 start_new_session=True,  # torchrun signals a rank's whole process group
             )
 

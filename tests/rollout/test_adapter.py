@@ -141,7 +141,7 @@ def test_the_kind_is_the_name_of_a_module() -> None:
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("vlm", "engine.kind: 'vlm' is not known; known are vllm, or some.module:NAME for another"),
+        ("vlm", "engine.kind: 'vlm' is not known; known are sglang, vllm, or some.module:NAME for another"),
         (
             "no.such.module:Adapter",
             "'no.such.module:Adapter' cannot be loaded: ModuleNotFoundError: No module named 'no'",
