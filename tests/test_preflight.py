@@ -132,7 +132,7 @@ def test_engines_that_others_can_reach_are_warned_of(tmp_path: Path, host: str, 
     config = changed(tmp_path, engine={"host": host})
     for warnings in (preflight(config, 1).warnings, preflight_eval(config).warnings):
         assert len(warnings) == exposed
-        assert all(f"engine.host={host}: engines ask nobody for a password" in warning for warning in warnings)
+        assert all(f"engine.host={host}: engines answer only those who have" in warning for warning in warnings)
 
 
 def test_a_precision_aware_step_wants_transformer_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from aiohttp import web
 
 from dapo_megatron.errors import EngineError
 from dapo_megatron.rollout.client import Client
-from dapo_megatron.rollout.server import Server
+from dapo_megatron.rollout.server import StartedServer
 
 LIVES = "input()"
 
@@ -34,7 +34,7 @@ def ask(
         runner = web.AppRunner(app)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()
-        server = Server("engine 3", [sys.executable, "-c", process], os.environ, log, lambda: True)
+        server = StartedServer("engine 3", [sys.executable, "-c", process], os.environ, log, lambda: True)
         url = f"http://127.0.0.1:{runner.addresses[0][1]}"
         client = Client(server, url, answer_seconds=answer_seconds)
         try:

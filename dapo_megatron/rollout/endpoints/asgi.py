@@ -7,9 +7,11 @@ import json
 import os
 import secrets
 from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import asdict
 from typing import Any, ClassVar
 
-from dapo_megatron.rollout.answer import GENERATE, HEALTH, PROGRESS
+from dapo_megatron.rollout.about import About
+from dapo_megatron.rollout.answer import ABOUT, GENERATE, HEALTH, PROGRESS
 from dapo_megatron.rollout.token import TOKEN, authorization
 
 Message = MutableMapping[str, Any]
@@ -18,7 +20,7 @@ Send = Callable[[Message], Awaitable[None]]
 
 
 class Middleware:
-    """Answers two paths and passes everything else on, all of it only to those who show the token.
+    """Answers three paths and passes everything else on, all of it only to those who show the token.
 
     vLLM and SGLang have keys of their own (`--api-key`). vLLM's guards the paths of OpenAI's interface and leaves those
     that change weights open. So this one is before all others: whatever does not carry it is answered with status 401,
@@ -27,7 +29,7 @@ class Middleware:
     `POST GENERATE` takes JSON {"token_ids", "n", "temperature", "top_p", "max_tokens", "stop_token_ids", "seed"} and
     answers what `answer.encode` makes of the `n` responses. A client that goes away ends the request.
 
-    `GET PROGRESS` answers JSON, the fields of `engine.Progress`.
+    `GET PROGRESS` answers JSON, the fields of `engine.Progress`; `GET ABOUT` those of `about.About`.
 
     Failures are answered as text, with status 400 for what is `refused` and 500 for the rest.
     """
@@ -50,18 +52,23 @@ class Middleware:
     def progress(self, client: Any) -> dict[str, int]:
         raise NotImplementedError
 
+    def about(self, client: Any) -> About:
+        raise NotImplementedError
+
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         path = scope.get("path")
         if not self._may_pass(scope):
             await _refuse(scope, send)
             return
-        if path not in (GENERATE, PROGRESS):
+        if path not in (GENERATE, PROGRESS, ABOUT):
             await self._app(scope, receive, send)
             return
         client = self.client(scope)
         try:
             if path == PROGRESS:
                 content = json.dumps(self.progress(client)).encode()
+            elif path == ABOUT:
+                content = json.dumps(asdict(self.about(client))).encode()
             else:
                 work = asyncio.ensure_future(self.generate(client, json.loads(await _body(receive))))
                 content = await _unless_gone(work, receive)

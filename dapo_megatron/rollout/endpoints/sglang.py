@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dapo_megatron.rollout.about import About, sizes_of
 from dapo_megatron.rollout.answer import encode
 from dapo_megatron.rollout.endpoints.asgi import Message, Middleware, check_tokens, version
 from dapo_megatron.types import Completion, FinishReason, VersionSpan
@@ -73,6 +74,16 @@ class Endpoint(Middleware):
             tokens += sum(len(state.output_ids) for state in unfinished)
             finished += len(names) - len(unfinished) if unfinished else 0
         return {"tokens": tokens, "finished": finished}
+
+    def about(self, client: Any) -> About:
+        model = client.model_config
+        return About(
+            kind="sglang",
+            dtype=str(model.dtype).removeprefix("torch."),
+            workers=client.server_args.tp_size,
+            sequence_tokens=client.context_len - SPARE_TOKENS,
+            model=sizes_of(model.hf_config),
+        )
 
     async def generate(self, client: Any, request: dict[str, Any]) -> bytes:
         from sglang.srt.managers.io_struct import GenerateReqInput

@@ -22,7 +22,7 @@ from dapo_megatron.rollout.adapters.sglang import Adapter
 from dapo_megatron.rollout.answer import GENERATE, encode
 from dapo_megatron.rollout.engine import Engine, Sampling
 from dapo_megatron.rollout.place import Place
-from dapo_megatron.rollout.server import Server
+from dapo_megatron.rollout.server import StartedServer
 from dapo_megatron.types import Prompt, VersionSpan
 from tests.helpers.checkpoint import write_checkpoint
 from tests.helpers.completions import completion
@@ -164,7 +164,9 @@ def ask(tmp_path: Path, routes: Routes, work: Callable[[Engine], Awaitable[Any]]
         runner = web.AppRunner(app)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()
-        server = Server("engine 3", [sys.executable, "-c", "input()"], os.environ, tmp_path / "log", lambda: True)
+        server = StartedServer(
+            "engine 3", [sys.executable, "-c", "input()"], os.environ, tmp_path / "log", lambda: True
+        )
         engine = adapter().connect(server, replace(CPU, port=runner.addresses[0][1]))
         try:
             return await work(engine)

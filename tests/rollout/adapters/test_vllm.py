@@ -20,7 +20,7 @@ from dapo_megatron.rollout.adapters.vllm import Adapter
 from dapo_megatron.rollout.answer import GENERATE, PROGRESS, encode
 from dapo_megatron.rollout.engine import Engine, Progress, Sampling
 from dapo_megatron.rollout.place import Place
-from dapo_megatron.rollout.server import Server
+from dapo_megatron.rollout.server import StartedServer
 from dapo_megatron.types import FinishReason, Prompt, VersionSpan
 from tests.helpers.completions import completion
 
@@ -152,7 +152,9 @@ def ask(
         runner = web.AppRunner(app)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()
-        server = Server("engine 3", [sys.executable, "-c", "input()"], os.environ, tmp_path / "log", lambda: True)
+        server = StartedServer(
+            "engine 3", [sys.executable, "-c", "input()"], os.environ, tmp_path / "log", lambda: True
+        )
         place = replace(CPU, port=runner.addresses[0][1])
         engine = adapter(**sections).connect(server, place)
         try:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dapo_megatron.rollout.answer import GENERATE, HEALTH, PROGRESS
+from dapo_megatron.rollout.answer import ABOUT, GENERATE, HEALTH, PROGRESS
 from dapo_megatron.rollout.endpoints.asgi import Message, Middleware, Receive, Send
 from dapo_megatron.rollout.token import TOKEN, authorization, make_token
 
@@ -72,13 +72,23 @@ WRONG = [
 @pytest.mark.parametrize(
     ("method", "path"),
     [
-        *(("POST", GENERATE), ("GET", PROGRESS), ("POST", "/update_weights"), ("POST", "/pause"), ("GET", "/v1/models")),
+        *(
+            ("POST", GENERATE),
+            ("GET", PROGRESS),
+            ("POST", "/update_weights"),
+            ("POST", "/pause"),
+            ("GET", "/v1/models"),
+            ("GET", ABOUT),
+        ),
         *(("POST", HEALTH), ("GET", HEALTH + "/"), ("GET", "/"), ("OPTIONS", "/pause"), ("GET", "/no/such/path")),
     ],
 )
 def test_without_the_token_nothing_gets_through(method: str, path: str, shown: tuple[str, ...]) -> None:
     start, body = ask(request(method, path, *shown))
-    assert (start["status"], body["body"]) == (401, f"the token of this engine ({TOKEN}) is missing, or another".encode())
+    assert (start["status"], body["body"]) == (
+        401,
+        f"the token of this engine ({TOKEN}) is missing, or another".encode(),
+    )
 
 
 def test_with_the_token_everything_does() -> None:
