@@ -1,4 +1,4 @@
-"""The command line: `dapo-megatron train|eval|engines|check-reduction|convert|inspect|config`; `-m dapo_megatron` as well.
+"""The command line: `dapo-megatron train|eval|engines|check-reduction|convert|inspect|config` (`-m dapo_megatron`).
 
 Exit codes: those of `EXIT_CODES`, and 141 where the reader of the output went away.
 """

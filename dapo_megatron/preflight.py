@@ -32,6 +32,7 @@ from dapo_megatron.reward.format import TAGS
 from dapo_megatron.reward.math import PACKAGES
 from dapo_megatron.rollout.adapter import adapter_for
 from dapo_megatron.rollout.place import check_gpus
+from dapo_megatron.rollout.plan import plan
 from dapo_megatron.rollout.ports import check_ports
 from dapo_megatron.rollout.token import need_token
 from dapo_megatron.types import Prompt
@@ -63,6 +64,8 @@ class Checked:
     """What works, but should be known to the person who runs it."""
     steps_done: int = 0
     """By the checkpoint that the run is to go on from, if that is whole."""
+    plan: tuple[str, ...] = ()
+    """Lines that say where engines are, and from where they get weights."""
 
 
 def preflight(config: Config, world_size: int, local_ranks: int | None = None) -> Checked:
@@ -82,10 +85,12 @@ def preflight(config: Config, world_size: int, local_ranks: int | None = None) -
     check_trains(hf_config, config.parallel)
     _check_recompute(config, hf_config.num_hidden_layers)
     _check_disk(config)
-    check_gpus(config.engine, world_size if local_ranks is None else local_ranks)
+    ranks_here = world_size if local_ranks is None else local_ranks
+    check_gpus(config.engine, ranks_here)
+    who_is_where = plan(config, ranks_here)
     check_sinks(config.run)
     checked = _read(config, hf_config, config.data.train)
-    return replace(checked, steps_done=_check_goes_on(config, checked.train))
+    return replace(checked, steps_done=_check_goes_on(config, checked.train), plan=who_is_where)
 
 
 def _check_goes_on(config: Config, train: Sequence[Prompt]) -> int:
