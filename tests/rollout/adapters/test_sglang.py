@@ -256,6 +256,13 @@ def test_what_sglang_did_not_do_is_an_error(tmp_path: Path, answers: dict[str, A
         ask(tmp_path, Books(**answers).routes, push)
 
 
+@pytest.mark.parametrize("success", [True, False])
+def test_a_push_that_another_run_left_open_is_ended(tmp_path: Path, success: bool) -> None:
+    books = Books(end_weight_update={"success": success, "message": "not open"})
+    ask(tmp_path, books.routes, lambda engine: engine.reset())
+    assert [name for name, _ in books.asked] == ["end_weight_update", "continue_generation"]
+
+
 def test_responses_are_read_as_the_endpoint_writes_them(tmp_path: Path) -> None:
     written = completion([9, 2], [-0.5, -0.25], versions=[VersionSpan(3, 0, 2)])
 
