@@ -59,6 +59,7 @@ def status(url: str, token: str | None = None) -> int:
         return error.code
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_engines_are_there_until_they_are_ended(
     config: Path, start: Callable[..., Started], number: signal.Signals, code: int
@@ -79,6 +80,7 @@ def test_engines_are_there_until_they_are_ended(
     assert not psutil.wait_procs(family, timeout=10)[1]
 
 
+@pytest.mark.slow
 def test_when_one_dies_all_end_with_its_reason(start: Callable[..., Started]) -> None:
     process, _, family = start()
     servers = [member for member in family if "http.server" in " ".join(member.cmdline())]
@@ -89,6 +91,7 @@ def test_when_one_dies_all_end_with_its_reason(start: Callable[..., Started]) ->
     assert not psutil.wait_procs(family, timeout=10)[1]
 
 
+@pytest.mark.slow
 def test_the_config_of_the_run_will_do_and_a_given_token_is_not_written_down(
     config: Path, start: Callable[..., Started], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import psutil
 import pytest
 import torch
@@ -22,13 +21,14 @@ from transformers import AutoModelForCausalLM
 from dapo_megatron.config_file import parse
 from dapo_megatron.errors import ConfigError, EngineError
 from dapo_megatron.rollout.adapters.vllm import Adapter, VllmEngine
-from dapo_megatron.rollout.answer import GENERATE, HEALTH, PROGRESS
+from dapo_megatron.rollout.answer import GENERATE
 from dapo_megatron.rollout.client import Client
 from dapo_megatron.rollout.engine import Engine, Progress, Sampling
 from dapo_megatron.rollout.engines import Engines
 from dapo_megatron.rollout.place import Place
 from dapo_megatron.rollout.ports import reserve_port
 from dapo_megatron.types import Completion, FinishReason, Prompt, VersionSpan
+from tests.helpers.tokens import assert_closed
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -215,25 +215,11 @@ CONTROL = {
 
 def test_without_the_token_no_path_is_open_and_it_is_nowhere_to_be_seen(engines: Engines) -> None:
     (engine,) = engines
-    client = control(engine)
-    token = client.server.token
-    paths: dict[str, Any] = engines.run(client.call("GET", "/openapi.json"))["paths"]
-    assert paths.keys() >= CONTROL
-    asked = [(method, path) for path, methods in paths.items() for method in methods if path != HEALTH]
-    asked += [("post", GENERATE), ("get", PROGRESS), ("get", "/metrics"), ("get", "/docs")]
-
-    async def statuses(*headers: tuple[str, str]) -> set[int]:
-        async with aiohttp.ClientSession(client.url, headers=headers) as session:
-            return {(await session.request(method, path, json={})).status for method, path in asked}
-
-    for shown in ([], [("Authorization", "Bearer wrong")], [("Authorization", token)]):
-        assert engines.run(statuses(*shown)) == {401}
+    assert_closed(engines, control(engine), CONTROL)
     assert len(engines.run(engines.generate(PROMPTS[0], sampling(max_tokens=1), 1))) == 1
-
-    (guard,) = [p for p in psutil.Process().children() if "dapo_megatron.rollout.guard" in p.cmdline()]
-    words = [word for process in [guard, *guard.children(recursive=True)] for word in process.cmdline()]
-    log = client.server.describe()
-    assert words and not [text for text in (*words, log) if token in text]
+    about = engines.run(engine.about())
+    assert (about.kind, about.dtype, about.workers, about.sequence_tokens) == ("vllm", "float32", 1, 192)
+    assert (about.model["model_type"], about.model["vocab_size"]) == ("qwen2", 264)
 
 
 def test_progress_is_that_of_what_is_being_written_and_ends_with_whoever_asked(engines: Engines) -> None:
