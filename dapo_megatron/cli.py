@@ -1,4 +1,4 @@
-"""The command line: `dapo-megatron train|eval|check-reduction|convert|inspect|config`, or `python -m dapo_megatron`.
+"""The command line: `dapo-megatron train|eval|engines|check-reduction|convert|inspect|config` (`-m dapo_megatron`).
 
 Exit codes: those of `EXIT_CODES`, and 141 where the reader of the output went away.
 """
@@ -43,6 +43,7 @@ examples:
   dapo-megatron train configs/quickstart_cpu.yaml train.steps=50 run.name=longer optimizer.lr=1e-5
   dapo-megatron train --resume configs/quickstart_cpu.yaml    go on from the last checkpoint, or begin
   dapo-megatron eval configs/quickstart_cpu.yaml eval.samples=4 model.path=runs/quickstart/hf
+  dapo-megatron engines configs/quickstart_cpu.yaml engine.host=10.0.0.2    engines here, for a run elsewhere
   dapo-megatron check-reduction configs/quickstart_cpu.yaml    every layout gives the gradient of a single process
   dapo-megatron check-reduction configs/quickstart_cpu.yaml algo.loss_scope=prompt --layouts yours,tp2xcp2+sp
   dapo-megatron convert Qwen2.5-7B Qwen2.5-7B-megatron --tp 2    Hugging Face to Megatron, or back
@@ -138,6 +139,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_config(evaluate)
     evaluate.set_defaults(run=_evaluate)
+
+    engines = commands.add_parser(
+        "engines",
+        help="start engines for a run on another machine",
+        description="Start engine.count engines on this machine, at engine.host, and keep them: Ctrl-C or SIGTERM ends "
+        "them, and when one fails, all end with its reason. Their URLs go to standard output once they answer; the run "
+        "gets them as engine.urls, with engine.placement=external. docs/engines.md has tokens, ports and more.",
+        allow_abbrev=False,
+    )
+    _add_config(engines)
+    engines.set_defaults(run=_engines)
 
     check = commands.add_parser(
         "check-reduction",
@@ -302,6 +314,14 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         if name != "examples":
             print(f"{name:>16}  {value}", file=sys.stderr)
     tell(json.dumps(row, indent=1, allow_nan=False))
+    return 0
+
+
+def _engines(arguments: argparse.Namespace) -> int:
+    from dapo_megatron.serve import serve
+
+    here = ["engine.placement=split", "engine.urls=[]"]  # the others are for the run
+    serve(config_file.load(arguments.config, [*arguments.overrides, *here]), tell, _say)
     return 0
 
 

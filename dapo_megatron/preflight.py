@@ -32,7 +32,9 @@ from dapo_megatron.reward.format import TAGS
 from dapo_megatron.reward.math import PACKAGES
 from dapo_megatron.rollout.adapter import adapter_for
 from dapo_megatron.rollout.place import check_gpus
+from dapo_megatron.rollout.plan import plan
 from dapo_megatron.rollout.ports import check_ports
+from dapo_megatron.rollout.token import need_token
 from dapo_megatron.types import Prompt
 from dapo_megatron.units import size
 
@@ -62,6 +64,8 @@ class Checked:
     """What works, but should be known to the person who runs it."""
     steps_done: int = 0
     """By the checkpoint that the run is to go on from, if that is whole."""
+    plan: tuple[str, ...] = ()
+    """Lines that say where engines are, and from where they get weights."""
 
 
 def preflight(config: Config, world_size: int, local_ranks: int | None = None) -> Checked:
@@ -81,10 +85,12 @@ def preflight(config: Config, world_size: int, local_ranks: int | None = None) -
     check_trains(hf_config, config.parallel)
     _check_recompute(config, hf_config.num_hidden_layers)
     _check_disk(config)
-    check_gpus(config.engine, world_size if local_ranks is None else local_ranks)
+    ranks_here = world_size if local_ranks is None else local_ranks
+    check_gpus(config.engine, ranks_here)
+    who_is_where = plan(config, ranks_here)
     check_sinks(config.run)
     checked = _read(config, hf_config, config.data.train)
-    return replace(checked, steps_done=_check_goes_on(config, checked.train))
+    return replace(checked, steps_done=_check_goes_on(config, checked.train), plan=who_is_where)
 
 
 def _check_goes_on(config: Config, train: Sequence[Prompt]) -> int:
@@ -116,18 +122,46 @@ def preflight_eval(config: Config) -> Checked:
     """
     if config.eval.data is None:
         raise ConfigError("eval.data is null: there is nothing to evaluate on; set eval.data=FILE")
+    if config.engine.urls:
+        raise ConfigError(
+            "engine.urls: an evaluation sends no weights, and engines that run already may have others than "
+            "model.path; let it start its own: engine.placement=split engine.urls=[]"
+        )
     hf_config = _check_sampling(config)
     check_gpus(config.engine, ranks=0)
     return _read(config, hf_config, train=None)
 
 
+def preflight_engines(config: Config) -> None:
+    """Check what it takes to start engines on this machine, and nothing else.
+
+    Raises:
+        ConfigError: as `preflight`.
+    """
+    if any(ip_address(address).is_unspecified for address in _addresses(config.engine.host)):
+        raise ConfigError(
+            f"engine.host={config.engine.host} is every address of this machine, and none to find it at; give the one "
+            f"at which the trainer's machine reaches it (`ip -brief address` lists them)"
+        )
+    _check_engines(config)
+    check_gpus(config.engine, ranks=0)
+
+
 def _check_sampling(config: Config) -> Any:
     """Whether engines can serve the model and responses can be graded; returns the model's configuration."""
-    adapter = adapter_for(config)
-    _check_engine_packages(adapter.packages, config.engine.python)
     _check_packages(_grading_packages(config.reward))
     _check_eval(config.eval)
-    check_ports(config.engine)
+    return _check_engines(config)
+
+
+def _check_engines(config: Config) -> Any:
+    """Whether engines can serve the model; returns the model's configuration."""
+    adapter = adapter_for(config)
+    if config.engine.urls:
+        need_token(config)
+    else:
+        _check_engine_packages(adapter.packages, config.engine.python)
+        check_ports(config.engine)
     hf_config = read_hf_config(config.model.path, trust_remote_code=config.model.trust_remote_code)
     adapter.check(hf_config)
     _check_context(hf_config, config)
@@ -255,13 +289,16 @@ def _check_eval(config: EvalConfig) -> None:
 
 def _exposure(engine: EngineConfig) -> Iterable[str]:
     """A warning, where others than this machine can talk to the engines."""
-    addresses = {info[4][0] for info in socket.getaddrinfo(engine.host, None)}
-    if not all(ip_address(address).is_loopback for address in addresses):
+    if not engine.urls and not all(ip_address(address).is_loopback for address in _addresses(engine.host)):
         yield (
-            f"engine.host={engine.host}: engines ask nobody for a password. Whoever reaches this address can read the "
-            f"prompts, sample from the model and replace its weights; set engine.host=127.0.0.1, or have a firewall "
-            f"keep others out"
+            f"engine.host={engine.host}: engines answer only those who have their token, but nothing is encrypted. "
+            f"Whoever can read this network's traffic has the prompts, the responses and the token, with which weights "
+            f"can be replaced; set engine.host=127.0.0.1, or use a network of your own"
         )
+
+
+def _addresses(host: str) -> set[str]:
+    return {str(info[4][0]) for info in socket.getaddrinfo(host, None)}
 
 
 def _check_disk(config: Config) -> None:

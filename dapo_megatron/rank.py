@@ -127,6 +127,8 @@ class _Rank:
                 sys.exit(0)
             checked = preflight(config, self._world_size, int(os.environ.get("LOCAL_WORLD_SIZE", self._world_size)))
             obs = self._obs = self._opened.enter_context(closing(RunObserver(config, decoder(checked.tokenizer))))
+            for line in checked.plan:
+                obs.message(line)
             cut_short = saving_is_cut_short(os.environ, parent_command(), config.checkpoint.signal_seconds)
             for warning in (*checked.warnings, *([cut_short] if cut_short else [])):
                 obs.message(f"warning: {warning}")

@@ -24,6 +24,8 @@ from dapo_megatron.preflight import Checked
 from dapo_megatron.processes import leave
 from dapo_megatron.rollout.collect import collect
 from dapo_megatron.rollout.engine import request_seed
+from dapo_megatron.rollout.place import leader_address
+from dapo_megatron.routes import LOOPBACK
 from dapo_megatron.skipped import SkippedUpdates
 from dapo_megatron.state import Kept, RunState
 from dapo_megatron.stop import Stop, StopRequested
@@ -154,7 +156,8 @@ def start(
             if leader:
                 leader.engines.wait_ready()
             engines = leader.engines if leader else None
-            publisher = open_publisher(config.weights, hf.inventory, engines, peers.after_leader)
+            address = leader_address(config.engine) if leader else LOOPBACK
+            publisher = open_publisher(config.weights, hf.inventory, engines, peers.after_leader, address)
             opened.enter_context(closing(publisher))
             if config.weights.verify == "full":
                 prompts = checked.train if checked else ()

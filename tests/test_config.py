@@ -46,6 +46,22 @@ def load(folder: Path, text: str = MINIMAL, *overrides: str) -> Config:
         (["rollout.temperature=0.001"], "rollout.temperature: 0.001 is between 0 and 0.01"),
         (["eval.temperature=1e-6"], "eval.temperature: 1e-06 is between 0 and 0.01"),
         (["engine.request_seconds=5"], "unknown key engine.request_seconds; engine knows batch_invariant, count, "),
+        (["engine.placement=external"], "placement=external is for engines that run already; give their urls"),
+        (["engine.urls=[http://a:1]"], "urls say where engines run already, but placement is split"),
+        (["engine.placement=external", "engine.urls=[http://a:1]", "engine.count=2"], "count(2), but 1 urls"),
+        (["engine.placement=external", "engine.urls=[http://a:1,http://a:1/]"], "http://a:1 more than once"),
+        *(
+            (["engine.placement=external", f"engine.urls=['{url}']"], f"'{url}' is not of the form http://HOST:PORT")
+            for url in (
+                "a:1",
+                "https://a:1",
+                "http://a",
+                "http://a:99999",
+                "http://a:1/v1",
+                "http://me@a:1",
+                "http://:1",
+            )
+        ),
         (["optimizer.lr=.nan"], "optimizer.lr = nan: input should be a finite number"),
         (["reward.rule=exact"], "reward.rule = 'exact': input should be 'dapo', 'lenient' or 'math_verify'"),
         (["run.name=../elsewhere"], "run.name = '../elsewhere': string should match pattern"),
@@ -268,3 +284,8 @@ def test_the_budget_of_a_micro_batch_counts_the_padding_of_the_layout(tmp_path: 
     load(tmp_path, MINIMAL, *sizes, *layout, "train.micro_batch_tokens=1008")
     with pytest.raises(ConfigError, match=r"holds 992 slots in multiples of 16; .* = 1000 tokens, fills 1000"):
         load(tmp_path, MINIMAL, *sizes, *layout, "train.micro_batch_tokens=1000")
+
+
+def test_there_are_as_many_engines_as_urls(tmp_path: Path) -> None:
+    there = load(tmp_path, MINIMAL, "engine.placement=external", "engine.urls=[http://a:1/,http://[::1]:2]").engine
+    assert (there.urls, there.count) == (["http://a:1", "http://[::1]:2"], 2)

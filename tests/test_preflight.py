@@ -18,6 +18,7 @@ from dapo_megatron.data.stream import PromptStream
 from dapo_megatron.errors import ConfigError
 from dapo_megatron.obs.run_folder import open_run_folder
 from dapo_megatron.preflight import Checked, preflight, preflight_eval
+from dapo_megatron.rollout.token import TOKEN, make_token
 from tests.helpers.checkpoint import values, write_checkpoint, write_prompts
 
 
@@ -50,6 +51,20 @@ def test_an_evaluation_needs_nothing_that_only_training_does(tmp_path: Path, mon
     config.run.folder.mkdir(parents=True)
     checked = preflight_eval(config)
     assert (list(checked.train), [prompt.text for prompt in checked.held_out]) == ([], ["1+1="])
+
+
+def test_engines_that_run_already_need_a_token_and_nothing_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dapo_megatron.preflight.find_spec", without("vllm"))
+    engine = {"placement": "external", "urls": ["http://127.0.0.1:81"], "host": "203.0.113.1"}
+    config = changed(tmp_path, engine=engine)
+    monkeypatch.delenv(TOKEN, raising=False)
+    assert "their token is not here" in refused(config)
+    monkeypatch.setenv(TOKEN, make_token())
+    checked = preflight(config, 1)
+    assert checked.plan[-1] == "  engine 0: http://127.0.0.1:81" and not checked.warnings
+    assert "an evaluation sends no weights" in refused(config, check=preflight_eval)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +147,7 @@ def test_engines_that_others_can_reach_are_warned_of(tmp_path: Path, host: str, 
     config = changed(tmp_path, engine={"host": host})
     for warnings in (preflight(config, 1).warnings, preflight_eval(config).warnings):
         assert len(warnings) == exposed
-        assert all(f"engine.host={host}: engines ask nobody for a password" in warning for warning in warnings)
+        assert all(f"engine.host={host}: engines answer only those who have" in warning for warning in warnings)
 
 
 def test_a_precision_aware_step_wants_transformer_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,14 +7,14 @@ NCCL needs no help: by itself it takes InfiniBand's interfaces, or else any but 
 
 from __future__ import annotations
 
-import ipaddress
 import socket
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import psutil
 
 from dapo_megatron.errors import ConfigError
+from dapo_megatron.routes import Route, bare, find_route
 
 _ADVICE = "set GLOO_SOCKET_IFNAME to the interface by which this machine reaches the others"
 
@@ -27,20 +27,6 @@ class Store(Protocol):
     def set(self, key: str, value: str, /) -> Any: ...
 
     def get(self, key: str, /) -> bytes: ...
-
-
-class Route(NamedTuple):
-    """The ends of a way through the network, as addresses without a scope."""
-
-    local: str
-    remote: str
-    scope: int
-    """Number of the interface that `local` belongs to where the address alone does not say; 0 elsewhere."""
-
-    @property
-    def stays(self) -> bool:
-        """Whether no other machine can come this way."""
-        return ipaddress.ip_address(self.local).is_loopback
 
 
 def find_interface(host: str, rank: int, world_size: int, store: Store) -> str:
@@ -78,19 +64,10 @@ def route(host: str) -> Route:
     Raises:
         ConfigError: where there is none.
     """
-    reason: OSError | None = None
     try:
-        for family, kind, protocol, _, address in socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM):
-            try:
-                with socket.socket(family, kind, protocol) as probe:
-                    probe.connect(address)
-                    local, remote = probe.getsockname(), probe.getpeername()
-                    return Route(_bare(local[0]), _bare(remote[0]), local[3] if family == socket.AF_INET6 else 0)
-            except OSError as error:
-                reason = error
-    except OSError as error:
-        reason = error
-    raise ConfigError(f"no way from {socket.gethostname()} to MASTER_ADDR={host}: {reason}; {_ADVICE}")
+        return find_route(host)
+    except OSError as reason:
+        raise ConfigError(f"no way from {socket.gethostname()} to MASTER_ADDR={host}: {reason}; {_ADVICE}") from None
 
 
 def interface_of(way: Route, addresses: Mapping[str, list[Any]] | None = None) -> str:
@@ -106,7 +83,7 @@ def interface_of(way: Route, addresses: Mapping[str, list[Any]] | None = None) -
         return socket.if_indextoname(way.scope)
     addresses = psutil.net_if_addrs() if addresses is None else addresses
     families = (socket.AF_INET, socket.AF_INET6)
-    here = {name: [_bare(entry.address) for entry in of if entry.family in families] for name, of in addresses.items()}
+    here = {name: [bare(entry.address) for entry in of if entry.family in families] for name, of in addresses.items()}
     found = next((name for name, own in here.items() if way.local in own), None)
     if found is None and way.stays:  # all of 127.0.0.0/8 is loopback's, whose own address is the first of it
         found = next((name for name, own in here.items() if "127.0.0.1" in own), None)
@@ -122,8 +99,3 @@ def interface_of(way: Route, addresses: Mapping[str, list[Any]] | None = None) -
             f"{_ADVICE}"
         )
     return found
-
-
-def _bare(address: str) -> str:
-    """Spell an address in the one way, without the interface that may follow it."""
-    return str(ipaddress.ip_address(address.partition("%")[0]))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from dapo_megatron.config.section import (
     FilePath,
@@ -88,6 +89,20 @@ class RolloutConfig(Section):
         return self.generation_batch or self.prompts
 
 
+def _host_and_port(url: str) -> str:
+    parts = urlsplit(url)
+    try:
+        whole = parts.scheme == "http" and parts.hostname and parts.port
+    except ValueError:
+        whole = False
+    if not whole or url.rstrip("/") != f"http://{parts.netloc}" or "@" in parts.netloc:
+        raise ValueError(f"{url!r} is not of the form http://HOST:PORT")
+    return url.rstrip("/")
+
+
+EngineUrl = Annotated[str, AfterValidator(_host_and_port)]
+
+
 class EngineConfig(Section):
     kind: str = "vllm"
     """What serves the policy for sampling: vllm, sglang, or some.module:name for an adapter of your own."""
@@ -95,14 +110,23 @@ class EngineConfig(Section):
     """Interpreter that runs the engine, for one in a virtual environment of its own; null is the trainer's, and with
     sglang on CPU the one that `make sglang-cpu` makes."""
     count: PositiveInt = 1
-    """Engines, each with its own copy of the model; a request goes to the one with the least to do."""
+    """Engines, each with its own copy of the model; a request goes to the one with the least to do. As many as `urls`,
+    where these are given."""
     tensor_parallel: PositiveInt = 1
     """GPUs of each engine."""
-    placement: Literal["split", "colocated"] = "split"
+    placement: Literal["split", "colocated", "external"] = "split"
     """Engines run on the machine of rank 0: on the GPUs after those of its ranks (split), or on the ranks' own, from
-    the first on, with their share of memory taken before the actor's (colocated). On CPU, all share the machine."""
+    the first on, with their share of memory taken before the actor's (colocated). On CPU, all share the machine. Or
+    they run already, anywhere (external): `dapo-megatron engines` starts them, and `urls` says where they are."""
+    urls: list[EngineUrl] = []
+    """Where engines answer that run already (placement: external), each as http://HOST:PORT."""
+    token_file: FilePath | None = None
+    """File with the token of engines that run already; null is run.dir/NAME-engines/token, where `dapo-megatron
+    engines` leaves it. DAPO_MEGATRON_ENGINE_TOKEN in the environment comes before the file. Engines that a run starts
+    have tokens that nobody else knows."""
     host: str = "127.0.0.1"
-    """Address that engines listen on. Anything but loopback lets others read prompts and change the weights."""
+    """Address that engines listen on. At anything but loopback, prompts, responses and the token go over a network
+    unencrypted."""
     port: Annotated[int, Field(ge=1, le=65_535)] | None = None
     """Port of the first engine, the next ones follow; null takes free ports."""
     max_sequences: PositiveInt = 512
@@ -128,6 +152,30 @@ class EngineConfig(Section):
     """More arguments for the engine's own command line."""
     seed: int | None = None
     """Seed of the sampling, from which that of every request is made; null takes train.seed."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_many_as_urls(cls, given: Any) -> Any:
+        urls = given.get("urls") if isinstance(given, dict) else None
+        return {"count": len(urls), **given} if isinstance(urls, list) and urls else given
+
+    @model_validator(mode="after")
+    def _urls_are_those_of_external_engines(self) -> EngineConfig:
+        if self.urls and self.placement != "external":
+            raise ValueError(
+                f"urls say where engines run already, but placement is {self.placement}; set placement=external, or "
+                f"leave urls out"
+            )
+        if self.placement == "external" and not self.urls:
+            raise ValueError(
+                "placement=external is for engines that run already; give their urls=[http://HOST:PORT, ...], which "
+                "`dapo-megatron engines` prints"
+            )
+        if self.urls and self.count != len(self.urls):
+            raise ValueError(f"count({self.count}), but {len(self.urls)} urls; leave count out")
+        if twice := sorted({url for url in self.urls if self.urls.count(url) > 1}):
+            raise ValueError(f"urls: {', '.join(twice)} more than once: an engine counts once")
+        return self
 
 
 class WeightsConfig(Section):

@@ -12,6 +12,8 @@ from dapo_megatron.types import Completion, FinishReason, VersionSpan
 
 GENERATE = "/dapo_megatron/generate"
 PROGRESS = "/dapo_megatron/progress"
+ABOUT = "/dapo_megatron/about"
+HEALTH = "/health"
 """Paths of our endpoints."""
 
 _FINISH = list(FinishReason)

@@ -12,6 +12,7 @@ import aiohttp
 
 from dapo_megatron.errors import EngineError, RefusedError
 from dapo_megatron.rollout.server import Server
+from dapo_megatron.rollout.token import authorization
 
 _DEATH_SECONDS = 1.0
 """How long to wait, after a connection broke, for the process to turn out dead."""
@@ -22,7 +23,8 @@ _ANSWER_CHARACTERS = 500
 
 
 class Client:
-    """Requests to one engine, all at once where they come at once. Proxies of the environment are not asked.
+    """Requests to one engine, all at once where they come at once. Proxies of the environment are not asked. Each shows
+    the server's token.
 
     Args:
         server: the engine's processes.
@@ -43,7 +45,7 @@ class Client:
         limited_by: str = "engine.stall_seconds",
     ) -> None:
         self.name = server.name
-        self._server, self._url = server, url
+        self.server, self.url = server, url
         self._answer_seconds, self._limited_by = answer_seconds, limited_by
         self._session: aiohttp.ClientSession | None = None
 
@@ -60,7 +62,8 @@ class Client:
         what = what or path
         if self._session is None:
             self._session = aiohttp.ClientSession(
-                self._url,
+                self.url,
+                headers={"Authorization": authorization(self.server.token)},
                 # One connection per request: a kept one may be closed by the server just as we use it again.
                 connector=aiohttp.TCPConnector(limit=0, force_close=True),
                 timeout=aiohttp.ClientTimeout(total=self._answer_seconds),
@@ -117,6 +120,6 @@ class Client:
         """`failure`, with the state of the process; when it is `dying`, that may take a moment to show."""
         clock = asyncio.get_running_loop().time
         deadline = clock() + _DEATH_SECONDS
-        while dying and self._server.alive and clock() < deadline:
+        while dying and self.server.alive and clock() < deadline:
             await asyncio.sleep(0.05)
-        return f"{self.name}, {failure}\n{self._server.describe()}"
+        return f"{self.name}, {failure}\n{self.server.describe()}"

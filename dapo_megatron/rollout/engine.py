@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from dapo_megatron.config import RolloutConfig
+from dapo_megatron.rollout.about import About
 from dapo_megatron.types import Completion, Prompt
 
 
@@ -71,7 +72,7 @@ class Responder(Protocol):
 
     @property
     def version(self) -> int:
-        """The weights in use, as `Engine.finish_transfer` was told; 0 before the first transfer."""
+        """The weights in use, as `Engine.finish_transfer` was told; before the first transfer, as `Server.version`."""
         ...
 
     async def generate(self, prompt: Prompt, sampling: Sampling, n: int) -> list[Completion]:
@@ -92,6 +93,14 @@ class Engine(Responder, Protocol):
 
     async def progress(self) -> Progress:
         """Look at how far it is. Answers at once whatever else goes on, and costs the engine next to nothing."""
+        ...
+
+    async def about(self) -> About:
+        """What it serves. Asked of engines that were not started for this run."""
+        ...
+
+    async def reset(self) -> None:
+        """Be as an engine that has just started, but for the weights, whatever another run left it in the middle of."""
         ...
 
     async def join_group(self, info: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ from dapo_megatron.rollout.books import Books
 from dapo_megatron.rollout.engine import Engine, Sampling
 from dapo_megatron.rollout.life import Life
 from dapo_megatron.rollout.ports import reserve_port
+from dapo_megatron.rollout.token import need_token
 from dapo_megatron.rollout.watch import watch
 from dapo_megatron.types import Completion, Prompt
 
@@ -37,7 +38,8 @@ log = logging.getLogger(__name__)
 
 
 class Engines:
-    """Starts every engine and returns while they start; `wait_ready` before anything else.
+    """Starts every engine and returns while they start; `wait_ready` before anything else. Those that run already
+    (engine.urls) are not started: they are waited for, at the beginning and wherever others would be started again.
 
     Engines are spoken to in coroutines on one event loop. `sample` and `run` are the ways in from plain code, and watch
     over the engines meanwhile. `sample` starts engines that fail again; `run` fails with them. Iterates over the
@@ -48,20 +50,30 @@ class Engines:
         folder: where the engines write engine0.log, engine1.log, ...
         ranks: ranks on this machine, whose GPUs are not for engines; None asks torchrun's environment.
         at_once: False leaves starting them to `wait_ready`, which may never come.
+        token: for all engines; None makes one for each that is started, and has `token.given_token` say that of others.
 
     Attributes:
         refill: pushes the weights to all engines that are there. Called from within `sample` while none has the
             weights that it is to sample with; where there is nobody to push them, None.
 
     Raises:
-        ConfigError: for a port in use, or GPUs that are not there.
+        ConfigError: for a port in use, GPUs that are not there, or no token of engines that run already.
     """
 
-    def __init__(self, config: Config, folder: Path, *, ranks: int | None = None, at_once: bool = True) -> None:
+    def __init__(
+        self,
+        config: Config,
+        folder: Path,
+        *,
+        ranks: int | None = None,
+        at_once: bool = True,
+        token: str | None = None,
+    ) -> None:
         engine = config.engine
         _allow_connections()
         self.refill: Callable[[], None] | None = None
         self._config, self._folder, self._ranks = config, folder, ranks
+        self._token = token or (need_token(config) if engine.urls else None)
         self._adapter = adapter_for(config)
         self._runner = asyncio.Runner()
         self._lives: list[Life] = []
@@ -74,25 +86,33 @@ class Engines:
             self._start()
 
     def _start(self) -> None:
-        ports: list[socket.socket] = []
+        ports: list[socket.socket | None] = []
         try:
             ports += (self._reserve(index) for index in range(self._config.engine.count))
             self._lives += (self._begin(index, port) for index, port in enumerate(ports))
         except BaseException:
-            for port in ports:
+            for port in filter(None, ports):
                 port.close()
             self._end()
             raise
 
-    def _reserve(self, index: int) -> socket.socket:
+    def _reserve(self, index: int) -> socket.socket | None:
         engine = self._config.engine
+        if engine.urls:
+            return None
         return reserve_port(engine.host, engine.port + index if engine.port else 0)
 
-    def _begin(self, index: int, port: socket.socket) -> Life:
-        return Life(self._config, self._adapter, index, port, self._folder / f"engine{index}.log", self._ranks)
+    def _begin(self, index: int, port: socket.socket | None) -> Life:
+        log = self._folder / f"engine{index}.log"
+        return Life(self._config, self._adapter, index, port, log, self._ranks, self._token)
 
     def __iter__(self) -> Iterator[Engine]:
         return (life.engine for life in self._lives if life.ready and not life.failure and life.server.alive)
+
+    @property
+    def urls(self) -> list[str]:
+        """Where the engines answer, in the order of their numbers."""
+        return [life.url for life in self._lives]
 
     @property
     def version(self) -> int:
@@ -263,7 +283,10 @@ class Engines:
 
     def _start_again(self, index: int) -> None:
         life = self._lives[index]
-        log.warning("%s\n%s is started again", life.failure, life.server.name)
+        what = (
+            "is not this run's to start: waiting until it answers" if self._config.engine.urls else "is started again"
+        )
+        log.warning("%s\n%s %s", life.failure, life.server.name, what)
         self._failures[index] += 1
         self._books.restarted()
         self._lives[index] = self._begin(index, self._reserve(index))
@@ -277,7 +300,8 @@ class Engines:
 
     def _given_up(self, life: Life) -> EngineError:
         most = self._config.engine.max_restarts
-        how = f"it was started again {most} times since the last push" if most else "engine.max_restarts is 0"
+        again = "waited for" if self._config.engine.urls else "started again"
+        how = f"it was {again} {most} times since the last push" if most else "engine.max_restarts is 0"
         error = EngineError(f"{life.failure}\n{life.server.name} is given up: {how}")
         error.__cause__ = life.failure
         return error

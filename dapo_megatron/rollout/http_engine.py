@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 
 from dapo_megatron.errors import EngineError
-from dapo_megatron.rollout.answer import GENERATE, PROGRESS, decode
+from dapo_megatron.rollout.about import About
+from dapo_megatron.rollout.answer import ABOUT, GENERATE, PROGRESS, decode
 from dapo_megatron.rollout.client import Client
 from dapo_megatron.rollout.engine import Progress, Sampling
 from dapo_megatron.types import Completion, Prompt, VersionSpan
@@ -24,7 +25,7 @@ class HttpEngine:
     def __init__(self, *, generation: Client, transfer: Client, control: Client, workers: int) -> None:
         self.name = control.name
         self.workers = workers
-        self.version = 0
+        self.version = control.server.version
         self._generation, self._transfer, self.control = generation, transfer, control
 
     async def generate(self, prompt: Prompt, sampling: Sampling, n: int) -> list[Completion]:
@@ -43,6 +44,11 @@ class HttpEngine:
         answer = await self.control.call("GET", PROGRESS)
         with self.control.reading(answer, PROGRESS):
             return Progress(**answer)
+
+    async def about(self) -> About:
+        answer = await self.control.call("GET", ABOUT)
+        with self.control.reading(answer, ABOUT):
+            return About(**answer)
 
     async def close(self) -> None:
         for client in (self._generation, self._transfer, self.control):

@@ -10,11 +10,12 @@ from typing import Any, TypeVar
 
 from dapo_megatron.config import Config
 from dapo_megatron.errors import EngineError
+from dapo_megatron.rollout.about import About, check, needed
 from dapo_megatron.rollout.adapter import EngineAdapter
 from dapo_megatron.rollout.engine import Sampling
 from dapo_megatron.rollout.environment import environment
-from dapo_megatron.rollout.place import place
-from dapo_megatron.rollout.server import POLL_SECONDS, Server, answers
+from dapo_megatron.rollout.place import elsewhere, place
+from dapo_megatron.rollout.server import POLL_SECONDS, Server, ServerElsewhere, StartedServer, answers
 from dapo_megatron.types import Prompt
 
 T = TypeVar("T")
@@ -26,27 +27,46 @@ class Life:
     """An engine from its start to its failure.
 
     Args:
-        port: where it is to listen, as `reserve_port` keeps it.
+        port: where it is to listen, as `reserve_port` keeps it; None where it runs already (engine.urls).
         log: file to which its output is added.
         ranks: as `place` has it.
+        token: what it is to be asked with; None makes one for an engine that is started.
 
     Attributes:
+        url: where it answers.
         ready: whether it has written a token.
         failure: why it is of no use any more; None as long as it is.
     """
 
     def __init__(
-        self, config: Config, adapter: EngineAdapter, index: int, port: socket.socket, log: Path, ranks: int | None
+        self,
+        config: Config,
+        adapter: EngineAdapter,
+        index: int,
+        port: socket.socket | None,
+        log: Path,
+        ranks: int | None,
+        token: str | None,
     ) -> None:
-        where = place(config, index, port.getsockname()[1], ranks)
         self._port, self._startup_seconds = port, config.engine.startup_seconds
-        self.server = Server(
-            where.name,
-            adapter.command(where),
-            environment(config.engine, where) | adapter.environment(where),
-            log,
-            answers(f"{where.url}{adapter.health}"),
-        )
+        self._needed: About | None = None
+        self.server: Server
+        if port:
+            where = place(config, index, port.getsockname()[1], ranks)
+            self.server = StartedServer(
+                where.name,
+                adapter.command(where),
+                environment(config.engine, where) | adapter.environment(where),
+                log,
+                answers(f"{where.url}{adapter.health}"),
+                token,
+            )
+        else:
+            assert token
+            where = elsewhere(config, index)
+            self.server = ServerElsewhere(where.name, where.url, token, answers(f"{where.url}{adapter.health}"))
+            self._needed = needed(config)
+        self.url = where.url
         self.engine = adapter.connect(self.server, where)
         self.ready = False
         self.failure: EngineError | None = None
@@ -78,13 +98,16 @@ class Life:
         """Return when the engine has written a token: some compile kernels when they are first asked for one.
 
         Raises:
-            EngineError: when it dies, or is not there within engine.startup_seconds.
+            EngineError: when it dies, is not there within engine.startup_seconds, or serves another model.
         """
         if self.ready:
             return
         while not await asyncio.to_thread(self.server.ready, self._startup_seconds):
             await asyncio.sleep(POLL_SECONDS)
-        self._port.close()
+        self._let_go()
+        if self._needed:
+            check(self.server.name, await self.engine.about(), self._needed)
+            await self.engine.reset()
         sampling = Sampling(temperature=1.0, top_p=1.0, max_tokens=1, stop_token_ids=())
         try:
             async with asyncio.timeout(self._startup_seconds):
@@ -102,5 +125,9 @@ class Life:
 
     def end(self) -> None:
         """End its processes. Safe to call twice."""
-        self._port.close()
+        self._let_go()
         self.server.close()
+
+    def _let_go(self) -> None:
+        if self._port:
+            self._port.close()

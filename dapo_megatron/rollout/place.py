@@ -6,9 +6,11 @@ import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 from dapo_megatron.config import Config, EngineConfig
 from dapo_megatron.errors import ConfigError
+from dapo_megatron.routes import address_for
 
 _OF_ITS_OWN_GPU = 0.85
 _OF_A_SHARED_GPU = 0.4
@@ -17,7 +19,7 @@ _OF_A_SHARED_GPU = 0.4
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """What one engine has of this machine.
+    """Where one engine answers, and what it has of this machine where it runs here.
 
     >>> place = Place(1, "127.0.0.1", port=8001, gpus=("2", "3"), memory_fraction=0.85, seed=1_846_271_305)
     >>> place.name, place.url
@@ -29,7 +31,7 @@ class Place:
     host: str
     port: int
     gpus: tuple[str, ...]
-    """As CUDA_VISIBLE_DEVICES names them; none where the engine runs on CPU."""
+    """As CUDA_VISIBLE_DEVICES names them; none where the engine runs on CPU, or elsewhere."""
     memory_fraction: float
     """Its share of the memory of each of them."""
     seed: int
@@ -71,6 +73,33 @@ def place(
     )
 
 
+def elsewhere(config: Config, index: int) -> Place:
+    """The place of an engine that runs already."""
+    parts = urlsplit(config.engine.urls[index])
+    assert parts.hostname and parts.port
+    return Place(index, parts.hostname, parts.port, gpus=(), memory_fraction=0.0, seed=0)
+
+
+def leader_address(engine: EngineConfig) -> str:
+    """The address of this machine at which engines reach it: loopback, where they are all here.
+
+    Raises:
+        ConfigError: where there is no way to one of them, or there is no such address.
+    """
+    hosts = [urlsplit(url).hostname or "" for url in engine.urls]
+    try:
+        addresses = address_for(hosts)
+    except OSError as error:
+        raise ConfigError(f"engine.urls: there is no way from here to one of {', '.join(hosts)}: {error}") from error
+    if len(addresses) > 1:
+        raise ConfigError(
+            f"engine.urls: ways to {', '.join(hosts)} go by {len(addresses)} addresses of this machine, "
+            f"{', '.join(sorted(addresses))}, but weights are sent from one; name all engines by addresses of "
+            f"one network"
+        )
+    return addresses.pop()
+
+
 def check_gpus(engine: EngineConfig, ranks: int, inherited: Mapping[str, str] = os.environ) -> int:
     """The number of GPUs of this machine, as many as this process sees.
 
@@ -86,11 +115,13 @@ def check_gpus(engine: EngineConfig, ranks: int, inherited: Mapping[str, str] = 
     import torch
 
     count = torch.cuda.device_count()
-    wanted = engine.count * engine.tensor_parallel
+    wanted = 0 if engine.urls else engine.count * engine.tensor_parallel
     sizes = f"engine.count({engine.count}) x engine.tensor_parallel({engine.tensor_parallel})"
     if not count:
         return 0
-    if not _shared(engine, ranks):
+    if not wanted:
+        _check_ranks(count, ranks, inherited)
+    elif not _shared(engine, ranks):
         if count < ranks + wanted:
             share = ", or let engines run on the ranks' own GPUs with engine.placement=colocated" if ranks else ""
             raise ConfigError(
@@ -110,12 +141,17 @@ def check_gpus(engine: EngineConfig, ranks: int, inherited: Mapping[str, str] = 
                 f"and rank 0 starts the engines; let all ranks see all GPUs (Slurm: --gpus-per-node in place of "
                 f"--gpus-per-task, or --gpu-bind=none), or have one engine with engine.tensor_parallel=1"
             )
-    elif count < ranks:
+    else:
+        _check_ranks(count, ranks, inherited)
+    return count
+
+
+def _check_ranks(count: int, ranks: int, inherited: Mapping[str, str]) -> None:
+    if count < ranks and not _sees_only_its_own(count, inherited):
         raise ConfigError(
             f"{ranks} ranks on this machine need a GPU each, but {count} are visible; start at most {count} there "
             f"(launch.processes, or torchrun's --nproc-per-node)"
         )
-    return count
 
 
 def _shared(engine: EngineConfig, ranks: int) -> bool:

@@ -11,8 +11,10 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from dapo_megatron.errors import EngineError
+from dapo_megatron.rollout.token import TOKEN, make_token
 
 LOG_LINES = 20
 """Lines of the log shown when an engine fails."""
@@ -36,8 +38,84 @@ def answers(url: str) -> Callable[[], bool]:
     return check
 
 
-class Server:
-    """A command under the guard: it cannot outlive this process.
+class Server(Protocol):
+    """What there is to know of an engine's processes for those who ask it."""
+
+    @property
+    def name(self) -> str:
+        """Used in messages, for example "engine 0"."""
+        ...
+
+    @property
+    def token(self) -> str:
+        """What every request shows."""
+        ...
+
+    @property
+    def version(self) -> int:
+        """The weights that the engine has when it first answers: 0, those of model.path, or `UNKNOWN`."""
+        ...
+
+    @property
+    def alive(self) -> bool: ...
+
+    def ready(self, timeout_seconds: float) -> bool:
+        """Return whether the server answers.
+
+        Raises:
+            EngineError: where it has not within the time-out, or never will.
+        """
+        ...
+
+    def describe(self) -> str:
+        """What can be said of it where something has failed."""
+        ...
+
+    def close(self) -> None:
+        """End what was started for this run. Safe to call twice."""
+        ...
+
+
+UNKNOWN = -1
+"""Version of weights of which nobody here knows what they are."""
+
+
+class ServerElsewhere:
+    """A `Server` that somebody else starts and ends.
+
+    Args:
+        name: used in messages, for example "engine 0".
+        url: where it answers.
+        token: that of its processes.
+        ready: holds once it answers.
+    """
+
+    version = UNKNOWN
+    alive = True
+
+    def __init__(self, name: str, url: str, token: str, ready: Callable[[], bool]) -> None:
+        self.name, self.token = f"{name} ({url})", token
+        self._ready = ready
+        self._since = time.monotonic()
+
+    def ready(self, timeout_seconds: float) -> bool:
+        if self._ready():
+            return True
+        if time.monotonic() - self._since > timeout_seconds:
+            raise EngineError(
+                f"{self.name} did not answer within {timeout_seconds:g} s (engine.startup_seconds); is it "
+                f"started there, by `dapo-megatron engines`, and does a firewall let this machine through?"
+            )
+        return False
+
+    def describe(self) -> str:
+        return f"{self.name} was not started by this run: its log is on its own machine"
+
+    def close(self) -> None: ...
+
+
+class StartedServer:
+    """A `Server` that is a command under the guard: it cannot outlive this process.
 
     Args:
         name: used in messages, for example "engine 0".
@@ -45,15 +123,25 @@ class Server:
         env: its whole environment.
         log: file for its output, created anew.
         ready: holds once it answers.
+        token: what the command is told as `TOKEN` and a `Client` shows; made where it is not given.
 
     Raises:
         EngineError: from `wait_ready` and `check`, with exit status and the end of the log.
     """
 
+    version = 0
+
     def __init__(
-        self, name: str, command: Sequence[str], env: Mapping[str, str], log: Path, ready: Callable[[], bool]
+        self,
+        name: str,
+        command: Sequence[str],
+        env: Mapping[str, str],
+        log: Path,
+        ready: Callable[[], bool],
+        token: str | None = None,
     ) -> None:
         self.name, self.log = name, log
+        self.token = token or make_token()
         self._ready = ready
         self._started = time.monotonic()
         self._closed = False
@@ -65,7 +153,7 @@ class Server:
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=dict(env),
+                env={**env, TOKEN: self.token},
                 start_new_session=True,  # torchrun signals a rank's whole process group
             )
 

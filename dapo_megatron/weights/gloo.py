@@ -21,6 +21,7 @@ from torch.distributed import distributed_c10d as c10d
 
 from dapo_megatron.errors import EngineError
 from dapo_megatron.measures import Measures, Sum
+from dapo_megatron.routes import LOOPBACK, find_route
 from dapo_megatron.weights.buckets import Named, buckets, flatten, only_sizes
 from dapo_megatron.weights.checksum import checksums
 from dapo_megatron.weights.publish import AfterLeader, Receivers, WeightReceiver
@@ -28,8 +29,6 @@ from dapo_megatron.weights.verify import Inventory, Tally
 
 BACKEND = "gloo"
 """Name under which engines know this transport."""
-_HOST = "127.0.0.1"
-"""Engines are on this machine."""
 _POLL_SECONDS = 0.0005
 
 
@@ -44,6 +43,7 @@ class GlooPublisher:
             busy with the one before.
         timeout_seconds: limit on connecting and on each bucket. Engines have their own (`WeightReceiver`).
         with_checksums: whether engines get checksums to compare what has arrived with.
+        address: of this machine, at which engines reach it, and the only one that is listened at.
 
     Raises:
         EngineError: when an engine does not join the group.
@@ -58,12 +58,13 @@ class GlooPublisher:
         *,
         timeout_seconds: float,
         with_checksums: bool = True,
+        address: str = LOOPBACK,
     ) -> None:
         self._bucket_bytes, self._after_leader = bucket_bytes, after_leader
         self._sender = None
         if receivers is not None:
             assert inventory is not None
-            self._sender = _Sender(inventory, receivers, timeout_seconds, with_checksums)
+            self._sender = _Sender(inventory, receivers, timeout_seconds, with_checksums, address)
 
     def push(self, weights: Iterable[tuple[str, Tensor]], version: int) -> Measures:
         if self._sender:
@@ -88,12 +89,12 @@ class _Sender:
     """The leader's end: each bucket is announced to the engines while it is broadcast."""
 
     def __init__(
-        self, inventory: Inventory, receivers: Receivers, timeout_seconds: float, with_checksums: bool
+        self, inventory: Inventory, receivers: Receivers, timeout_seconds: float, with_checksums: bool, address: str
     ) -> None:
         self._inventory, self._tally = inventory, Tally(inventory)
         self._receivers = receivers
         self._timeout = timeout_seconds
-        self._with_checksums = with_checksums
+        self._with_checksums, self._address = with_checksums, address
         self._sending = False
         self._broken: list[Any] = []
         """Groups that were left in the middle of a bucket: dropping one would wait for it, up to the limit."""
@@ -116,15 +117,15 @@ class _Sender:
         engines = list(self._receivers)
         world_size = 1 + sum(engine.workers for engine in engines)
         # A listener of ours, because the store's own would be on every interface. It takes the socket over.
-        listener = socket.create_server((_HOST, 0), backlog=world_size)
+        listener = socket.create_server((self._address, 0), family=_family(self._address), backlog=world_size)
         port = listener.getsockname()[1]
         joins: list[Awaitable[Any]] = [
-            _in_thread(lambda: join_group(_HOST, port, 0, world_size, self._timeout, listener.detach()))
+            _in_thread(lambda: join_group(self._address, port, 0, world_size, self._timeout, listener.detach()))
         ]
         offset = 1
         for engine in engines:
             info = {
-                "host": _HOST,
+                "host": self._address,
                 "port": port,
                 "rank_offset": offset,
                 "world_size": world_size,
@@ -193,10 +194,15 @@ def join_group(
         host, port, is_master=rank == 0, wait_for_workers=False, timeout=timeout, master_listen_fd=listener
     )
     options = c10d.ProcessGroupGloo._Options()  # pyright: ignore[reportAttributeAccessIssue]
-    # By default gloo resolves the machine's own name, which many containers and laptops cannot.
-    options._devices = [c10d.ProcessGroupGloo.create_device(hostname=host)]
+    # By default gloo resolves the machine's own name, which many containers and laptops cannot. On its way to the
+    # leader, a member has an address that the others reach, too.
+    options._devices = [c10d.ProcessGroupGloo.create_device(hostname=find_route(host).local)]
     options._timeout = timeout
     return c10d.ProcessGroupGloo(c10d.PrefixStore("weights", store), rank, world_size, options)
+
+
+def _family(address: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in address else socket.AF_INET
 
 
 def _in_thread(function: Callable[[], Any]) -> Awaitable[Any]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dapo_megatron.config import WeightsConfig
 from dapo_megatron.measures import Measures
+from dapo_megatron.routes import LOOPBACK
 from dapo_megatron.weights.verify import Inventory
 
 T = TypeVar("T")
@@ -81,6 +82,7 @@ def open_publisher(
     inventory: Inventory | None,
     receivers: Receivers | None,
     after_leader: AfterLeader = lambda what: None,
+    address: str = LOOPBACK,
 ) -> Publisher:
     """The publisher that weights.transport names. Every rank opens one, the leader once the engines answer.
 
@@ -89,6 +91,7 @@ def open_publisher(
         receivers: the engines, on the leader; None on other ranks.
         after_leader: what a transport calls on every rank before a collective for which the leader may be late: it
             returns once the leader has made the same call.
+        address: of the leader's machine, at which engines reach it.
 
     Raises:
         EngineError: on the leader, when an engine does not take part.
@@ -104,4 +107,5 @@ def open_publisher(
                 after_leader,
                 timeout_seconds=config.push_seconds,
                 with_checksums=config.verify != "off",
+                address=address,
             )

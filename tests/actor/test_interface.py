@@ -14,9 +14,10 @@ import psutil
 import pytest
 
 from dapo_megatron.actor import interface
-from dapo_megatron.actor.interface import Route, find_interface, interface_of, route
+from dapo_megatron.actor.interface import find_interface, interface_of, route
 from dapo_megatron.config import ParallelConfig
 from dapo_megatron.errors import ConfigError
+from dapo_megatron.routes import Route
 from tests.helpers.distributed import run_distributed
 
 

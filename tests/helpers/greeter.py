@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from dataclasses import asdict
 from typing import Any
 
 from dapo_megatron.config import Config
+from dapo_megatron.rollout.about import About, needed
 from dapo_megatron.rollout.adapter import EngineAdapter
 from dapo_megatron.rollout.client import Client
 from dapo_megatron.rollout.engine import Engine, Progress, Sampling
@@ -19,13 +22,15 @@ import http.server, json, os, sys
 
 class Answers(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
-        self.send_response(200)
+        known = self.headers["Authorization"] == "Bearer " + os.environ["DAPO_MEGATRON_ENGINE_TOKEN"]
+        self.send_response(200 if known or self.path == "/up" else 401)
         self.end_headers()
-        self.wfile.write(json.dumps([int(sys.argv[2]), os.environ["GREETING"]]).encode())
+        greeting = json.dumps([int(sys.argv[2]), os.environ["GREETING"]])
+        self.wfile.write((os.environ["ABOUT"] if self.path == "/about" else greeting).encode())
 
 http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Answers).serve_forever()
 """
-"""A server that answers with its number and a variable."""
+"""A server that answers with its number and a variable, those who have its token."""
 
 
 class Greeter(EngineAdapter):
@@ -34,6 +39,7 @@ class Greeter(EngineAdapter):
 
     def __init__(self, config: Config) -> None:
         self.greeting = "hello"
+        self._config = config
 
     def check(self, hf_config: Any) -> None:
         pass
@@ -42,7 +48,8 @@ class Greeter(EngineAdapter):
         return [sys.executable, "-c", SERVER, str(place.port), str(place.index)]
 
     def environment(self, place: Place) -> dict[str, str]:
-        return {"GREETING": self.greeting}
+        about = asdict(needed(self._config)) if self._config.model.path.is_dir() else None
+        return {"GREETING": self.greeting, "ABOUT": json.dumps(about)}
 
     def connect(self, server: Server, place: Place) -> Engine:
         return GreeterEngine(Client(server, place.url))
@@ -52,7 +59,7 @@ class GreeterEngine:
     workers = 1
 
     def __init__(self, http: Client) -> None:
-        self.name, self.http, self.version = http.name, http, 0
+        self.name, self.http, self.version = http.name, http, http.server.version
 
     async def generate(self, prompt: Prompt, sampling: Sampling, n: int) -> list[Completion]:
         number, greeting = await self.http.call("GET", "/")
@@ -61,6 +68,11 @@ class GreeterEngine:
     async def progress(self) -> Progress:
         await self.http.call("GET", "/")
         return Progress(0, 0)
+
+    async def about(self) -> About:
+        return About(**await self.http.call("GET", "/about"))
+
+    async def reset(self) -> None: ...
 
     async def join_group(self, info: dict[str, Any]) -> None: ...
 

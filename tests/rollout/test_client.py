@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from dapo_megatron.errors import EngineError
+from dapo_megatron.errors import EngineError, RefusedError
 from dapo_megatron.rollout.client import Client
-from dapo_megatron.rollout.server import Server
+from dapo_megatron.rollout.server import StartedServer
 
 LIVES = "input()"
 
@@ -34,7 +34,7 @@ def ask(
         runner = web.AppRunner(app)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()
-        server = Server("engine 3", [sys.executable, "-c", process], os.environ, log, lambda: True)
+        server = StartedServer("engine 3", [sys.executable, "-c", process], os.environ, log, lambda: True)
         url = f"http://127.0.0.1:{runner.addresses[0][1]}"
         client = Client(server, url, answer_seconds=answer_seconds)
         try:
@@ -60,6 +60,24 @@ def test_json_there_and_back(tmp_path: Path) -> None:
 
     assert ask(tmp_path / "log", echo, body=[1]) == {"got": [1]}
     assert ask(tmp_path / "log", answering("")) is None
+
+
+def test_every_request_shows_the_token_of_the_server(tmp_path: Path) -> None:
+    """Which is in the environment of its processes, and nowhere else."""
+
+    async def shown(request: web.Request) -> web.Response:
+        return web.json_response(request.headers["Authorization"])
+
+    process = "import os; print(len(os.environ['DAPO_MEGATRON_ENGINE_TOKEN'])); input()"
+    first, second = (ask(tmp_path / "log", shown, process) for _ in range(2))
+    assert first != second and all(answer.startswith("Bearer ") and len(answer) > 40 for answer in (first, second))
+
+    async def refused(request: web.Request) -> web.Response:
+        return web.Response(text="the token is missing, or another", status=401)
+
+    with pytest.raises(RefusedError, match="HTTP 401: the token") as error:
+        ask(tmp_path / "log", refused)
+    assert "Bearer" not in str(error.value)
 
 
 def test_proxies_are_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import pytest
 from dapo_megatron.config import Config
 from dapo_megatron.config_file import parse
 from dapo_megatron.errors import ConfigError
-from dapo_megatron.rollout.place import place
+from dapo_megatron.rollout.place import check_gpus, elsewhere, place
 
 
 def config(run_seed: int = 42, /, **engine: Any) -> Config:
@@ -143,6 +143,16 @@ def test_one_gpu_is_enough_for_a_rank_and_an_engine_that_share_it() -> None:
     with pytest.raises(ConfigError, match=r"ranks\(1\) \+ .* = 2 GPUs, but 1 are visible .*engine.placement=colocated"):
         place(config(), 0, 8000, inherited={})
     assert place(config(placement="colocated"), 0, 8000, inherited={}).gpus == ("0",)
+
+
+@pytest.mark.usefixtures("four_gpus")
+def test_engines_that_run_elsewhere_need_no_gpus_here() -> None:
+    there = config(placement="external", urls=["http://a:1", "http://b:2"], tensor_parallel=8)
+    assert check_gpus(there.engine, 4, {}) == 4
+    with pytest.raises(ConfigError, match="5 ranks on this machine need a GPU each, but 4 are visible"):
+        check_gpus(there.engine, 5, {})
+    assert [elsewhere(there, index).url for index in (0, 1)] == there.engine.urls
+    assert elsewhere(config(placement="external", urls=["http://[::1]:81"]), 0).url == "http://[::1]:81"
 
 
 def test_on_cpu_there_is_nothing_to_place(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,13 +12,13 @@ import pytest
 
 from dapo_megatron.errors import EngineError
 from dapo_megatron.rollout.ports import reserve_port
-from dapo_megatron.rollout.server import Server, answers
+from dapo_megatron.rollout.server import StartedServer, answers
 
 HTTP = "import http.server; http.server.test(http.server.SimpleHTTPRequestHandler, port={port}, bind='127.0.0.1')"
 
 
-def start(code: str, log: Path, url: str = "http://127.0.0.1:9") -> Server:
-    return Server("engine 0", [sys.executable, "-c", code], os.environ, log, answers(url))
+def start(code: str, log: Path, url: str = "http://127.0.0.1:9") -> StartedServer:
+    return StartedServer("engine 0", [sys.executable, "-c", code], os.environ, log, answers(url))
 
 
 def guards() -> list[psutil.Process]:

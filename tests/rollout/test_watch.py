@@ -14,7 +14,7 @@ import pytest
 
 from dapo_megatron.errors import EngineError
 from dapo_megatron.rollout.engine import Progress
-from dapo_megatron.rollout.server import Server
+from dapo_megatron.rollout.server import StartedServer
 from dapo_megatron.rollout.watch import watch
 
 STALL_SECONDS = 0.6
@@ -36,16 +36,16 @@ class Engine:
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
+def server(tmp_path: Path) -> Iterator[StartedServer]:
     code = "import time; print('last words', flush=True); time.sleep(100)"
-    server = Server("engine 3", [sys.executable, "-c", code], os.environ, tmp_path / "log", lambda: True)
+    server = StartedServer("engine 3", [sys.executable, "-c", code], os.environ, tmp_path / "log", lambda: True)
     while not (tmp_path / "log").stat().st_size:
         time.sleep(0.01)
     yield server
     server.close()
 
 
-def outcome(server: Server, engine: Any, seconds: float, writing: bool = True) -> tuple[str | None, float]:
+def outcome(server: StartedServer, engine: Any, seconds: float, writing: bool = True) -> tuple[str | None, float]:
     """What the watch says of the engine within `seconds`, and when."""
 
     async def main() -> None:
@@ -62,14 +62,14 @@ def outcome(server: Server, engine: Any, seconds: float, writing: bool = True) -
     raise AssertionError("a watch has no end")
 
 
-def test_an_engine_that_answers_nothing(server: Server) -> None:
+def test_an_engine_that_answers_nothing(server: StartedServer) -> None:
     said, seconds = outcome(server, Engine(lambda asked: None), 5)
     assert said and said.startswith("engine 3 does not answer: 3 questions in 0.6 s; it hangs")
     assert "engine.stall_seconds" in said and "has not ended" in said and "last words" in said
     assert STALL_SECONDS <= seconds < 2 * STALL_SECONDS
 
 
-def test_an_engine_that_answers_and_writes_nothing(server: Server) -> None:
+def test_an_engine_that_answers_and_writes_nothing(server: StartedServer) -> None:
     said, seconds = outcome(server, Engine(lambda asked: Progress(5, 1)), 5)
     assert said and "engine 3 answers, but has not written a single token for 0.6 s" in said
     assert STALL_SECONDS <= seconds < 2 * STALL_SECONDS
@@ -84,15 +84,15 @@ def test_an_engine_that_answers_and_writes_nothing(server: Server) -> None:
         pytest.param(lambda asked: None if asked % 3 else Progress(asked, 0), id="one answer in three"),
     ],
 )
-def test_an_engine_that_works(server: Server, answer: Callable[[int], Progress | None]) -> None:
+def test_an_engine_that_works(server: StartedServer, answer: Callable[[int], Progress | None]) -> None:
     assert outcome(server, Engine(answer), 4 * STALL_SECONDS)[0] is None
 
 
-def test_an_engine_that_has_nothing_to_write(server: Server) -> None:
+def test_an_engine_that_has_nothing_to_write(server: StartedServer) -> None:
     assert outcome(server, Engine(lambda asked: Progress(0, 0)), 3 * STALL_SECONDS, writing=False)[0] is None
 
 
-def test_an_event_loop_that_was_blocked_is_not_the_engines_fault(server: Server) -> None:
+def test_an_event_loop_that_was_blocked_is_not_the_engines_fault(server: StartedServer) -> None:
     """As in a push, which gathers weights between two buckets: answers come, and nobody is there to read them."""
 
     class Blocked(Engine):
@@ -111,7 +111,7 @@ def test_an_event_loop_that_was_blocked_is_not_the_engines_fault(server: Server)
     assert engine.begun > engine.asked >= 6, "some questions ran out of time"
 
 
-def test_what_an_engine_says_itself_is_passed_on(server: Server) -> None:
+def test_what_an_engine_says_itself_is_passed_on(server: StartedServer) -> None:
     class Dead(Engine):
         async def progress(self) -> Progress:
             raise EngineError("engine 3 is dead")

@@ -6,6 +6,7 @@ import sys
 import tempfile
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ class Adapter(EngineAdapter):
                 f"engine.tensor_parallel({size}) does not divide the model's num_attention_heads({heads}); "
                 f"choose a divisor of {heads}"
             )
-        if size > 1 and not torch.cuda.device_count():
+        if size > 1 and not (config.engine.urls or torch.cuda.device_count()):
             raise ConfigError(
                 f"engine.tensor_parallel({size}): on CPU, engine.kind=sglang runs in one process; set "
                 f"engine.tensor_parallel=1, or engine.kind=vllm"
@@ -169,6 +170,11 @@ class SglangEngine(HttpEngine):
             "backend": "gloo",
         }
         await self._change("/init_weights_update_group", group)
+
+    async def reset(self) -> None:
+        with suppress(EngineError):  # there is no push to end, as a rule
+            await self._change("/end_weight_update", {})
+        await self._transfer.call("POST", "/continue_generation", {})
 
     async def begin_transfer(self) -> None:
         # What is being written is put off, and its beginning read again with the new weights.

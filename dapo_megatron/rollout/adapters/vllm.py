@@ -15,6 +15,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,8 @@ class Adapter(EngineAdapter):
                 f"engine.tensor_parallel({size}) does not divide the model's num_attention_heads({heads}); "
                 f"choose a divisor of {heads}"
             )
-        self._check_head_size(getattr(hf_config, "head_dim", None) or hf_config.hidden_size // heads)
+        if not self._config.engine.urls:
+            self._check_head_size(getattr(hf_config, "head_dim", None) or hf_config.hidden_size // heads)
 
     def _check_head_size(self, size: int) -> None:
         """Refuse what vLLM finds out in its first forward pass: its attention on CPU has kernels for some sizes."""
@@ -153,6 +155,15 @@ class VllmEngine(HttpEngine):
 
     async def join_group(self, info: dict[str, Any]) -> None:
         await self._transfer.call("POST", "/init_weight_transfer_engine", {"init_info": info})
+
+    async def reset(self) -> None:
+        paused = await self._transfer.call("GET", "/is_paused")
+        with self._transfer.reading(paused, "/is_paused"):
+            if not paused["is_paused"]:
+                return
+        with suppress(EngineError):  # a push that was left open ends with an update that fails
+            await self._transfer.call("POST", "/update_weights", {"update_info": {}})
+        await self._transfer.call("POST", "/resume", {})
 
     async def begin_transfer(self) -> None:
         await self._transfer.call("POST", "/pause?mode=wait", {})

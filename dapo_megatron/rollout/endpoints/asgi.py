@@ -1,13 +1,18 @@
-"""What the endpoints in every kind of server have in common: ASGI, errors, and clients that go away."""
+"""What the endpoints in every kind of server have in common: ASGI, the token, errors, and clients that go away."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
+import secrets
 from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import asdict
 from typing import Any, ClassVar
 
-from dapo_megatron.rollout.answer import GENERATE, PROGRESS
+from dapo_megatron.rollout.about import About
+from dapo_megatron.rollout.answer import ABOUT, GENERATE, HEALTH, PROGRESS
+from dapo_megatron.rollout.token import TOKEN, authorization
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -15,12 +20,16 @@ Send = Callable[[Message], Awaitable[None]]
 
 
 class Middleware:
-    """Answers two paths and passes everything else on.
+    """Answers three paths and passes everything else on, all of it only to those who show the token.
+
+    vLLM and SGLang have keys of their own (`--api-key`). vLLM's guards the paths of OpenAI's interface and leaves those
+    that change weights open. So this one is before all others: whatever does not carry it is answered with status 401,
+    and a websocket is closed. `GET HEALTH` needs none, and tells nothing.
 
     `POST GENERATE` takes JSON {"token_ids", "n", "temperature", "top_p", "max_tokens", "stop_token_ids", "seed"} and
     answers what `answer.encode` makes of the `n` responses. A client that goes away ends the request.
 
-    `GET PROGRESS` answers JSON, the fields of `engine.Progress`.
+    `GET PROGRESS` answers JSON, the fields of `engine.Progress`; `GET ABOUT` those of `about.About`.
 
     Failures are answered as text, with status 400 for what is `refused` and 500 for the rest.
     """
@@ -30,6 +39,8 @@ class Middleware:
 
     def __init__(self, app: Callable[[Message, Receive, Send], Awaitable[None]]) -> None:
         self._app = app
+        # Without one in the environment the server does not serve.
+        self._authorization = authorization(os.environ[TOKEN]).encode()
 
     def client(self, scope: Message) -> Any:
         """The engine's own Python API, which the server's application `scope["app"]` speaks to."""
@@ -41,15 +52,23 @@ class Middleware:
     def progress(self, client: Any) -> dict[str, int]:
         raise NotImplementedError
 
+    def about(self, client: Any) -> About:
+        raise NotImplementedError
+
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         path = scope.get("path")
-        if path not in (GENERATE, PROGRESS):
+        if not self._may_pass(scope):
+            await _refuse(scope, send)
+            return
+        if path not in (GENERATE, PROGRESS, ABOUT):
             await self._app(scope, receive, send)
             return
         client = self.client(scope)
         try:
             if path == PROGRESS:
                 content = json.dumps(self.progress(client)).encode()
+            elif path == ABOUT:
+                content = json.dumps(asdict(self.about(client))).encode()
             else:
                 work = asyncio.ensure_future(self.generate(client, json.loads(await _body(receive))))
                 content = await _unless_gone(work, receive)
@@ -60,9 +79,26 @@ class Middleware:
             status, content = 400, f"{type(error).__name__}: {error}".encode()
         except Exception as error:  # the client hears of whatever there is
             status, content = 500, f"{type(error).__name__}: {error}".encode()
-        headers = [(b"content-length", str(len(content)).encode())]
-        await send({"type": "http.response.start", "status": status, "headers": headers})
-        await send({"type": "http.response.body", "body": content})
+        await _answer(send, status, content)
+
+    def _may_pass(self, scope: Message) -> bool:
+        if scope["type"] == "lifespan" or (scope.get("method"), scope.get("path")) == ("GET", HEALTH):
+            return True
+        shown = [value for name, value in scope["headers"] if name == b"authorization"]
+        return len(shown) == 1 and secrets.compare_digest(shown[0], self._authorization)
+
+
+async def _refuse(scope: Message, send: Send) -> None:
+    if scope["type"] == "websocket":
+        await send({"type": "websocket.close", "code": 1008})
+    else:
+        await _answer(send, 401, f"the token of this engine ({TOKEN}) is missing, or another".encode())
+
+
+async def _answer(send: Send, status: int, content: bytes) -> None:
+    headers = [(b"content-length", str(len(content)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": content})
 
 
 def check_tokens(request: dict[str, Any], vocabulary: int, context: int, limited_by: str) -> None:

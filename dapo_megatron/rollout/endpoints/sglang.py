@@ -15,6 +15,7 @@ The server's own answers are JSON, about 40 bytes and several objects for every 
 from __future__ import annotations
 
 import itertools
+import os
 import secrets
 import sys
 from importlib import import_module
@@ -23,8 +24,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from dapo_megatron.rollout.about import About, sizes_of
 from dapo_megatron.rollout.answer import encode
 from dapo_megatron.rollout.endpoints.asgi import Message, Middleware, check_tokens, version
+from dapo_megatron.rollout.token import TOKEN, authorization
 from dapo_megatron.types import Completion, FinishReason, VersionSpan
 
 SPARE_TOKENS = 8
@@ -73,6 +76,16 @@ class Endpoint(Middleware):
             tokens += sum(len(state.output_ids) for state in unfinished)
             finished += len(names) - len(unfinished) if unfinished else 0
         return {"tokens": tokens, "finished": finished}
+
+    def about(self, client: Any) -> About:
+        model = client.model_config
+        return About(
+            kind="sglang",
+            dtype=str(model.dtype).removeprefix("torch."),
+            workers=client.server_args.tp_size,
+            sequence_tokens=client.context_len - SPARE_TOKENS,
+            model=sizes_of(model.hf_config),
+        )
 
     async def generate(self, client: Any, request: dict[str, Any]) -> bytes:
         from sglang.srt.managers.io_struct import GenerateReqInput
@@ -133,6 +146,17 @@ def _completion(output: dict[str, Any]) -> Completion:
     )
 
 
+def freeze_gc(server_args: Any) -> None:
+    """Have its processes leave what they have made so far out of garbage collection, as SGLang does once it is up.
+
+    It asks its own server, and would not show the token.
+    """
+    import requests
+
+    headers = {"Authorization": authorization(os.environ[TOKEN])}
+    requests.post(f"{server_args.url()}/freeze_gc", headers=headers, timeout=10).raise_for_status()
+
+
 def main(worker: str, arguments: list[str]) -> None:
     from sglang.srt.arg_groups.choices import add_deterministic_attention_backend_choices
     from sglang.srt.entrypoints import http_server
@@ -141,6 +165,7 @@ def main(worker: str, arguments: list[str]) -> None:
     # Takes one sequence after the other, so none depends on the others.
     add_deterministic_attention_backend_choices(["torch_native"])
     http_server.app.add_middleware(Endpoint)
+    http_server._freeze_gc_after_server_warmup = freeze_gc
     http_server.launch_server(
         prepare_server_args(arguments), run_scheduler_process_func=import_module(worker).run_scheduler
     )

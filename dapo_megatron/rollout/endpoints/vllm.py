@@ -15,6 +15,7 @@ from vllm.inputs import tokens_input
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind
 
+from dapo_megatron.rollout.about import About, sizes_of
 from dapo_megatron.rollout.answer import encode
 from dapo_megatron.rollout.endpoints.asgi import Message, Middleware, check_tokens, version
 from dapo_megatron.types import Completion, FinishReason, VersionSpan
@@ -43,6 +44,16 @@ class Endpoint(Middleware):
             "tokens": sum(state.detokenizer.num_output_tokens() for state in books.request_states.values()),
             "finished": sum(n - len(unfinished[name]) for name, n in self._open.items() if name in unfinished),
         }
+
+    def about(self, client: Any) -> About:
+        model = client.model_config
+        return About(
+            kind="vllm",
+            dtype=str(model.dtype).removeprefix("torch."),
+            workers=client.vllm_config.parallel_config.world_size,
+            sequence_tokens=model.max_model_len,
+            model=sizes_of(model.hf_config),
+        )
 
     async def generate(self, client: Any, request: dict[str, Any]) -> bytes:
         n, config = request["n"], client.model_config

@@ -22,7 +22,7 @@ from dapo_megatron.rollout.adapters.sglang import Adapter
 from dapo_megatron.rollout.answer import GENERATE, encode
 from dapo_megatron.rollout.engine import Engine, Sampling
 from dapo_megatron.rollout.place import Place
-from dapo_megatron.rollout.server import Server
+from dapo_megatron.rollout.server import StartedServer
 from dapo_megatron.types import Prompt, VersionSpan
 from tests.helpers.checkpoint import write_checkpoint
 from tests.helpers.completions import completion
@@ -164,7 +164,9 @@ def ask(tmp_path: Path, routes: Routes, work: Callable[[Engine], Awaitable[Any]]
         runner = web.AppRunner(app)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()
-        server = Server("engine 3", [sys.executable, "-c", "input()"], os.environ, tmp_path / "log", lambda: True)
+        server = StartedServer(
+            "engine 3", [sys.executable, "-c", "input()"], os.environ, tmp_path / "log", lambda: True
+        )
         engine = adapter().connect(server, replace(CPU, port=runner.addresses[0][1]))
         try:
             return await work(engine)
@@ -252,6 +254,13 @@ def test_a_push_keeps_to_the_order_that_sglang_wants(tmp_path: Path) -> None:
 def test_what_sglang_did_not_do_is_an_error(tmp_path: Path, answers: dict[str, Any], message: str) -> None:
     with pytest.raises(EngineError, match=f"engine 3.*{message}"):
         ask(tmp_path, Books(**answers).routes, push)
+
+
+@pytest.mark.parametrize("success", [True, False])
+def test_a_push_that_another_run_left_open_is_ended(tmp_path: Path, success: bool) -> None:
+    books = Books(end_weight_update={"success": success, "message": "not open"})
+    ask(tmp_path, books.routes, lambda engine: engine.reset())
+    assert [name for name, _ in books.asked] == ["end_weight_update", "continue_generation"]
 
 
 def test_responses_are_read_as_the_endpoint_writes_them(tmp_path: Path) -> None:

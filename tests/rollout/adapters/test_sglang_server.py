@@ -25,6 +25,7 @@ from dapo_megatron.rollout.engines import Engines
 from dapo_megatron.rollout.ports import reserve_port
 from dapo_megatron.types import Completion, FinishReason, Prompt, VersionSpan
 from tests.helpers.sglang import STARTUP_SECONDS, needs_sglang
+from tests.helpers.tokens import assert_closed
 
 pytestmark = [*needs_sglang, pytest.mark.timeout(STARTUP_SECONDS + 300)]
 
@@ -85,6 +86,23 @@ def test_log_probs_are_those_at_the_temperature(engines: Engines, hf: torch.nn.M
     )
     assert len(errors) > 200
     assert errors.max() <= 2e-5
+
+
+CONTROL = {
+    *("/pause_generation", "/continue_generation", "/init_weights_update_group", "/begin_weight_update"),
+    *("/update_weights_from_distributed", "/update_weights_from_disk", "/end_weight_update", "/flush_cache"),
+}
+"""Paths by which weights are changed."""
+
+
+def test_without_the_token_no_path_is_open_and_it_is_nowhere_to_be_seen(engines: Engines) -> None:
+    (engine,) = engines
+    assert isinstance(engine, SglangEngine)
+    assert_closed(engines, engine.control, CONTROL)
+    about = engines.run(engine.about())
+    assert (about.kind, about.dtype, about.workers, about.sequence_tokens) == ("sglang", "float32", 1, 192)
+    assert (about.model["model_type"], about.model["vocab_size"]) == ("qwen2", 264)
+    assert "freeze_gc" not in engine.control.server.describe(), "SGLang's own question is let through"
 
 
 def test_what_is_most_likely_is_what_the_model_says(engines: Engines, hf: torch.nn.Module) -> None:

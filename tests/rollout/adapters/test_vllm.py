@@ -20,7 +20,7 @@ from dapo_megatron.rollout.adapters.vllm import Adapter
 from dapo_megatron.rollout.answer import GENERATE, PROGRESS, encode
 from dapo_megatron.rollout.engine import Engine, Progress, Sampling
 from dapo_megatron.rollout.place import Place
-from dapo_megatron.rollout.server import Server
+from dapo_megatron.rollout.server import StartedServer
 from dapo_megatron.types import FinishReason, Prompt, VersionSpan
 from tests.helpers.completions import completion
 
@@ -152,7 +152,9 @@ def ask(
         runner = web.AppRunner(app)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()
-        server = Server("engine 3", [sys.executable, "-c", "input()"], os.environ, tmp_path / "log", lambda: True)
+        server = StartedServer(
+            "engine 3", [sys.executable, "-c", "input()"], os.environ, tmp_path / "log", lambda: True
+        )
         place = replace(CPU, port=runner.addresses[0][1])
         engine = adapter(**sections).connect(server, place)
         try:
@@ -293,6 +295,23 @@ def test_progress_has_the_limit_of_a_sign_of_life(tmp_path: Path) -> None:
 
     with pytest.raises(EngineError, match=rf"engine 3, {PROGRESS}: no answer within 0.2 s \(engine.stall_seconds\)"):
         ask(tmp_path, {PROGRESS: never}, lambda engine: engine.progress(), engine={"stall_seconds": 0.2})
+
+
+@pytest.mark.parametrize(
+    ("paused", "asked"), [(False, ["/is_paused"]), (True, ["/is_paused", "/update_weights", "/resume"])]
+)
+def test_a_push_that_another_run_left_open_is_ended(tmp_path: Path, paused: bool, asked: list[str]) -> None:
+    """Such an update fails, which closes it, as vLLM says."""
+    paths: list[str] = []
+
+    async def answer(request: web.Request) -> web.Response:
+        paths.append(request.path)
+        if request.path == "/update_weights":
+            return web.Response(status=500, text="missing 2 arguments")
+        return web.json_response({"is_paused": paused})
+
+    ask(tmp_path, dict.fromkeys(("/is_paused", "/update_weights", "/resume"), answer), lambda e: e.reset())
+    assert paths == asked
 
 
 @pytest.mark.parametrize("path", ["/reset_prefix_cache", "/weight_info"])

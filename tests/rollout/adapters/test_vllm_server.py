@@ -28,6 +28,7 @@ from dapo_megatron.rollout.engines import Engines
 from dapo_megatron.rollout.place import Place
 from dapo_megatron.rollout.ports import reserve_port
 from dapo_megatron.types import Completion, FinishReason, Prompt, VersionSpan
+from tests.helpers.tokens import assert_closed
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -203,6 +204,22 @@ def test_a_refused_request_says_which_prompt_it_was_for(engines: Engines) -> Non
     too_long = Prompt("long", tuple([5] * 500), "", "")
     with pytest.raises(EngineError, match=r"engine 0.*prompt long: HTTP 400[\s\S]*has not ended"):
         engines.run(engines.generate(too_long, sampling(), 1))
+
+
+CONTROL = {
+    *("/pause", "/resume", "/init_weight_transfer_engine", "/start_weight_update", "/update_weights"),
+    *("/finish_weight_update", "/reset_prefix_cache"),
+}
+"""Paths by which weights are changed."""
+
+
+def test_without_the_token_no_path_is_open_and_it_is_nowhere_to_be_seen(engines: Engines) -> None:
+    (engine,) = engines
+    assert_closed(engines, control(engine), CONTROL)
+    assert len(engines.run(engines.generate(PROMPTS[0], sampling(max_tokens=1), 1))) == 1
+    about = engines.run(engine.about())
+    assert (about.kind, about.dtype, about.workers, about.sequence_tokens) == ("vllm", "float32", 1, 192)
+    assert (about.model["model_type"], about.model["vocab_size"]) == ("qwen2", 264)
 
 
 def test_progress_is_that_of_what_is_being_written_and_ends_with_whoever_asked(engines: Engines) -> None:

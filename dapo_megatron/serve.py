@@ -1,0 +1,46 @@
+"""Engines that run on their own, for runs on other machines: `dapo-megatron engines CONFIG`."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from contextlib import closing
+
+from dapo_megatron.config import Config
+from dapo_megatron.preflight import preflight_engines
+from dapo_megatron.rollout.engines import Engines
+from dapo_megatron.rollout.token import TOKEN, engines_folder, keep_token, token_file
+from dapo_megatron.signals import heeded
+
+
+def serve(config: Config, tell: Callable[[str], None], say: Callable[[str], None]) -> None:
+    """Start engine.count engines here, and keep them until this process is asked to end, or one of them fails.
+
+    Args:
+        config: of a run that is to use them, but for engine.placement and urls, which are its own.
+        tell: is given each URL, once all engines answer.
+        say: is given everything else that a person should know.
+
+    Raises:
+        ConfigError: for what cannot work.
+        EngineError: with the reason, when an engine fails; all have ended then.
+        SystemExit: 128 + the number of a signal.
+    """
+    preflight_engines(config)
+    token = keep_token(config)
+    for number in {signal.SIGTERM, signal.SIGHUP} & {*heeded()}:
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    # Several machines may share the folder.
+    folder = engines_folder(config) / socket.gethostname()
+    say(f"starting engines of {config.model.path}; their logs are in {folder}")
+    with closing(Engines(config, folder, ranks=0, token=token)) as engines:
+        engines.wait_ready()
+        for url in engines.urls:
+            tell(url)
+        where = f"that of {TOKEN} in the environment" if TOKEN in os.environ else f"in {token_file(config)}"
+        say(f"for a run: engine.placement=external engine.urls=[{','.join(engines.urls)}]; the token is {where}")
+        engines.run(asyncio.Event().wait())
