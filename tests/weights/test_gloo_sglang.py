@@ -1,4 +1,6 @@
-"""A real SGLang server on CPU that receives changed weights over gloo."""
+"""A real SGLang server on CPU that receives changed weights over gloo, of a tied model. Of one that is not:
+`tests/test_canary_sglang.py`.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,7 @@ from dapo_megatron.weights.buckets import describe
 from dapo_megatron.weights.gloo import GlooPublisher
 from dapo_megatron.weights.verify import Inventory
 from tests.helpers.checkpoint import TINY
-from tests.helpers.sglang import NOTICED_SECONDS, STARTUP_SECONDS, needs_sglang, the_model
+from tests.helpers.sglang import NOTICED_SECONDS, STARTUP_SECONDS, needs_sglang
 
 pytestmark = [*needs_sglang, pytest.mark.timeout(STARTUP_SECONDS + 300)]
 
@@ -32,22 +34,21 @@ BUCKET_BYTES = 40_000
 """Less than the largest tensor, more than the smallest."""
 
 
-def make_model(seed: int, tied: bool) -> Any:
+def make_model(seed: int) -> Any:
     torch.manual_seed(seed)
     sizes = {"vocab_size": 80, "hidden_size": 128, "intermediate_size": 160}
-    config = Qwen2Config(**{**TINY, **sizes, "tie_word_embeddings": tied, "initializer_range": 0.1})
+    config = Qwen2Config(**{**TINY, **sizes, "tie_word_embeddings": True, "initializer_range": 0.1})
     return Qwen2ForCausalLM(config).float().eval()
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
-def models(request: pytest.FixtureRequest) -> list[Any]:
-    return [make_model(seed, request.param) for seed in range(4)]
+@pytest.fixture(scope="module")
+def models() -> list[Any]:
+    return [make_model(seed) for seed in range(4)]
 
 
 def weights_of(model: Any) -> dict[str, torch.Tensor]:
     """As the actor exports them: a tied model has no output layer of its own."""
-    tied = model.config.tie_word_embeddings
-    return {name: tensor for name, tensor in model.state_dict().items() if not (tied and name == "lm_head.weight")}
+    return {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
 
 
 @pytest.fixture(scope="module")
@@ -156,16 +157,16 @@ def test_what_was_not_announced_is_refused(engines: Engines, publisher: GlooPubl
 
 
 def test_a_killed_engine_ends_the_push(engines: Engines, publisher: GlooPublisher, models: list[Any]) -> None:
-    """Its server or its model, which are two processes. Last, because it ends the engine of this module."""
+    """Its server; the other processes end with it. Last, because it ends the engine of this module."""
     (guard,) = [p for p in psutil.Process().children() if "dapo_megatron.rollout.guard" in p.cmdline()]
-    (victim,) = guard.children() if models[0].config.tie_word_embeddings else the_model(guard.children(recursive=True))
+    (server,) = guard.children()
     killed = 0.0
 
     def weights() -> Iterator[tuple[str, torch.Tensor]]:
         for index, (name, tensor) in enumerate(weights_of(models[0]).items()):
             if index == 5:
                 nonlocal killed
-                victim.kill()
+                server.kill()
                 killed = time.monotonic()
             yield name, tensor
 
