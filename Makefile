@@ -5,6 +5,7 @@
 # make check        ruff, pyright and the import rule
 # make coverage     tests once more (ARGS="tests/actor"), and every line of the package that none of them reaches
 # make sglang-cpu   SGLang for engine.kind=sglang, into .venv-sglang: it does not fit into one environment with vLLM
+# make test-sglang  the same, and the tests that start it, which make test skips as long as it is not there
 # Each makes .venv when it is not there yet. PYTHON=... chooses the interpreter (3.11 or 3.12).
 #
 # On a machine with an NVIDIA GPU and Python 3.12:
@@ -29,7 +30,7 @@ GPU_PYTHON ?= python3
 GPU_RUN = PYTHONPATH="$(CURDIR)/.gpu/$(1):$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(GPU_PYTHON) -m benchmarks.gpu_report $(1) $(ARGS)
 GPU_PACKAGES = $(GPU_PYTHON) tools/gpu_packages.py
 
-.PHONY: quickstart test test-all kill-test check coverage sglang-cpu gpu gpu-smoke gpu-wheels
+.PHONY: quickstart test test-all test-sglang kill-test check coverage sglang-cpu gpu gpu-smoke gpu-wheels
 .DELETE_ON_ERROR:
 
 quickstart: $(READY)
@@ -57,6 +58,9 @@ coverage: $(READY)
 	@$(BIN)/coverage report --show-missing --skip-covered
 
 sglang-cpu: $(SGLANG_READY)
+
+test-sglang: $(READY) $(SGLANG_READY)
+	@$(BIN)/python -m pytest -m sglang $(ARGS)
 
 gpu-smoke:
 	@$(GPU_PACKAGES) requirements/gpu-smoke.txt --into .gpu/smoke --given torch transformers $(if $(WHEELS),--wheels "$(WHEELS)")

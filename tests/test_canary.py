@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from dapo_megatron.canary import Canary, differences
+from dapo_megatron.config import Config
 from dapo_megatron.config_file import parse
 from dapo_megatron.errors import EngineError
 from dapo_megatron.heartbeat import Peers
@@ -59,11 +60,10 @@ def fault(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def make_config(folder: Path, **engine: Any) -> Config:
+    """An engine of a tiny model, whose cache holds more than one block of a prompt."""
     sizes: dict[str, Any] = {"hidden": 128, "vocab_size": 80, "intermediate_size": 160}
-    model = save_tiny(tmp_path_factory.mktemp("model"), "qwen2", tied=False, **sizes)
-    extension = ["--worker-extension-cls", "tests.helpers.planted_worker.WorkerExtension"]
+    model = save_tiny(folder, "qwen2", tied=False, **sizes)
     return parse(
         {
             "model": {"path": str(model), "dtype": "float32"},
@@ -71,10 +71,16 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Any:
             "rollout": {"prompts": 4, "responses": 4, "max_response_tokens": 64, "temperature": 0.9},
             "train": {"mini_batch": 16, "micro_batch_tokens": 1024},
             "reward": {"overlong": {"punishment": False}},
-            "engine": {"startup_seconds": 600, "extra_args": extension},
+            "engine": {"startup_seconds": 600, **engine},
             "weights": {"push_seconds": 120},
         }
     )
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    extension = ["--worker-extension-cls", "tests.helpers.planted_worker.WorkerExtension"]
+    return make_config(tmp_path_factory.mktemp("model"), extra_args=extension)
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +114,28 @@ class Pushes:
             for param in self.actor.chunks[0].parameters():
                 param.add_(0.02 * torch.randn(param.shape, generator=generator))
         return self.canary.push(self.checkpoint.export(self.actor.chunks), version=version)
+
+
+class Deaf(Keeper):
+    """Takes part in the push, and the engine does not hear of it."""
+
+    def __init__(self, engine: Any) -> None:
+        super().__init__(engine.name)
+        self.generate, self._engine = engine.generate, engine
+
+    async def finish_transfer(self, version: int) -> None:
+        await self._engine.control.call("POST", "/update_weight_version", {"new_version": str(version)})
+        self._engine.version = version
+
+
+class DeafEngines:
+    """`Engines` that report success and keep the weights that they have."""
+
+    def __init__(self, engines: Engines) -> None:
+        self.run, self._all = engines.run, [Deaf(engine) for engine in engines]
+
+    def __iter__(self) -> Iterator[Deaf]:
+        return iter(self._all)
 
 
 @pytest.fixture
@@ -150,25 +178,7 @@ class TestWithVllm:
     def test_an_engine_that_reports_success_and_kept_the_old_weights_is_caught_by_name(
         self, config: Any, alone: Any, engines: Engines
     ) -> None:
-        class Deaf(Keeper):
-            """Takes part in the push, and the engine does not hear of it."""
-
-            def __init__(self, engine: Any) -> None:
-                super().__init__(engine.name)
-                self.generate, self._engine = engine.generate, engine
-
-            async def finish_transfer(self, version: int) -> None:
-                await self._engine.control.call("POST", "/update_weight_version", {"new_version": str(version)})
-                self._engine.version = version
-
-        class Door:
-            run = staticmethod(engines.run)
-            all = [Deaf(engine) for engine in engines]
-
-            def __iter__(self) -> Iterator[Deaf]:
-                return iter(self.all)
-
-        pushes = Pushes(config, alone, Door())
+        pushes = Pushes(config, alone, DeafEngines(engines))
         with (
             closing(pushes.canary),
             pytest.raises(EngineError, match="engine 0 does not use the weights that it was sent"),

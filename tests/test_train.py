@@ -33,8 +33,11 @@ LONG = pytest.mark.long
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_material(tmp_path_factory.mktemp("material"))
+
+
+def write_material(folder: Path) -> Path:
     """A checkpoint that has learned nothing, and sums to train and to be measured on."""
-    folder = tmp_path_factory.mktemp("material")
     untrained(seed=0).save_pretrained(folder / "base")
     sums.tokenizer().save_pretrained(folder / "base")
     held_out, train = sums.split(seed=0, held_out=8, train=64)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import psutil
 import pytest
 
 from dapo_megatron.rollout.adapters import sglang
@@ -14,3 +17,11 @@ needs_sglang = [
 """Marks of a module whose tests start it. Importing it takes a minute where cores are busy."""
 
 STARTUP_SECONDS = 600
+
+NOTICED_SECONDS = 5.0
+"""Within these the death of an engine is told. SGLang looks after its processes every second."""
+
+
+def the_model(family: Iterable[psutil.Process]) -> list[psutil.Process]:
+    """Of an engine's processes, those that hold the weights; each has a name instead of a command line."""
+    return [process for process in family if process.cmdline()[0].startswith("sglang::scheduler")]

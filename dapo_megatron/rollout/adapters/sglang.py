@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import tempfile
 import uuid
@@ -70,11 +71,6 @@ class Adapter(EngineAdapter):
                 f"engine.tensor_parallel({size}): on CPU, engine.kind=sglang runs in one process; set "
                 f"engine.tensor_parallel=1, or engine.kind=vllm"
             )
-        if config.weights.verify == "checksums":
-            raise ConfigError(
-                "weights.verify=checksums: with engine.kind=sglang nobody compares checksums in the engine; set "
-                "weights.verify=full, of which the canary looks at its answers, or off"
-            )
         if config.rollout.top_p < 1:
             raise ConfigError(
                 f"rollout.top_p({config.rollout.top_p:g}): with engine.kind=sglang, log-probs are those before top-p "
@@ -129,7 +125,10 @@ class Adapter(EngineAdapter):
             "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0",
             # The server hears of each token when it is written, for `progress`.
             "SGLANG_FORCE_STREAM_INTERVAL": "1",
-            "DAPO_MEGATRON_PUSH_SECONDS": str(self._config.weights.push_seconds),
+            # Where a process has died, the others end at once, and not after 5 s, or 65 s where several hold the
+            # model, which are for dumps.
+            "SGLANG_PYSPY_DUMP_BEFORE_CRASH": "0",
+            "SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "0",
         }
         if place.gpus:
             return env
@@ -167,7 +166,8 @@ class SglangEngine(HttpEngine):
             "rank_offset": info["rank_offset"],
             "world_size": info["world_size"],
             "group_name": _GROUP,
-            "backend": "gloo",
+            # The worker reads what SGLang's requests have no fields for where SGLang does not (`weights.workers`).
+            "backend": json.dumps({key: info[key] for key in ("timeout_seconds", "inventory")}),
         }
         await self._change("/init_weights_update_group", group)
 
@@ -182,9 +182,11 @@ class SglangEngine(HttpEngine):
         await self._change("/begin_weight_update", {"selector": "all"})
 
     async def receive(self, info: dict[str, Any]) -> None:
-        described = {key: info[key] for key in ("names", "dtypes", "shapes")}
-        bucket = {**described, "group_name": _GROUP, "load_format": "flattened_bucket", "flush_cache": False}
-        await self._change("/update_weights_from_distributed", bucket)
+        # Which tensors these are, the worker knows from the inventory.
+        known = {"names": [], "dtypes": [], "shapes": []}
+        bucket = json.dumps({key: info[key] for key in ("tensors", "checksums")})
+        request = {**known, "group_name": _GROUP, "load_format": bucket, "flush_cache": False}
+        await self._change("/update_weights_from_distributed", request)
 
     async def finish_transfer(self, version: int) -> None:
         await self._change("/end_weight_update", {})

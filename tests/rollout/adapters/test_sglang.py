@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import sys
 from collections.abc import Awaitable, Callable
@@ -132,25 +133,20 @@ def test_engines_meet_in_places_of_their_own() -> None:
     assert places[0] != places[1] and all(place.startswith("file:///") for place in places)
 
 
-def test_the_limit_of_a_push_reaches_the_workers() -> None:
-    environment = adapter(weights={"push_seconds": 7}).environment(CPU)
-    assert float(environment["DAPO_MEGATRON_PUSH_SECONDS"]) == 7
-
-
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
         ({"engine": {"tensor_parallel": 3}}, r"engine.tensor_parallel\(3\) does not divide .*\(4\)"),
         ({"engine": {"tensor_parallel": 2}}, r"engine.tensor_parallel\(2\): on CPU, engine.kind=sglang"),
         ({"rollout": {"top_p": 0.9}}, r"rollout.top_p\(0.9\).*engine.kind=sglang"),
-        ({"weights": {"verify": "checksums"}}, r"weights.verify=checksums: with engine.kind=sglang nobody compares"),
     ],
 )
 def test_what_it_cannot_do_is_refused(sections: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     with pytest.raises(ConfigError, match=message):
         adapter(**sections).check(MODEL)
-    adapter(eval={"data": "held_out.jsonl", "top_p": 0.9}).check(MODEL)
+    for verify in ("full", "checksums", "off"):
+        adapter(eval={"data": "held_out.jsonl", "top_p": 0.9}, weights={"verify": verify}).check(MODEL)
 
 
 Routes = dict[str, Callable[[web.Request], Awaitable[web.Response]]]
@@ -199,10 +195,14 @@ class Books:
         return answer if isinstance(answer, web.Response) else web.json_response(answer)
 
 
+INVENTORY = {"names": ["a"], "dtypes": ["float32"], "shapes": [[2, 3]]}
+
+
 async def push(engine: Engine) -> None:
-    await engine.join_group({"host": "::1", "port": 5, "rank_offset": 2, "world_size": 4, "timeout_seconds": 7.0})
+    place = {"host": "::1", "port": 5, "rank_offset": 2, "world_size": 4, "timeout_seconds": 7.0}
+    await engine.join_group({**place, "inventory": INVENTORY})
     await engine.begin_transfer()
-    await engine.receive({"names": ["a"], "dtypes": ["float32"], "shapes": [[2, 3]]})
+    await engine.receive({"tensors": [0], **INVENTORY, "checksums": [-1]})
     await engine.finish_transfer(6)
 
 
@@ -219,20 +219,22 @@ def test_a_push_keeps_to_the_order_that_sglang_wants(tmp_path: Path) -> None:
         *("end_weight_update", "flush_cache", "update_weight_version", "model_info", "continue_generation"),
     ]
     asked = dict(books.asked)
+    more = json.loads(asked["init_weights_update_group"].pop("backend"))
+    assert more == {"timeout_seconds": 7.0, "inventory": INVENTORY}
     assert asked["init_weights_update_group"] == {
         "master_address": "::1",
         "master_port": 5,
         "rank_offset": 2,
         "world_size": 4,
         "group_name": "weights",
-        "backend": "gloo",
     }
+    bucket = json.loads(asked["update_weights_from_distributed"].pop("load_format"))
+    assert bucket == {"tensors": [0], "checksums": [-1]}
     assert asked["update_weights_from_distributed"] == {
-        "names": ["a"],
-        "dtypes": ["float32"],
-        "shapes": [[2, 3]],
+        "names": [],
+        "dtypes": [],
+        "shapes": [],
         "group_name": "weights",
-        "load_format": "flattened_bucket",
         "flush_cache": False,
     }
     assert asked["update_weight_version"] == {"new_version": "6", "abort_all_requests": False}

@@ -24,7 +24,7 @@ from dapo_megatron.rollout.engine import Engine, Progress, Sampling
 from dapo_megatron.rollout.engines import Engines
 from dapo_megatron.rollout.ports import reserve_port
 from dapo_megatron.types import Completion, FinishReason, Prompt, VersionSpan
-from tests.helpers.sglang import STARTUP_SECONDS, needs_sglang
+from tests.helpers.sglang import NOTICED_SECONDS, STARTUP_SECONDS, needs_sglang, the_model
 from tests.helpers.tokens import assert_closed
 
 pytestmark = [*needs_sglang, pytest.mark.timeout(STARTUP_SECONDS + 300)]
@@ -262,22 +262,32 @@ def test_responses_that_ended_before_the_others_are_counted(engines: Engines) ->
     assert finished[: finished.index(max(finished))] == sorted(finished[: finished.index(max(finished))])
 
 
-def test_a_killed_engine_is_noticed_and_nothing_is_left_behind(engines: Engines) -> None:
-    """Last, because it ends the engine of this module."""
+def test_a_model_that_is_killed_is_noticed_and_nothing_is_left_behind(engines: Engines) -> None:
+    """The server, which is another process, goes on answering until SGLang looks after the model's. Last, because it
+    ends the engine of this module."""
     (guard,) = [p for p in psutil.Process().children() if "dapo_megatron.rollout.guard" in p.cmdline()]
     family = guard.children(recursive=True)
     assert len(family) >= 3
     listening = {c.laddr for p in family for c in p.net_connections("tcp") if c.status == psutil.CONN_LISTEN}
     assert listening and not [address for address in listening if address.ip != "127.0.0.1"]
 
-    async def killed_meanwhile() -> None:
-        asyncio.get_running_loop().call_later(0.3, family[-1].kill)
-        await asyncio.gather(*(engines.generate(prompt, sampling(stop_token_ids=()), 64) for prompt in PROMPTS))
+    (model,) = the_model(family)
+    (engine,) = engines
 
-    started = time.monotonic()
+    async def killed_meanwhile() -> None:
+        nonlocal killed
+        endless = [engines.generate(prompt, sampling(stop_token_ids=()), 64) for prompt in PROMPTS]
+        writing = asyncio.gather(*endless)
+        while not (await engine.progress()).tokens:
+            await asyncio.sleep(0.01)
+        model.kill()
+        killed = time.monotonic()
+        await writing
+
+    killed = 0.0
     with pytest.raises(EngineError, match="engine 0") as failure:
         engines.run(killed_meanwhile())
-    assert time.monotonic() - started < 60.0  # SGLang looks after its processes now and then
+    assert 0 < time.monotonic() - killed < NOTICED_SECONDS
     assert "engine0.log" in str(failure.value)
     started = time.monotonic()
     engines.close()
