@@ -154,7 +154,7 @@ def start(
             if leader:
                 leader.engines.wait_ready()
             engines = leader.engines if leader else None
-            publisher = open_publisher(config.weights, hf.inventory, engines, peers.after_leader)
+            publisher = open_publisher(config.weights, hf.inventory, engines, peers.leader_says)
             opened.enter_context(closing(publisher))
             if config.weights.verify == "full":
                 prompts = checked.train if checked else ()

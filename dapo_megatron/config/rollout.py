@@ -143,6 +143,9 @@ class WeightsConfig(Section):
     none of the model's. With checksums: one whose bytes changed on the way, in a receiver's memory, or in the engine
     where that keeps it as it came. In full: also a canary, a prompt that every engine answers before and after each
     push, and whose log-probs are compared with the actor's."""
+    delta: bool = True
+    """Leave layers out of a push that the engines have as they are, by checksum. An engine that was started again gets
+    everything, and so does one that cannot keep any (engine.kind=sglang)."""
     canary_tolerance: PositiveFloat | None = None
     """Most nats by which the log-probs of the canary's tokens may differ from the actor's in the mean; null is 2e-5 in
     float32 and 0.1 in bfloat16."""

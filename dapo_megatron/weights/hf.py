@@ -6,6 +6,7 @@ import json
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -71,25 +72,23 @@ class HfCheckpoint:
         share([param for name, _, param in params if not is_expert(name)], replicas)
         share([param for name, _, param in params if is_expert(name)], of_experts)
 
-    def export(self, chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of the model under its Hugging Face name, whole, on every rank.
+    def export(self, chunks: Sequence[torch.nn.Module]) -> Iterable[tuple[str, Tensor]]:
+        """Every tensor of the model under its Hugging Face name, whole, on every rank of the replica.
 
-        All ranks iterate to the end. Tensors may share memory with live parameters: copy what must outlast the next
-        optimizer step. A tied model gives no lm_head.weight.
+        Iterating is collective over these, and goes to the end; each time is another gathering. Tensors may share
+        memory with live parameters: copy what must outlast the next optimizer step. A tied model gives no
+        lm_head.weight.
         """
-        seen: set[str] = set()
-        weights = self._bridge.export_weights(list(chunks))
-        while True:
-            # Not around the yield: the consumer's code would run without gradients too.
-            with torch.no_grad():
-                item = next(weights, None)
-            if item is None:
-                return
-            name, tensor = item
-            # With pipeline stages, a tied embedding is there twice.
-            if name not in seen:
-                seen.add(name)
-                yield name, tensor.detach()
+        return _Export(self._bridge, list(chunks))
+
+    @property
+    def gathers(self) -> bool:
+        """Whether this rank takes part where one replica gathers its weights for the leader.
+
+        Experts that ranks share out have ranks of other replicas in their groups: then all do.
+        """
+        replicas: Any = mpu.get_data_parallel_group(with_context_parallel=True)
+        return replicas.rank() == 0 or mpu.get_expert_model_parallel_world_size() > 1
 
     def save(
         self, chunks: Sequence[torch.nn.Module], folder: Path, after_leader: AfterLeader = lambda what: None
@@ -166,6 +165,28 @@ class HfCheckpoint:
                     f"{advice if fused else ''}"
                 )
         return {name: file for name, file in files.items() if name in wanted}
+
+
+@dataclass(frozen=True)
+class _Export:
+    bridge: Any
+    chunks: list[torch.nn.Module]
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        seen: set[str] = set()
+        weights = self.bridge.export_weights(self.chunks)
+        while True:
+            # Not around the yield: the consumer's code would run without gradients too.
+            with torch.no_grad():
+                item = next(weights, None)
+            if item is None:
+                return
+            name, tensor = item
+            # With pipeline stages, a tied embedding is there twice.
+            if name not in seen:
+                seen.add(name)
+                yield name, tensor.detach()
+            del item, tensor  # not to keep it while the next one is gathered
 
 
 def _inventory(files: Mapping[str, Path], dtype: torch.dtype) -> Inventory:

@@ -17,6 +17,10 @@ AfterLeader = Callable[[str], object]
 """Waits until the leader has come to the same call (`heartbeat.Peers.after_leader`)."""
 
 
+LeaderSays = Callable[[str, Any], Any]
+"""Returns what the leader gives, once it has come to the same call (`heartbeat.Peers.leader_says`)."""
+
+
 class WeightReceiver(Protocol):
     """The part of a rollout engine that takes weights (`rollout.engine.Engine`).
 
@@ -29,6 +33,11 @@ class WeightReceiver(Protocol):
     @property
     def workers(self) -> int: ...
 
+    @property
+    def keeps(self) -> bool:
+        """Whether tensors can be left out of a push that it has already."""
+        ...
+
     async def join_group(self, info: dict[str, Any]) -> None:
         """`info`: how to join, in the transport's words, and as "inventory" what every push brings (`Inventory`)."""
         ...
@@ -37,7 +46,8 @@ class WeightReceiver(Protocol):
 
     async def receive(self, info: dict[str, Any]) -> None:
         """`info`: one bucket, as lists with an entry for each tensor: "tensors", its index in the inventory; "names",
-        "dtypes" and "shapes"; and "checksums" (`checksum.checksums`), None where these are not wanted."""
+        "dtypes" and "shapes"; and "checksums" (`checksum.checksums`), None where these are not wanted. Where "kept" is
+        true, these tensors do not come: they are what the last push has left (only where it `keeps`)."""
         ...
 
     async def finish_transfer(self, version: int) -> None: ...
@@ -57,14 +67,15 @@ class Publisher(Protocol):
     Collective: every rank has one and makes the same calls. Which ranks hand tensors over is the transport's business.
     """
 
-    def push(self, weights: Iterable[tuple[str, Tensor]], version: int) -> Measures:
+    def push(self, weights: Iterable[tuple[str, Tensor]] | None, version: int) -> Measures:
         """Put `weights` to use in every engine, as `version`. No engine may be generating.
 
         Args:
-            weights: Hugging Face names and whole tensors, the same on every rank. Every rank iterates to the end.
+            weights: Hugging Face names and whole tensors, in the same order each time. Every rank that has them
+                iterates to the end, as often as the others. None on ranks whose replica does not gather.
 
         Returns:
-            On the leader, what was verified, and how long that took.
+            On the leader, what was verified, how long that took, and how much was sent.
 
         Raises:
             EngineError: on the leader, when an engine fails, does not keep up, or has not what was sent.
@@ -80,15 +91,15 @@ def open_publisher(
     config: WeightsConfig,
     inventory: Inventory | None,
     receivers: Receivers | None,
-    after_leader: AfterLeader = lambda what: None,
+    leader_says: LeaderSays = lambda what, value: value,
 ) -> Publisher:
     """The publisher that weights.transport names. Every rank opens one, the leader once the engines answer.
 
     Args:
         inventory: what every push brings, on the leader.
         receivers: the engines, on the leader; None on other ranks.
-        after_leader: what a transport calls on every rank before a collective for which the leader may be late: it
-            returns once the leader has made the same call.
+        leader_says: what a transport calls on every rank before a collective for which the leader may be late, and to
+            tell them all how to go on.
 
     Raises:
         EngineError: on the leader, when an engine does not take part.
@@ -101,7 +112,8 @@ def open_publisher(
                 inventory,
                 receivers,
                 config.bucket_mib << 20,
-                after_leader,
+                leader_says,
                 timeout_seconds=config.push_seconds,
                 with_checksums=config.verify != "off",
+                delta=config.delta,
             )

@@ -110,7 +110,7 @@ if __name__ == "__main__":
     save_file = hf.save_file
     hf.save_file, hf._SHARD_BYTES = save_slowly, BYTES
     leader.Engines = SlowEngines  # pyright: ignore[reportAttributeAccessIssue]
-    train.open_publisher = lambda config, inventory, receivers, after: GlooPublisher(
-        inventory, receivers, BYTES, after, timeout_seconds=config.push_seconds
+    train.open_publisher = lambda config, inventory, receivers, says: GlooPublisher(
+        inventory, receivers, BYTES, says, timeout_seconds=config.push_seconds
     )
     leave(rank.main(sys.argv[2:]))

@@ -15,7 +15,7 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.platforms import current_platform
 
-from dapo_megatron.weights.gloo import BACKEND, join_group, transmit
+from dapo_megatron.weights.gloo import BACKEND, Inbox, join_group
 from dapo_megatron.weights.verify import Arrivals
 
 
@@ -37,6 +37,7 @@ class GlooUpdate(WeightTransferUpdateInfo):
 
     tensors: list[int]
     checksums: list[int] | None
+    kept: bool
 
 
 class GlooWeightTransfer(WeightTransferEngine[GlooInit, GlooUpdate]):
@@ -48,33 +49,46 @@ class GlooWeightTransfer(WeightTransferEngine[GlooInit, GlooUpdate]):
     def init_transfer_engine(self, init_info: GlooInit) -> None:
         parallel = self.parallel_config
         rank = init_info.rank_offset + parallel.data_parallel_index * parallel.world_size + parallel.rank
-        self._group: Any = join_group(
-            init_info.host, init_info.port, rank, init_info.world_size, init_info.timeout_seconds
-        )
+        group = join_group(init_info.host, init_info.port, rank, init_info.world_size, init_info.timeout_seconds)
         self._arrivals = Arrivals(init_info.inventory)
+        load: Any = self.model.load_weights
+        self._inbox: Inbox | None = Inbox(group, self._arrivals, load)
 
     def start_weight_update(self) -> None:
+        assert self._inbox
+        self._loading = False
+        self._inbox.begin()
+
+    def receive_weights(self, update_info: GlooUpdate, *_: Any) -> None:
+        assert self._inbox
+        if not update_info.kept:
+            self._begin_loading()
+        self._inbox.receive(update_info.tensors, update_info.checksums, update_info.kept)
+
+    def _begin_loading(self) -> None:
+        """Once something comes: vLLM warns of every layer that then gets nothing."""
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
+        if self._loading:
+            return
         if current_platform.is_cpu():
             from dapo_megatron.weights.workers.vllm_cpu import let_experts_be_packed
 
-            let_experts_be_packed(self.model)
+            self._put_back = let_experts_be_packed(self.model)
         initialize_layerwise_reload(self.model)
-        self._arrivals.begin()
-
-    def receive_weights(self, update_info: GlooUpdate, *_: Any) -> None:
-        flat = self._arrivals.allocate(update_info.tensors)
-        transmit(self._group, flat).wait()
-        load: Any = self.model.load_weights
-        load(self._arrivals.unpack(flat, update_info.tensors, update_info.checksums))
+        self._loading = True
 
     def finish_weight_update(self) -> None:
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
-        self._arrivals.end()
-        finalize_layerwise_reload(self.model, self.model_config)
-        self._refresh_tied_head()
+        assert self._inbox
+        self._inbox.finish()
+        if self._loading:
+            finalize_layerwise_reload(self.model, self.model_config)
+            if current_platform.is_cpu():
+                self._put_back()
+            self._refresh_tied_head()
+            self._loading = False
         joined: Any = getattr(self.model, "packed_modules_mapping", {})
         self._arrivals.loaded(dict(self.model.named_parameters()), joined)
 
@@ -92,7 +106,7 @@ class GlooWeightTransfer(WeightTransferEngine[GlooInit, GlooUpdate]):
         raise NotImplementedError("weights are sent by dapo_megatron.weights.gloo.GlooPublisher")
 
     def shutdown(self) -> None:
-        self._group = None
+        self._inbox = None
 
 
 WeightTransferEngineFactory.register_engine(BACKEND, GlooWeightTransfer)
