@@ -42,7 +42,8 @@ from dapo_megatron.config import WeightsConfig
 from dapo_megatron.config_file import parse
 from dapo_megatron.rollout.engines import Engines
 from dapo_megatron.weights.buckets import Named, describe
-from dapo_megatron.weights.gloo import GlooPublisher, Inbox, join_group, transmit
+from dapo_megatron.weights.gloo import GlooPublisher, join_group, transmit
+from dapo_megatron.weights.inbox import Inbox
 from dapo_megatron.weights.publish import open_publisher
 from dapo_megatron.weights.verify import Arrivals, Inventory
 
@@ -165,6 +166,7 @@ class Worker:
             self.parameters[name].copy_(tensor)
 
     def begin(self, _: None) -> None:
+        self.arrivals.begin()
         self.inbox.begin()
 
     def receive(self, info: Mapping[str, Any]) -> None:
@@ -172,6 +174,7 @@ class Worker:
 
     def finish(self, _: None) -> None:
         self.inbox.finish()
+        self.arrivals.end()
         self.arrivals.loaded(self.parameters, {})
 
     def cpu_seconds(self, _: None) -> float:

@@ -154,7 +154,14 @@ def start(
             if leader:
                 leader.engines.wait_ready()
             engines = leader.engines if leader else None
-            publisher = open_publisher(config.weights, hf.inventory, engines, peers.leader_says)
+            publisher = open_publisher(
+                config.weights,
+                hf.inventory,
+                engines,
+                peers.leader_says,
+                folder=config.weights_folder,
+                side_files=hf.write_side_files,
+            )
             opened.enter_context(closing(publisher))
             if config.weights.verify == "full":
                 prompts = checked.train if checked else ()

@@ -44,9 +44,14 @@ def buckets(
     weights: Iterable[tuple[str, Tensor]], bucket_bytes: int, before_each: Callable[[], object] = lambda: None
 ) -> Iterator[Named]:
     """Group `weights` as `numbered` does. Only one bucket is in memory at a time."""
+    return grouped(numbered(weights, bucket_bytes, before_each))
+
+
+def grouped(weights: Iterable[tuple[int, str, Tensor]]) -> Iterator[Named]:
+    """Group what `numbered` gives."""
     bucket: Named = []
     current = 0
-    for number, name, tensor in numbered(weights, bucket_bytes, before_each):
+    for number, name, tensor in weights:
         if number != current:
             yield bucket
             bucket, current = [], number

@@ -9,8 +9,7 @@ import asyncio
 import socket
 import threading
 import time
-from collections import deque
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import asdict
 from datetime import timedelta
@@ -22,23 +21,15 @@ from torch.distributed import distributed_c10d as c10d
 
 from dapo_megatron.errors import EngineError
 from dapo_megatron.measures import Max, Measures, Sum
-from dapo_megatron.weights.buckets import Named, numbered, only_sizes
 from dapo_megatron.weights.delta import Delta
+from dapo_megatron.weights.gathering import Gathered, Gathering
 from dapo_megatron.weights.outgoing import Bucket, Outgoing
 from dapo_megatron.weights.publish import LeaderSays, Receivers, WeightReceiver
-from dapo_megatron.weights.verify import Arrivals, Inventory, Tally
+from dapo_megatron.weights.verify import Inventory, Tally
 
-BACKEND = "gloo"
-"""Name under which engines know this transport."""
 _HOST = "127.0.0.1"
 """Engines are on this machine."""
 _POLL_SECONDS = 0.0005
-
-_BUCKET, _AGAIN, _END = "bucket", "again", "end"
-"""What the leader says: a bucket is gathered, all are gathered once more, the push is over."""
-
-Gathered = Iterator[tuple[int, str, Tensor]]
-"""As `buckets.numbered` gives them."""
 
 
 class GlooPublisher:
@@ -70,7 +61,7 @@ class GlooPublisher:
         with_checksums: bool = True,
         delta: bool = True,
     ) -> None:
-        self._bucket_bytes, self._leader_says = bucket_bytes, leader_says
+        self._gathering = Gathering(bucket_bytes, leader_says)
         self._sender = None
         if receivers is not None:
             assert inventory is not None
@@ -80,31 +71,13 @@ class GlooPublisher:
     def push(self, weights: Iterable[tuple[str, Tensor]] | None, version: int) -> Measures:
         if self._sender:
             assert weights is not None
-            passes = self._passes(weights)
+            passes = self._gathering.passes(weights)
             try:
                 return self._sender.send(next(passes), passes, version)
             finally:
                 passes.close()
-        said = _AGAIN
-        while said != _END:
-            if weights is not None:
-                deque(self._numbered(only_sizes(weights)), maxlen=0)
-            said = self._leader_says("weights", None)
+        self._gathering.follow(weights)
         return {}
-
-    def _passes(self, weights: Iterable[tuple[str, Tensor]]) -> Generator[Gathered]:
-        """On the leader: the weights, gathered anew for each of these, and to the end, as the others do."""
-        while True:
-            gathered, said = self._numbered(weights), _END
-            try:
-                yield gathered
-                said = _AGAIN
-            finally:
-                deque(gathered, maxlen=0)
-                self._leader_says("weights", said)
-
-    def _numbered(self, weights: Iterable[tuple[str, Tensor]]) -> Gathered:
-        return numbered(weights, self._bucket_bytes, lambda: self._leader_says("weights", _BUCKET))
 
     def close(self) -> None:
         if self._sender:
@@ -305,44 +278,3 @@ def transmit(group: Any, flat: Tensor) -> c10d.Work:
     options = c10d.BroadcastOptions()
     options.rootRank = 0
     return group.broadcast([flat], options)
-
-
-class Inbox:
-    """A receiver's end: a bucket is loaded while the next one comes.
-
-    Args:
-        load: puts tensors where the engine has its own.
-    """
-
-    def __init__(self, group: Any, arrivals: Arrivals, load: Callable[[Named], object]) -> None:
-        self._group, self._arrivals, self._load = group, arrivals, load
-        self._last: tuple[Tensor, Sequence[int], Sequence[int] | None] | None = None
-
-    def begin(self) -> None:
-        self._last = None
-        self._arrivals.begin()
-
-    def receive(self, tensors: Sequence[int], sums: Sequence[int] | None, kept: bool) -> None:
-        """Take part in a bucket, or take note of what is `kept`.
-
-        Raises:
-            TransferError: for this bucket or the one before.
-        """
-        if kept:
-            self._arrivals.keep(tensors, sums)
-            return
-        flat = self._arrivals.allocate(tensors)
-        coming = transmit(self._group, flat)
-        self._load_last()
-        coming.wait()
-        self._last = flat, tensors, sums
-
-    def finish(self) -> None:
-        """Load the last bucket. Nothing may be missing then."""
-        self._load_last()
-        self._arrivals.end()
-
-    def _load_last(self) -> None:
-        if self._last:
-            last, self._last = self._last, None
-            self._load(self._arrivals.unpack(*last))

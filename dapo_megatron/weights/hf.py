@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dapo_megatron import disk
@@ -24,6 +23,7 @@ from dapo_megatron.weights.bridge import make_bridge
 from dapo_megatron.weights.buckets import Named, buckets, only_sizes
 from dapo_megatron.weights.publish import AfterLeader
 from dapo_megatron.weights.read import fill, held, is_expert, share
+from dapo_megatron.weights.shards import write_tensors
 from dapo_megatron.weights.side_files import copy_side_files, declare_tokenizer
 from dapo_megatron.weights.verify import Inventory
 
@@ -119,7 +119,7 @@ class HfCheckpoint:
             if unfinished.exists():  # of a run that was cut short
                 shutil.rmtree(unfinished)
             unfinished.mkdir(parents=True)
-            _write_tensors(copies, unfinished)
+            write_tensors(copies, unfinished)
             self.copy_side_files(unfinished, next(chunks[0].parameters()).dtype)
             disk.sync(*unfinished.rglob("*"), unfinished)
             if folder.exists():
@@ -130,6 +130,14 @@ class HfCheckpoint:
             shutil.rmtree(unfinished, ignore_errors=True)
             deque(copies, maxlen=0)  # the others gather to the end
             raise DapoError(f"cannot save the model in {folder}: {error}") from error
+
+    def write_side_files(self, folder: Path) -> None:
+        """Write what lies beside the weights, for those of the model that was loaded. Not collective.
+
+        Raises:
+            OSError: where it cannot be written.
+        """
+        self.copy_side_files(folder, self._bridge.dtype)
 
     def copy_side_files(self, folder: Path, dtype: torch.dtype) -> None:
         """Copy what lies beside the weights to a folder for weights of `dtype`. Not collective.
@@ -197,24 +205,6 @@ def _inventory(files: Mapping[str, Path], dtype: torch.dtype) -> Inventory:
             inside = [name for name, place in files.items() if place == file]
             shapes |= {name: list(opened.get_slice(name).get_shape()) for name in inside}
     return Inventory(list(files), [str(dtype).removeprefix("torch.")] * len(files), [shapes[name] for name in files])
-
-
-def _write_tensors(weights: Iterable[Named], folder: Path) -> None:
-    """Write each entry of `weights` as a shard."""
-    shards: list[list[str]] = []
-    total_bytes = 0
-    for shard in weights:
-        save_file(dict(shard), folder / f"model-{len(shards) + 1:05d}.safetensors", metadata={"format": "pt"})
-        shards.append([name for name, _ in shard])
-        total_bytes += sum(tensor.nbytes for _, tensor in shard)
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards, start=1):
-        final = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        (folder / f"model-{number:05d}.safetensors").rename(folder / final)
-        weight_map |= dict.fromkeys(names, final)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _write_config(source: Path, target: Path, dtype: torch.dtype) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Iterable, Iterator
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
@@ -47,7 +48,11 @@ class WeightReceiver(Protocol):
     async def receive(self, info: dict[str, Any]) -> None:
         """`info`: one bucket, as lists with an entry for each tensor: "tensors", its index in the inventory; "names",
         "dtypes" and "shapes"; and "checksums" (`checksum.checksums`), None where these are not wanted. Where "kept" is
-        true, these tensors do not come: they are what the last push has left (only where it `keeps`)."""
+        true, these tensors do not come: they are what the last push has left (only where it `keeps`).
+
+        Through a folder, `info` is all of the push: "folder", a Hugging Face checkpoint, and "checksums" of all
+        tensors, in the inventory's order, or None.
+        """
         ...
 
     async def finish_transfer(self, version: int) -> None: ...
@@ -92,6 +97,9 @@ def open_publisher(
     inventory: Inventory | None,
     receivers: Receivers | None,
     leader_says: LeaderSays = lambda what, value: value,
+    *,
+    folder: Path | None = None,
+    side_files: Callable[[Path], object] = lambda folder: None,
 ) -> Publisher:
     """The publisher that weights.transport names. Every rank opens one, the leader once the engines answer.
 
@@ -100,6 +108,8 @@ def open_publisher(
         receivers: the engines, on the leader; None on other ranks.
         leader_says: what a transport calls on every rank before a collective for which the leader may be late, and to
             tell them all how to go on.
+        folder: where versions are written, if the transport is one through a folder.
+        side_files: writes what belongs to a checkpoint besides tensors, on the leader.
 
     Raises:
         EngineError: on the leader, when an engine does not take part.
@@ -116,4 +126,17 @@ def open_publisher(
                 timeout_seconds=config.push_seconds,
                 with_checksums=config.verify != "off",
                 delta=config.delta,
+            )
+        case "disk":
+            from dapo_megatron.weights.disk import DiskPublisher
+
+            assert folder
+            return DiskPublisher(
+                inventory,
+                receivers,
+                folder,
+                config.bucket_mib << 20,
+                side_files,
+                leader_says,
+                with_checksums=config.verify != "off",
             )

@@ -164,7 +164,14 @@ class Arrivals:
         Args:
             sums: the checksums of what was sent; None where these are not wanted.
         """
-        named = unflatten(flat, **self._inventory.describe(tensors))
+        return self._check(unflatten(flat, **self._inventory.describe(tensors)), sums)
+
+    def take(self, named: Named, sums: Sequence[int] | None) -> Named:
+        """Count tensors that are here by themselves, by name, and compare them as `unpack` does."""
+        self._tally.count(self._tally.find(named))
+        return self._check(named, sums)
+
+    def _check(self, named: Named, sums: Sequence[int] | None) -> Named:
         self._came |= dict.fromkeys((name for name, _ in named), None)
         if sums is None:
             return named

@@ -74,6 +74,8 @@ class Adapter(EngineAdapter):
                 "weights.verify=checksums: with engine.kind=sglang nobody compares checksums in the engine; set "
                 "weights.verify=full, of which the canary looks at its answers, or off"
             )
+        if config.weights.transport == "disk":
+            raise ConfigError("weights.transport=disk: engine.kind=sglang takes weights over gloo; set it to gloo")
         if config.rollout.top_p < 1:
             raise ConfigError(
                 f"rollout.top_p({config.rollout.top_p:g}): with engine.kind=sglang, log-probs are those before top-p "

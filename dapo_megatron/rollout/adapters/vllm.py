@@ -162,7 +162,7 @@ class VllmEngine(HttpEngine):
 
     async def receive(self, info: dict[str, Any]) -> None:
         # Its workers know the rest from the inventory.
-        bucket = {key: info[key] for key in ("tensors", "checksums", "kept")}
+        bucket = {key: info[key] for key in ("tensors", "checksums", "kept", "folder") if key in info}
         await self._transfer.call("POST", "/update_weights", {"update_info": bucket})
 
     async def finish_transfer(self, version: int) -> None:
