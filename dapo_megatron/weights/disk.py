@@ -99,20 +99,21 @@ class DiskPublisher:
                 yield [(name, tensor.to("cpu", copy=True).contiguous()) for name, tensor in bucket]
             self._tally.end()
 
-        passes = self._gathering.passes(weights)
-        try:
-            write_version(self._folder, version, shards(next(passes)), self._side_files)
-        except (OSError, SafetensorError) as error:
-            place = next(parent for parent in (self._folder, *self._folder.parents) if parent.exists())
-            raise WeightsError(
-                f"cannot write the weights of version {version} to {version_folder(self._folder, version)}: {error}. A "
-                f"version takes {size(sum(self._inventory.sizes))}, two are there while engines load one, and "
-                f"{size(shutil.disk_usage(place).free)} are free; no engine has loaded any of it. Make room, or set "
-                f"weights.folder to another folder that all machines share"
-            ) from error
-        finally:
-            passes.close()
+        with self._gathering.leading(weights) as passes:
+            try:
+                write_version(self._folder, version, shards(passes.take()), self._side_files)
+            except (OSError, SafetensorError) as error:
+                raise WeightsError(self._cannot_write(version, error)) from error
         return sums, spent
+
+    def _cannot_write(self, version: int, error: Exception) -> str:
+        place = next(parent for parent in (self._folder, *self._folder.parents) if parent.exists())
+        return (
+            f"cannot write the weights of version {version} to {version_folder(self._folder, version)}: {error}. A "
+            f"version takes {size(sum(self._inventory.sizes))}, two are there while engines load one, and "
+            f"{size(shutil.disk_usage(place).free)} are free; no engine has loaded any of it. Make room, or set "
+            f"weights.folder to another folder that all machines share"
+        )
 
     async def _load(self, receivers: Receivers, version: int, sums: dict[str, int]) -> None:
         engines = list(receivers)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 from torch import Tensor
 
+from dapo_megatron.errors import EngineError
 from dapo_megatron.weights.buckets import numbered, only_sizes
 from dapo_megatron.weights.publish import LeaderSays
 
@@ -40,19 +42,43 @@ class Gathering:
                 deque(self._numbered(only_sizes(weights)), maxlen=0)
             said = self._leader_says("weights", None)
 
-    def passes(self, weights: Iterable[tuple[str, Tensor]]) -> Generator[Gathered]:
-        """Yield, on the leader, the weights, gathered anew each time, and to the end, as the others do.
+    @contextmanager
+    def leading(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[Passes]:
+        """On the leader: whatever engines do inside, the others know at its end that the push is over.
 
-        To be closed, also after a failure: then the others know that the push is over.
+        After any other error they would wait for each other in vain, and it is the run that ends.
         """
-        while True:
-            gathered, said = self._numbered(weights), _END
-            try:
-                yield gathered
-                said = _AGAIN
-            finally:
-                deque(gathered, maxlen=0)
-                self._leader_says("weights", said)
+        passes = Passes(lambda: self._numbered(weights), lambda said: self._leader_says("weights", said))
+        try:
+            yield passes
+        except EngineError:
+            passes.end()
+            raise
+        passes.end()
 
     def _numbered(self, weights: Iterable[tuple[str, Tensor]]) -> Gathered:
         return numbered(weights, self._bucket_bytes, lambda: self._leader_says("weights", _BUCKET))
+
+
+class Passes:
+    """The weights on the leader, gathered as often as `take` is called, and to the end each time, as the others do."""
+
+    def __init__(self, gather: Callable[[], Gathered], say: Callable[[str], object]) -> None:
+        self._gather, self._say = gather, say
+        self._gathered: Gathered | None = None
+
+    def take(self) -> Gathered:
+        """Return the weights from the first one on."""
+        if self._gathered is not None:
+            self._finish(_AGAIN)
+        self._gathered = self._gather()
+        return self._gathered
+
+    def end(self) -> None:
+        """The push is over."""
+        self._finish(_END)
+
+    def _finish(self, said: str) -> None:
+        # The others have begun to gather, whether it came to that here or not.
+        deque(self._gathered or self._gather(), maxlen=0)
+        self._say(said)

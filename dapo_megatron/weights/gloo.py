@@ -9,7 +9,7 @@ import asyncio
 import socket
 import threading
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import asdict
 from datetime import timedelta
@@ -22,7 +22,7 @@ from torch.distributed import distributed_c10d as c10d
 from dapo_megatron.errors import EngineError
 from dapo_megatron.measures import Max, Measures, Sum
 from dapo_megatron.weights.delta import Delta
-from dapo_megatron.weights.gathering import Gathered, Gathering
+from dapo_megatron.weights.gathering import Gathering, Passes
 from dapo_megatron.weights.outgoing import Bucket, Outgoing
 from dapo_megatron.weights.publish import LeaderSays, Receivers, WeightReceiver
 from dapo_megatron.weights.verify import Inventory, Tally
@@ -71,11 +71,8 @@ class GlooPublisher:
     def push(self, weights: Iterable[tuple[str, Tensor]] | None, version: int) -> Measures:
         if self._sender:
             assert weights is not None
-            passes = self._gathering.passes(weights)
-            try:
-                return self._sender.send(next(passes), passes, version)
-            finally:
-                passes.close()
+            with self._gathering.leading(weights) as passes:
+                return self._sender.send(passes, version)
         self._gathering.follow(weights)
         return {}
 
@@ -108,9 +105,8 @@ class _Sender:
         self._group: Any = None
         receivers.run(self._connect())
 
-    def send(self, weights: Gathered, again: Iterator[Gathered], version: int) -> Measures:
-        """`again`: the same weights once more."""
-        return self._receivers.run(self._send(weights, again, version))
+    def send(self, passes: Passes, version: int) -> Measures:
+        return self._receivers.run(self._send(passes, version))
 
     def close(self) -> None:
         if self._sending:
@@ -144,7 +140,7 @@ class _Sender:
         self._members = engines
         self._delta = Delta(self._wants_delta and all(engine.keeps for engine in engines))
 
-    async def _send(self, weights: Gathered, again: Iterator[Gathered], version: int) -> Measures:
+    async def _send(self, passes: Passes, version: int) -> Measures:
         if list(self._receivers) != self._members:  # some were started again
             await self._connect()
         engines, delta, outgoing = self._members, self._delta, self._outgoing
@@ -152,9 +148,9 @@ class _Sender:
         await self._all([engine.begin_transfer() for engine in engines], "beginning to send weights")
         self._tally.begin()
         delta.begin()
-        sent = await self._deliver_all(outgoing.buckets(weights, delta))
+        sent = await self._deliver_all(outgoing.buckets(passes.take(), delta))
         if late := delta.late:
-            sent += await self._deliver_all(outgoing.buckets(next(again), delta, only=late))
+            sent += await self._deliver_all(outgoing.buckets(passes.take(), delta, only=late))
         await self._leave(delta.kept)
         self._tally.end()
         await self._all([engine.finish_transfer(version) for engine in engines], "putting weights to use")
