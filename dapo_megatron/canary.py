@@ -64,7 +64,7 @@ class Canary:
         length = min(_PROMPT_TOKENS, config.max_sequence_tokens - self._tokens)
         self._prompt, self._fresh = (_prompt(prompts, length, start) for start in (1, 2)) if leader else (None, None)
 
-    def push(self, weights: Iterable[tuple[str, Tensor]], version: int) -> Measures:
+    def push(self, weights: Iterable[tuple[str, Tensor]] | None, version: int) -> Measures:
         """See `Publisher`.
 
         Raises:

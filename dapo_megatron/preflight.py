@@ -6,6 +6,7 @@ Imports neither megatron nor vllm nor torch.distributed.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -85,6 +86,7 @@ def preflight(config: Config, world_size: int, local_ranks: int | None = None) -
     check_trains(hf_config, config.parallel)
     _check_recompute(config, hf_config.num_hidden_layers)
     _check_disk(config)
+    _check_weights_folder(config)
     ranks_here = world_size if local_ranks is None else local_ranks
     check_gpus(config.engine, ranks_here)
     who_is_where = plan(config, ranks_here)
@@ -310,6 +312,24 @@ def _check_disk(config: Config) -> None:
         raise ConfigError(
             f"run.dir: {parent} has {size(free)} free, and the trained policy takes about {size(needed)}, as "
             "model.path does; free some, choose another run.dir, or set run.save_hf=false"
+        )
+
+
+def _check_weights_folder(config: Config) -> None:
+    """Refuse a folder in which two versions of the weights do not fit, or nothing can be written."""
+    if config.weights.transport != "disk":
+        return
+    folder = config.weights_folder.absolute()
+    parent = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise ConfigError(f"weights.folder: {folder} cannot be written: {parent} is no folder that this user may write")
+    stored = sum(file.stat().st_size for file in config.model.path.glob("*.safetensors"))
+    needed, free = 2 * stored, shutil.disk_usage(parent).free
+    if free < needed:
+        raise ConfigError(
+            f"weights.folder: {parent} has {size(free)} free, and two versions of the weights take about 2 x "
+            f"{size(stored)} = {size(needed)}, as model.path does; free some, choose another weights.folder, or "
+            f"weights.transport=gloo"
         )
 
 

@@ -45,7 +45,8 @@ class Supply:
             self._engines.expect(version)
         verified: Measures = {}
         try:
-            verified = self._publisher.push(self._hf.export(self._actor.chunks), version)
+            chunks = self._actor.chunks  # on every rank: what is left to gather of a step is gathered here
+            verified = self._publisher.push(self._hf.export(chunks) if self._hf.gathers else None, version)
         except WeightsError:
             raise
         except EngineError as error:

@@ -156,8 +156,15 @@ def start(
             if leader:
                 leader.engines.wait_ready()
             engines = leader.engines if leader else None
-            address = leader_address(config.engine) if leader else LOOPBACK
-            publisher = open_publisher(config.weights, hf.inventory, engines, peers.after_leader, address)
+            publisher = open_publisher(
+                config.weights,
+                hf.inventory,
+                engines,
+                peers.leader_says,
+                address=leader_address(config.engine) if leader else LOOPBACK,
+                folder=config.weights_folder,
+                side_files=hf.write_side_files,
+            )
             opened.enter_context(closing(publisher))
             if config.weights.verify == "full":
                 prompts = checked.train if checked else ()

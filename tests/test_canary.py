@@ -192,14 +192,14 @@ class TestWithVllm:
         fault.write_text("")
 
     def test_a_flipped_bit_in_a_bucket_is_caught_by_name(self, pushes: Pushes, monkeypatch: pytest.MonkeyPatch) -> None:
-        flatten = gloo.flatten
+        transmit = gloo.transmit
 
-        def flipping(bucket: Any) -> torch.Tensor:
-            flat = flatten(bucket)
+        def flipping(group: Any, flat: torch.Tensor) -> Any:
+            flat = flat.clone()
             flat[-1] ^= 1
-            return flat
+            return transmit(group, flat)
 
-        monkeypatch.setattr(gloo, "flatten", flipping)
+        monkeypatch.setattr(gloo, "transmit", flipping)
         with pytest.raises(EngineError, match=r"engine 0, [\s\S]*weight has arrived with other bytes than were sent"):
             # The last push has left the engine in its middle: it answers no canary.
             pushes.publisher.push(pushes.checkpoint.export(pushes.actor.chunks), version=7)

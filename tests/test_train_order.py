@@ -41,7 +41,7 @@ def run(monkeypatch: pytest.MonkeyPatch, folder: Path, on_leader: bool, steps: t
     def noting(what: str) -> Any:
         return lambda *_, **__: happened.append(what)
 
-    def start(*_: Any) -> None:
+    def start(*_: Any, **__: Any) -> None:
         happened.append("publisher")
         raise StartedError
 
@@ -60,7 +60,7 @@ def run(monkeypatch: pytest.MonkeyPatch, folder: Path, on_leader: bool, steps: t
 
     engines = SimpleNamespace(wait_ready=noting("engines ready"))
     leader = SimpleNamespace(engines=engines, close=noting("closed"), finish=noting("finished"), state={})
-    hf = SimpleNamespace(save=noting("hf"), inventory=None)
+    hf = SimpleNamespace(save=noting("hf"), inventory=None, write_side_files=None)
     monkeypatch.setattr(train, "Leader", lambda *_: leader)
     monkeypatch.setattr(train, "HfCheckpoint", lambda *_, **__: hf)
     monkeypatch.setattr(train, "Actor", lambda *_, **__: (happened.append("actor"), SimpleNamespace(chunks=[]))[1])

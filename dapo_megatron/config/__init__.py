@@ -5,6 +5,8 @@ Files and command lines are read by `config_file`.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pydantic import Field, model_validator
 
 from dapo_megatron.config.algo import AlgoConfig, CorrectionConfig, KlConfig, OptimizerConfig, TrainConfig
@@ -61,6 +63,11 @@ class Config(Section):
     def max_sequence_tokens(self) -> int:
         """Tokens of the longest sequence that the engine or the actor can meet."""
         return self.data.max_prompt_tokens + self.rollout.max_response_tokens
+
+    @property
+    def weights_folder(self) -> Path:
+        """Where versions of the weights are written, if they travel through a folder."""
+        return self.weights.folder or self.run.folder / "weights"
 
     @property
     def sampling_seed(self) -> int:

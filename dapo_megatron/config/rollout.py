@@ -179,10 +179,14 @@ class EngineConfig(Section):
 
 
 class WeightsConfig(Section):
-    transport: Literal["gloo"] = "gloo"
-    """How weights travel from the actor to the engines."""
+    transport: Literal["gloo", "disk"] = "gloo"
+    """How weights travel from the actor to the engines: through a process group, or through files in a folder that all
+    machines share (docs/weights.md)."""
+    folder: FilePath | None = None
+    """For transport=disk: where each version is written, for this run alone; null is weights in the run's folder. Two
+    versions have to fit while engines load one."""
     bucket_mib: PositiveInt = 64
-    """Tensors are sent in buckets of about this size."""
+    """Tensors travel in buckets, or files, of about this size."""
     push_seconds: PositiveFloat = 300.0
     """How long an engine may take over each part of a push: to join, to get ready, for a bucket, to use the weights, to
     answer the canary."""
@@ -191,6 +195,9 @@ class WeightsConfig(Section):
     none of the model's. With checksums: one whose bytes changed on the way, in a receiver's memory, or in the engine
     where that keeps it as it came. In full: also a canary, a prompt that every engine answers before and after each
     push, and whose log-probs are compared with the actor's."""
+    delta: bool = True
+    """Leave layers out of a push that the engines have as they are, by checksum. An engine that was started again gets
+    everything, and so does one that cannot keep any (engine.kind=sglang). Through a folder, all travel."""
     canary_tolerance: PositiveFloat | None = None
     """Most nats by which the log-probs of the canary's tokens may differ from the actor's in the mean; null is 2e-5 in
     float32 and 0.1 in bfloat16."""

@@ -76,6 +76,9 @@ METRICS = {
     "verify/canary": "mean |difference| between the log-probs of engine and trainer, nats, in the answer to a fixed "
     "prompt after the last push, of the engine that is farthest off",
     "verify/canary_max": "largest such difference",
+    "push/seconds": "from the first word to the engines about the last push until all use the weights",
+    "push/share": "bytes that this push sent, over those of the model; weights that engines have are left out",
+    "push/gb_per_second": "bytes that it sent, over its seconds, 1e9 bytes; each engine gets so much",
     "seconds/verify": "of the seconds that publishing took, those for checksums on the leader and for the canary",
     "seconds/offload": "moving what memory.offload names to host memory and back",
     "seconds/rollout": "sampling and grading, and waiting for both",

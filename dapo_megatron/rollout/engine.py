@@ -91,6 +91,11 @@ class Engine(Responder, Protocol):
         """Processes that hold the weights, each of which takes part in every transfer."""
         ...
 
+    @property
+    def keeps(self) -> bool:
+        """Whether tensors can be left out of a transfer that it has already."""
+        ...
+
     async def progress(self) -> Progress:
         """Look at how far it is. Answers at once whatever else goes on, and costs the engine next to nothing."""
         ...

@@ -13,7 +13,7 @@ from dapo_megatron.types import Completion, Prompt, VersionSpan
 
 
 class HttpEngine:
-    """An `Engine` but for how it takes weights.
+    """An `Engine` but for how it takes weights: it `keeps` none, where nothing else is said.
 
     Args:
         generation: for requests that take as long as responses do.
@@ -21,6 +21,8 @@ class HttpEngine:
         control: for all others, which the server answers at once.
         workers: its processes that hold weights.
     """
+
+    keeps = False
 
     def __init__(self, *, generation: Client, transfer: Client, control: Client, workers: int) -> None:
         self.name = control.name

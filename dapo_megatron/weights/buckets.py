@@ -10,31 +10,54 @@ from torch import Tensor
 
 Named = list[tuple[str, Tensor]]
 
+_ALIGNMENT = 16
+"""Bytes: no dtype has larger elements."""
+_NEARLY = 0.75
+"""A bucket that is fuller than this is nearly full."""
 
-def buckets(
+
+def numbered(
     weights: Iterable[tuple[str, Tensor]], bucket_bytes: int, before_each: Callable[[], object] = lambda: None
-) -> Iterator[Named]:
-    """Group `weights`, as they come, so that a bucket holds at most `bucket_bytes` or one larger tensor.
+) -> Iterator[tuple[int, str, Tensor]]:
+    """Yield `weights` as they come, each with the number of its bucket, from 0.
 
-    Only one bucket is in memory at a time. In a bucket, the dtypes with the largest elements come first: end to end,
-    every tensor then starts at a multiple of its element's size, so that it can be viewed in its own dtype.
+    A bucket holds at most `bucket_bytes`, or one larger tensor. One that is nearly full ends where a block of a layer
+    does (attention, feed-forward), because an engine keeps what it has of a layer until it has the rest.
 
     Args:
         before_each: called before the weights of a bucket are taken. Where ranks gather what one of them uses bucket by
             bucket, they wait for it there.
     """
-    bucket: Named = []
-    size = 0
+    number, size, block = 0, 0, ""
     before_each()
     for name, tensor in weights:
-        if bucket and size + tensor.nbytes > bucket_bytes:
-            yield _aligned(bucket)
+        last, block = block, name.rpartition(".")[0].rpartition(".")[0]
+        start = _aligned(size)
+        if size and (start + tensor.nbytes > bucket_bytes or (size > _NEARLY * bucket_bytes and block != last)):
             before_each()
-            bucket, size = [], 0
+            number, start = number + 1, 0
+        size = start + tensor.nbytes
+        yield number, name, tensor
+
+
+def buckets(
+    weights: Iterable[tuple[str, Tensor]], bucket_bytes: int, before_each: Callable[[], object] = lambda: None
+) -> Iterator[Named]:
+    """Group `weights` as `numbered` does. Only one bucket is in memory at a time."""
+    return grouped(numbered(weights, bucket_bytes, before_each))
+
+
+def grouped(weights: Iterable[tuple[int, str, Tensor]]) -> Iterator[Named]:
+    """Group what `numbered` gives."""
+    bucket: Named = []
+    current = 0
+    for number, name, tensor in weights:
+        if number != current:
+            yield bucket
+            bucket, current = [], number
         bucket.append((name, tensor))
-        size += tensor.nbytes
     if bucket:
-        yield _aligned(bucket)
+        yield bucket
 
 
 def only_sizes(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
@@ -55,27 +78,56 @@ def describe(bucket: Named) -> dict[str, Any]:
 
 
 def flatten(bucket: Named) -> Tensor:
-    """The bytes of a bucket's tensors, end to end: contiguous uint8 on CPU."""
-    return torch.cat([tensor.detach().contiguous().view(-1).view(torch.uint8) for _, tensor in bucket]).cpu()
+    """The bytes of a bucket's tensors as `offsets` places them: contiguous uint8 on CPU."""
+    starts, size = offsets([tensor.nbytes for _, tensor in bucket])
+    flat = torch.empty(size, dtype=torch.uint8, device=bucket[0][1].device)
+    for start, (_, tensor) in zip(starts, bucket, strict=True):
+        put(tensor, flat, start)
+    return flat.cpu()
 
 
-def allocate(dtypes: Sequence[str], shapes: Sequence[Sequence[int]]) -> Tensor:
-    """Room for a flat bucket."""
-    return torch.empty(sum(_nbytes(*spec) for spec in zip(dtypes, shapes, strict=True)), dtype=torch.uint8)
+def put(tensor: Tensor, flat: Tensor, start: int) -> Tensor:
+    """Copy a tensor's bytes into `flat`; returns where they are, in its own dtype and shape."""
+    place = flat[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+    return place.copy_(tensor.detach())
+
+
+def offsets(nbytes: Iterable[int]) -> tuple[list[int], int]:
+    """Where tensors of these sizes start in a flat bucket, and its size.
+
+    They lie one behind the other, each where it can be viewed in any dtype.
+    """
+    starts: list[int] = []
+    end = 0
+    for size in nbytes:
+        starts.append(_aligned(end))
+        end = starts[-1] + size
+    return starts, end
 
 
 def unflatten(flat: Tensor, names: Sequence[str], dtypes: Sequence[str], shapes: Sequence[Sequence[int]]) -> Named:
     """The tensors of a flat bucket, as views of it."""
-    parts = flat.split([_nbytes(*spec) for spec in zip(dtypes, shapes, strict=True)])
+    sizes = [nbytes(*spec) for spec in zip(dtypes, shapes, strict=True)]
+    starts, _ = offsets(sizes)
     return [
-        (name, part.view(getattr(torch, dtype)).view(tuple(shape)))
-        for name, part, dtype, shape in zip(names, parts, dtypes, shapes, strict=True)
+        (name, flat[start : start + size].view(getattr(torch, dtype)).view(tuple(shape)))
+        for name, start, size, dtype, shape in zip(names, starts, sizes, dtypes, shapes, strict=True)
     ]
 
 
-def _aligned(bucket: Named) -> Named:
-    return sorted(bucket, key=lambda named: -named[1].itemsize)
+def allocate(dtypes: Sequence[str], shapes: Sequence[Sequence[int]]) -> Tensor:
+    """Room for a flat bucket."""
+    return torch.empty(flat_bytes(dtypes, shapes), dtype=torch.uint8)
 
 
-def _nbytes(dtype: str, shape: Sequence[int]) -> int:
+def flat_bytes(dtypes: Sequence[str], shapes: Sequence[Sequence[int]]) -> int:
+    """Size of a flat bucket."""
+    return offsets(nbytes(*spec) for spec in zip(dtypes, shapes, strict=True))[1]
+
+
+def nbytes(dtype: str, shape: Sequence[int]) -> int:
     return torch.Size(shape).numel() * getattr(torch, dtype).itemsize
+
+
+def _aligned(offset: int) -> int:
+    return -(-offset // _ALIGNMENT) * _ALIGNMENT

@@ -9,8 +9,8 @@ import asyncio
 import socket
 import threading
 import time
-from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
+from contextlib import aclosing, suppress
 from dataclasses import asdict
 from datetime import timedelta
 from typing import Any
@@ -20,15 +20,14 @@ from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 
 from dapo_megatron.errors import EngineError
-from dapo_megatron.measures import Measures, Sum
+from dapo_megatron.measures import Max, Measures, Sum
 from dapo_megatron.routes import LOOPBACK, find_route
-from dapo_megatron.weights.buckets import Named, buckets, flatten, only_sizes
-from dapo_megatron.weights.checksum import checksums
-from dapo_megatron.weights.publish import AfterLeader, Receivers, WeightReceiver
+from dapo_megatron.weights.delta import Delta
+from dapo_megatron.weights.gathering import Gathering, Passes
+from dapo_megatron.weights.outgoing import Bucket, Outgoing
+from dapo_megatron.weights.publish import LeaderSays, Receivers, WeightReceiver
 from dapo_megatron.weights.verify import Inventory, Tally
 
-BACKEND = "gloo"
-"""Name under which engines know this transport."""
 _POLL_SECONDS = 0.0005
 
 
@@ -38,11 +37,13 @@ class GlooPublisher:
     Args:
         inventory: what every push brings, on the leader.
         receivers: the engines, on the leader; None on other ranks.
-        bucket_bytes: most bytes in memory at a time, except where one tensor is larger.
-        after_leader: called on every rank before the weights of a bucket are gathered, while which the leader may be
-            busy with the one before.
+        bucket_bytes: of this size are two buckets that the leader has at a time, one on its way and one that is made;
+            one larger tensor is a bucket, too.
+        leader_says: called on every rank before the weights of a bucket are gathered, while which the leader may be
+            busy with the one before, and once they all were: whether that was the end.
         timeout_seconds: limit on connecting and on each bucket. Engines have their own (`WeightReceiver`).
         with_checksums: whether engines get checksums to compare what has arrived with.
+        delta: whether layers that the engines have are left out.
         address: of this machine, at which engines reach it, and the only one that is listened at.
 
     Raises:
@@ -54,31 +55,27 @@ class GlooPublisher:
         inventory: Inventory | None,
         receivers: Receivers | None,
         bucket_bytes: int,
-        after_leader: AfterLeader = lambda what: None,
+        leader_says: LeaderSays = lambda what, value: value,
         *,
         timeout_seconds: float,
         with_checksums: bool = True,
+        delta: bool = True,
         address: str = LOOPBACK,
     ) -> None:
-        self._bucket_bytes, self._after_leader = bucket_bytes, after_leader
+        self._gathering = Gathering(bucket_bytes, leader_says)
         self._sender = None
         if receivers is not None:
             assert inventory is not None
-            self._sender = _Sender(inventory, receivers, timeout_seconds, with_checksums, address)
+            outgoing = Outgoing(inventory, bucket_bytes, with_sums=with_checksums or delta)
+            self._sender = _Sender(inventory, outgoing, receivers, timeout_seconds, with_checksums, delta, address)
 
-    def push(self, weights: Iterable[tuple[str, Tensor]], version: int) -> Measures:
+    def push(self, weights: Iterable[tuple[str, Tensor]] | None, version: int) -> Measures:
         if self._sender:
-            gathered = self._buckets(weights)
-            try:
-                return self._sender.send(gathered, version)
-            except EngineError:
-                deque(gathered, maxlen=0)  # the others gather to the end
-                raise
-        deque(self._buckets(only_sizes(weights)), maxlen=0)
+            assert weights is not None
+            with self._gathering.leading(weights) as passes:
+                return self._sender.send(passes, version)
+        self._gathering.follow(weights)
         return {}
-
-    def _buckets(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[Named]:
-        return buckets(weights, self._bucket_bytes, lambda: self._after_leader("bucket"))
 
     def close(self) -> None:
         if self._sender:
@@ -89,12 +86,20 @@ class _Sender:
     """The leader's end: each bucket is announced to the engines while it is broadcast."""
 
     def __init__(
-        self, inventory: Inventory, receivers: Receivers, timeout_seconds: float, with_checksums: bool, address: str
+        self,
+        inventory: Inventory,
+        outgoing: Outgoing,
+        receivers: Receivers,
+        timeout_seconds: float,
+        with_checksums: bool,
+        delta: bool,
+        address: str,
     ) -> None:
-        self._inventory, self._tally = inventory, Tally(inventory)
-        self._receivers = receivers
+        self._inventory, self._tally, self._index = inventory, Tally(inventory), inventory.index
+        self._outgoing, self._receivers, self._sizes = outgoing, receivers, inventory.sizes
         self._timeout = timeout_seconds
-        self._with_checksums, self._address = with_checksums, address
+        self._with_checksums, self._wants_delta = with_checksums, delta
+        self._address = address
         self._sending = False
         self._broken: list[Any] = []
         """Groups that were left in the middle of a bucket: dropping one would wait for it, up to the limit."""
@@ -103,8 +108,8 @@ class _Sender:
         self._group: Any = None
         receivers.run(self._connect())
 
-    def send(self, weights: Iterator[Named], version: int) -> Measures:
-        return self._receivers.run(self._send(weights, version))
+    def send(self, passes: Passes, version: int) -> Measures:
+        return self._receivers.run(self._send(passes, version))
 
     def close(self) -> None:
         if self._sending:
@@ -136,29 +141,71 @@ class _Sender:
             offset += engine.workers
         self._group, *_ = await self._all(joins, "joining the weight-transfer group")
         self._members = engines
+        self._delta = Delta(self._wants_delta and all(engine.keeps for engine in engines))
 
-    async def _send(self, weights: Iterator[Named], version: int) -> Measures:
+    async def _send(self, passes: Passes, version: int) -> Measures:
         if list(self._receivers) != self._members:  # some were started again
             await self._connect()
-        engines = self._members
+        engines, delta, outgoing = self._members, self._delta, self._outgoing
+        began = time.monotonic()
         await self._all([engine.begin_transfer() for engine in engines], "beginning to send weights")
         self._tally.begin()
-        seconds = 0.0
-        for bucket in weights:
-            tensors = self._tally.find(bucket)
-            self._tally.count(tensors)
-            started = time.monotonic()
-            sums = checksums([tensor for _, tensor in bucket]) if self._with_checksums else None
-            seconds += time.monotonic() - started
-            info = {"tensors": tensors, **self._inventory.describe(tensors), "checksums": sums}
-            announced = [engine.receive(info) for engine in engines]
-            await self._all([self._transmit(bucket), *announced], f"sending {bucket[0][0]} and what follows it")
+        delta.begin()
+        sent = await self._deliver_all(outgoing.buckets(passes.take(), delta))
+        if late := delta.late:
+            sent += await self._deliver_all(outgoing.buckets(passes.take(), delta, only=late))
+        await self._leave(delta.kept)
         self._tally.end()
         await self._all([engine.finish_transfer(version) for engine in engines], "putting weights to use")
-        return {"verify/tensors": Sum(len(self._inventory.names)), "seconds/verify": Sum(seconds)}
+        delta.confirm()
+        seconds = time.monotonic() - began
+        return {
+            "verify/tensors": Sum(len(self._inventory.names)),
+            "seconds/verify": Sum(outgoing.take_seconds()),
+            "push/seconds": Sum(seconds),
+            "push/share": Max(sent / sum(self._sizes)),
+            "push/gb_per_second": Max(sent / seconds / 1e9),
+        }
 
-    async def _transmit(self, bucket: Named) -> None:
-        flat = flatten(bucket)
+    async def _deliver_all(self, made: AsyncGenerator[Bucket]) -> int:
+        """Deliver each bucket while the next one is made. Returns their bytes."""
+        sent, flight = 0, None
+        try:
+            async with aclosing(made):
+                async for bucket in made:
+                    if flight:
+                        await flight
+                    sent += sum(self._sizes[index] for index in bucket.tensors)
+                    flight = asyncio.ensure_future(self._deliver(bucket))
+            if flight:
+                await flight
+        finally:
+            if flight and not flight.done():
+                flight.cancel()
+                with suppress(asyncio.CancelledError, EngineError):
+                    await flight
+        return sent
+
+    async def _deliver(self, bucket: Bucket) -> None:
+        self._tally.count(bucket.tensors)
+        info = self._announcement(bucket.tensors, bucket.sums, kept=False)
+        announced = [engine.receive(info) for engine in self._members]
+        doing = f"sending {self._inventory.names[bucket.tensors[0]]} and what follows it"
+        await self._all([self._transmit(bucket.flat), *announced], doing)
+
+    async def _leave(self, names: Sequence[str]) -> None:
+        """Tell the engines which tensors they keep."""
+        if names:
+            tensors = [self._index[name] for name in names]
+            self._tally.count(tensors)
+            info = self._announcement(tensors, [self._delta.sums[name] for name in names], kept=True)
+            await self._all([engine.receive(info) for engine in self._members], f"leaving out {names[0]} and others")
+
+    def _announcement(self, tensors: Sequence[int], sums: Sequence[int] | None, *, kept: bool) -> dict[str, Any]:
+        described = self._inventory.describe(tensors)
+        return {"tensors": tensors, **described, "checksums": sums if self._with_checksums else None, "kept": kept}
+
+    async def _transmit(self, flat: Tensor) -> None:
         self._sending = True
         work = transmit(self._group, flat)
         # Waiting on the work itself would keep an engine's error from being heard.

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dapo_megatron import disk
@@ -23,6 +23,7 @@ from dapo_megatron.weights.bridge import make_bridge
 from dapo_megatron.weights.buckets import Named, buckets, only_sizes
 from dapo_megatron.weights.publish import AfterLeader
 from dapo_megatron.weights.read import fill, held, is_expert, share
+from dapo_megatron.weights.shards import write_tensors
 from dapo_megatron.weights.side_files import copy_side_files, declare_tokenizer
 from dapo_megatron.weights.verify import Inventory
 
@@ -71,25 +72,23 @@ class HfCheckpoint:
         share([param for name, _, param in params if not is_expert(name)], replicas)
         share([param for name, _, param in params if is_expert(name)], of_experts)
 
-    def export(self, chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of the model under its Hugging Face name, whole, on every rank.
+    def export(self, chunks: Sequence[torch.nn.Module]) -> Iterable[tuple[str, Tensor]]:
+        """Every tensor of the model under its Hugging Face name, whole, on every rank of the replica.
 
-        All ranks iterate to the end. Tensors may share memory with live parameters: copy what must outlast the next
-        optimizer step. A tied model gives no lm_head.weight.
+        Iterating is collective over these, and goes to the end; each time is another gathering. Tensors may share
+        memory with live parameters: copy what must outlast the next optimizer step. A tied model gives no
+        lm_head.weight.
         """
-        seen: set[str] = set()
-        weights = self._bridge.export_weights(list(chunks))
-        while True:
-            # Not around the yield: the consumer's code would run without gradients too.
-            with torch.no_grad():
-                item = next(weights, None)
-            if item is None:
-                return
-            name, tensor = item
-            # With pipeline stages, a tied embedding is there twice.
-            if name not in seen:
-                seen.add(name)
-                yield name, tensor.detach()
+        return _Export(self._bridge, list(chunks))
+
+    @property
+    def gathers(self) -> bool:
+        """Whether this rank takes part where one replica gathers its weights for the leader.
+
+        Experts that ranks share out have ranks of other replicas in their groups: then all do.
+        """
+        replicas: Any = mpu.get_data_parallel_group(with_context_parallel=True)
+        return replicas.rank() == 0 or mpu.get_expert_model_parallel_world_size() > 1
 
     def save(
         self, chunks: Sequence[torch.nn.Module], folder: Path, after_leader: AfterLeader = lambda what: None
@@ -120,7 +119,7 @@ class HfCheckpoint:
             if unfinished.exists():  # of a run that was cut short
                 shutil.rmtree(unfinished)
             unfinished.mkdir(parents=True)
-            _write_tensors(copies, unfinished)
+            write_tensors(copies, unfinished)
             self.copy_side_files(unfinished, next(chunks[0].parameters()).dtype)
             disk.sync(*unfinished.rglob("*"), unfinished)
             if folder.exists():
@@ -131,6 +130,14 @@ class HfCheckpoint:
             shutil.rmtree(unfinished, ignore_errors=True)
             deque(copies, maxlen=0)  # the others gather to the end
             raise DapoError(f"cannot save the model in {folder}: {error}") from error
+
+    def write_side_files(self, folder: Path) -> None:
+        """Write what lies beside the weights, for those of the model that was loaded. Not collective.
+
+        Raises:
+            OSError: where it cannot be written.
+        """
+        self.copy_side_files(folder, self._bridge.dtype)
 
     def copy_side_files(self, folder: Path, dtype: torch.dtype) -> None:
         """Copy what lies beside the weights to a folder for weights of `dtype`. Not collective.
@@ -168,6 +175,28 @@ class HfCheckpoint:
         return {name: file for name, file in files.items() if name in wanted}
 
 
+@dataclass(frozen=True)
+class _Export:
+    bridge: Any
+    chunks: list[torch.nn.Module]
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        seen: set[str] = set()
+        weights = self.bridge.export_weights(self.chunks)
+        while True:
+            # Not around the yield: the consumer's code would run without gradients too.
+            with torch.no_grad():
+                item = next(weights, None)
+            if item is None:
+                return
+            name, tensor = item
+            # With pipeline stages, a tied embedding is there twice.
+            if name not in seen:
+                seen.add(name)
+                yield name, tensor.detach()
+            del item, tensor  # not to keep it while the next one is gathered
+
+
 def _inventory(files: Mapping[str, Path], dtype: torch.dtype) -> Inventory:
     """What a model in `dtype` is made of that was read from these files."""
     shapes: dict[str, list[int]] = {}
@@ -176,24 +205,6 @@ def _inventory(files: Mapping[str, Path], dtype: torch.dtype) -> Inventory:
             inside = [name for name, place in files.items() if place == file]
             shapes |= {name: list(opened.get_slice(name).get_shape()) for name in inside}
     return Inventory(list(files), [str(dtype).removeprefix("torch.")] * len(files), [shapes[name] for name in files])
-
-
-def _write_tensors(weights: Iterable[Named], folder: Path) -> None:
-    """Write each entry of `weights` as a shard."""
-    shards: list[list[str]] = []
-    total_bytes = 0
-    for shard in weights:
-        save_file(dict(shard), folder / f"model-{len(shards) + 1:05d}.safetensors", metadata={"format": "pt"})
-        shards.append([name for name, _ in shard])
-        total_bytes += sum(tensor.nbytes for _, tensor in shard)
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards, start=1):
-        final = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        (folder / f"model-{number:05d}.safetensors").rename(folder / final)
-        weight_map |= dict.fromkeys(names, final)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _write_config(source: Path, target: Path, dtype: torch.dtype) -> None:

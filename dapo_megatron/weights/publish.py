@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Iterable, Iterator
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
@@ -18,6 +19,10 @@ AfterLeader = Callable[[str], object]
 """Waits until the leader has come to the same call (`heartbeat.Peers.after_leader`)."""
 
 
+LeaderSays = Callable[[str, Any], Any]
+"""Returns what the leader gives, once it has come to the same call (`heartbeat.Peers.leader_says`)."""
+
+
 class WeightReceiver(Protocol):
     """The part of a rollout engine that takes weights (`rollout.engine.Engine`).
 
@@ -30,6 +35,11 @@ class WeightReceiver(Protocol):
     @property
     def workers(self) -> int: ...
 
+    @property
+    def keeps(self) -> bool:
+        """Whether tensors can be left out of a push that it has already."""
+        ...
+
     async def join_group(self, info: dict[str, Any]) -> None:
         """`info`: how to join, in the transport's words, and as "inventory" what every push brings (`Inventory`)."""
         ...
@@ -38,7 +48,12 @@ class WeightReceiver(Protocol):
 
     async def receive(self, info: dict[str, Any]) -> None:
         """`info`: one bucket, as lists with an entry for each tensor: "tensors", its index in the inventory; "names",
-        "dtypes" and "shapes"; and "checksums" (`checksum.checksums`), None where these are not wanted."""
+        "dtypes" and "shapes"; and "checksums" (`checksum.checksums`), None where these are not wanted. Where "kept" is
+        true, these tensors do not come: they are what the last push has left (only where it `keeps`).
+
+        Through a folder, `info` is all of the push: "folder", a Hugging Face checkpoint, and "checksums" of all
+        tensors, in the inventory's order, or None.
+        """
         ...
 
     async def finish_transfer(self, version: int) -> None: ...
@@ -58,14 +73,15 @@ class Publisher(Protocol):
     Collective: every rank has one and makes the same calls. Which ranks hand tensors over is the transport's business.
     """
 
-    def push(self, weights: Iterable[tuple[str, Tensor]], version: int) -> Measures:
+    def push(self, weights: Iterable[tuple[str, Tensor]] | None, version: int) -> Measures:
         """Put `weights` to use in every engine, as `version`. No engine may be generating.
 
         Args:
-            weights: Hugging Face names and whole tensors, the same on every rank. Every rank iterates to the end.
+            weights: Hugging Face names and whole tensors, in the same order each time. Every rank that has them
+                iterates to the end, as often as the others. None on ranks whose replica does not gather.
 
         Returns:
-            On the leader, what was verified, and how long that took.
+            On the leader, what was verified, how long that took, and how much was sent.
 
         Raises:
             EngineError: on the leader, when an engine fails, does not keep up, or has not what was sent.
@@ -81,17 +97,22 @@ def open_publisher(
     config: WeightsConfig,
     inventory: Inventory | None,
     receivers: Receivers | None,
-    after_leader: AfterLeader = lambda what: None,
+    leader_says: LeaderSays = lambda what, value: value,
+    *,
     address: str = LOOPBACK,
+    folder: Path | None = None,
+    side_files: Callable[[Path], object] = lambda folder: None,
 ) -> Publisher:
     """The publisher that weights.transport names. Every rank opens one, the leader once the engines answer.
 
     Args:
         inventory: what every push brings, on the leader.
         receivers: the engines, on the leader; None on other ranks.
-        after_leader: what a transport calls on every rank before a collective for which the leader may be late: it
-            returns once the leader has made the same call.
+        leader_says: what a transport calls on every rank before a collective for which the leader may be late, and to
+            tell them all how to go on.
         address: of the leader's machine, at which engines reach it.
+        folder: where versions are written, if the transport is one through a folder.
+        side_files: writes what belongs to a checkpoint besides tensors, on the leader.
 
     Raises:
         EngineError: on the leader, when an engine does not take part.
@@ -104,8 +125,22 @@ def open_publisher(
                 inventory,
                 receivers,
                 config.bucket_mib << 20,
-                after_leader,
+                leader_says,
                 timeout_seconds=config.push_seconds,
                 with_checksums=config.verify != "off",
                 address=address,
+                delta=config.delta,
+            )
+        case "disk":
+            from dapo_megatron.weights.disk import DiskPublisher
+
+            assert folder
+            return DiskPublisher(
+                inventory,
+                receivers,
+                folder,
+                config.bucket_mib << 20,
+                side_files,
+                leader_says,
+                with_checksums=config.verify != "off",
             )

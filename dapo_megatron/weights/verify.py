@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from dapo_megatron.errors import EngineError
-from dapo_megatron.weights.buckets import Named, allocate, unflatten
+from dapo_megatron.weights.buckets import Named, flat_bytes, nbytes, unflatten
 from dapo_megatron.weights.checksum import checksums
+from dapo_megatron.weights.rooms import Rooms
 
 _SHOWN = 3
 """How many tensors a message names."""
@@ -39,6 +40,11 @@ class Inventory:
     @property
     def index(self) -> dict[str, int]:
         return {name: index for index, name in enumerate(self.names)}
+
+    @property
+    def sizes(self) -> list[int]:
+        """In bytes."""
+        return [nbytes(*spec) for spec in zip(self.dtypes, self.shapes, strict=True)]
 
     def describe(self, indices: Iterable[int]) -> dict[str, Any]:
         """Return names, dtypes and shapes of some; JSON."""
@@ -113,7 +119,12 @@ class Arrivals:
         self._index = self._inventory.index
         self._tally = Tally(self._inventory)
         self._sums: dict[str, int] = {}
-        """Name -> checksum, of what came in this push."""
+        """Name -> checksum, of what came in this push or is kept."""
+        self._came: dict[str, int | None] = {}
+        """The same of what came, None without a checksum; and then of all that the engine has."""
+        self._has: dict[str, int | None] = {}
+        """What it had after the last push that was whole."""
+        self._rooms = Rooms()
         self._kept: dict[str, ref[Tensor]] = {}
         """What the engine was given to load. It lets go of it when it has."""
         self._loaded_as_sent: set[str] | None = None
@@ -121,13 +132,28 @@ class Arrivals:
 
     def begin(self) -> None:
         self._tally.begin()
-        self._sums, self._kept = {}, {}
+        self._sums, self._kept, self._came = {}, {}, {}
 
     def allocate(self, tensors: Sequence[int]) -> Tensor:
         """Count the tensors of a bucket, and make room for it."""
         self._tally.count(tensors)
         described = self._inventory.describe(tensors)
-        return allocate(described["dtypes"], described["shapes"])
+        return self._rooms.take(flat_bytes(described["dtypes"], described["shapes"]))
+
+    def keep(self, tensors: Sequence[int], sums: Sequence[int] | None) -> None:
+        """Count tensors that do not come, because they are what they were.
+
+        Args:
+            sums: their checksums; None where these are not wanted.
+        """
+        self._tally.count(tensors)
+        names = [self._inventory.names[index] for index in tensors]
+        wanted: dict[str, int | None] = dict(zip(names, sums or [None] * len(names), strict=True))
+        if wrong := [name for name, value in wanted.items() if value != self._has.get(name, "nothing")]:
+            raise TransferError(f"{_some(wrong)}: left out as unchanged, but the last push brought other bytes")
+        self._came |= {name: self._has[name] for name in names}
+        if sums is not None:
+            self._sums |= dict(zip(names, sums, strict=True))
 
     def unpack(self, flat: Tensor, tensors: Sequence[int], sums: Sequence[int] | None) -> Named:
         """Take a bucket apart that has come.
@@ -138,7 +164,15 @@ class Arrivals:
         Args:
             sums: the checksums of what was sent; None where these are not wanted.
         """
-        named = unflatten(flat, **self._inventory.describe(tensors))
+        return self._check(unflatten(flat, **self._inventory.describe(tensors)), sums)
+
+    def take(self, named: Named, sums: Sequence[int] | None) -> Named:
+        """Count tensors that are here by themselves, by name, and compare them as `unpack` does."""
+        self._tally.count(self._tally.find(named))
+        return self._check(named, sums)
+
+    def _check(self, named: Named, sums: Sequence[int] | None) -> Named:
+        self._came |= dict.fromkeys((name for name, _ in named), None)
         if sums is None:
             return named
         kept = {name: tensor for name, kept in self._kept.items() if (tensor := kept()) is not None}
@@ -146,12 +180,15 @@ class Arrivals:
         came = dict(zip((name for name, _ in named), sums, strict=True))
         self._compare(dict(named), came, "has arrived with other bytes than were sent")
         self._sums |= came
+        self._came |= came
         self._kept = {name: ref(tensor) for name, tensor in [*kept.items(), *named]}
         return named
 
     def end(self) -> None:
         """All buckets have come."""
         self._tally.end()
+        self._has, self._kept = self._came, {}
+        self._rooms.clear()
 
     def loaded(self, parameters: Mapping[str, Tensor], parts: Mapping[str, Sequence[str]]) -> None:
         """Look at what the engine has after loading, as far as it keeps tensors as they come.

@@ -394,7 +394,7 @@ def no_room_beside(checkpoints: Any, update: Any, messages: list[str]) -> Any:
     def write(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    with patch.object(hf, "_write_tensors", write):
+    with patch.object(hf, "write_tensors", write):
         return save_one(checkpoints, update, messages)
 
 

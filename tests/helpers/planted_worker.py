@@ -1,6 +1,7 @@
 """vLLM's workers with a fault: `--worker-extension-cls tests.helpers.planted_worker.WorkerExtension`.
 
-The fault is what the file says that PLANTED_FAULT names: "reused" has all buckets arrive in the same memory.
+The fault is what the file says that PLANTED_FAULT names: "reused" has buckets arrive in two
+places by turns.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ from dapo_megatron.weights.workers.vllm import WorkerExtension
 
 __all__ = ["WorkerExtension"]
 
-_room = torch.empty(1 << 20, dtype=torch.uint8)
+_rooms = [torch.empty(1 << 20, dtype=torch.uint8) for _ in range(2)]
 _allocate = Arrivals.allocate
 
 
 def _reusing(self: Arrivals, tensors: Sequence[int]) -> Tensor:
     flat = _allocate(self, tensors)
-    return _room[: len(flat)] if Path(os.environ["PLANTED_FAULT"]).read_text() == "reused" else flat
+    _rooms.reverse()
+    return _rooms[0][: len(flat)] if Path(os.environ["PLANTED_FAULT"]).read_text() == "reused" else flat
 
 
 Arrivals.allocate = _reusing

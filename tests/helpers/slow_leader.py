@@ -19,7 +19,7 @@ from dapo_megatron.measures import Measures
 from dapo_megatron.processes import leave
 from dapo_megatron.rollout.engine import Sampling
 from dapo_megatron.types import Completion, Prompt, VersionSpan
-from dapo_megatron.weights import hf
+from dapo_megatron.weights import hf, shards
 from dapo_megatron.weights.gloo import GlooPublisher
 from tests.helpers.completions import completion
 from tests.weights.test_publish import Keeper
@@ -111,10 +111,10 @@ def read_slowly(*arguments: Any) -> None:
 
 if __name__ == "__main__":
     fill, hf.fill = hf.fill, read_slowly
-    save_file = hf.save_file
-    hf.save_file, hf._SHARD_BYTES = save_slowly, BYTES
+    save_file = shards.save_file
+    shards.save_file, hf._SHARD_BYTES = save_slowly, BYTES
     leader.Engines = SlowEngines  # pyright: ignore[reportAttributeAccessIssue]
-    train.open_publisher = lambda config, inventory, receivers, after, address: GlooPublisher(
-        inventory, receivers, BYTES, after, timeout_seconds=config.push_seconds
+    train.open_publisher = lambda config, inventory, receivers, says, **_: GlooPublisher(
+        inventory, receivers, BYTES, says, timeout_seconds=config.push_seconds
     )
     leave(rank.main(sys.argv[2:]))

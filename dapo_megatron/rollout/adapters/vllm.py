@@ -153,6 +153,8 @@ class Adapter(EngineAdapter):
 class VllmEngine(HttpEngine):
     """An `Engine` that is a vLLM server."""
 
+    keeps = True
+
     async def join_group(self, info: dict[str, Any]) -> None:
         await self._transfer.call("POST", "/init_weight_transfer_engine", {"init_info": info})
 
@@ -171,7 +173,7 @@ class VllmEngine(HttpEngine):
 
     async def receive(self, info: dict[str, Any]) -> None:
         # Its workers know the rest from the inventory.
-        bucket = {key: info[key] for key in ("tensors", "checksums")}
+        bucket = {key: info[key] for key in ("tensors", "checksums", "kept", "folder") if key in info}
         await self._transfer.call("POST", "/update_weights", {"update_info": bucket})
 
     async def finish_transfer(self, version: int) -> None:

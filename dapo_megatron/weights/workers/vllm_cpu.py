@@ -4,6 +4,7 @@ vLLM keeps in a packed form, are packed again when they change.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from vllm import _custom_ops
@@ -27,12 +28,22 @@ def keep_rows_apart() -> None:
     _custom_ops.onednn_mm = with_company
 
 
-def let_experts_be_packed(model: Any) -> None:
+def let_experts_be_packed(model: Any) -> Callable[[], None]:
     """Have what comes next for the experts of this model packed like what came first.
 
     vLLM packs them only where it makes the kernel that multiplies by them. New weights would be taken for packed ones.
+
+    Returns:
+        To be called once new weights are in use: experts that got none have their kernels back.
     """
     methods: list[Any] = [getattr(module, "quant_method", None) for module in model.modules()]
-    for method in methods:
-        if getattr(method, "moe_kernel", None) is not None:
-            method.moe_kernel = None
+    kernels = [(method, kernel) for method in methods if (kernel := getattr(method, "moe_kernel", None)) is not None]
+    for method, _ in kernels:
+        method.moe_kernel = None
+
+    def put_back() -> None:
+        for method, kernel in kernels:
+            if method.moe_kernel is None:
+                method.moe_kernel = kernel
+
+    return put_back

@@ -71,15 +71,19 @@ def test_nothing_abstract_is_left_for_vllm_25(monkeypatch: pytest.MonkeyPatch) -
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, NAME, module)
     spec.loader.exec_module(module)
-    assert [engine.__abstractmethods__ for engine in registry.engines.values()] == [frozenset()]
-    assert registry.engines["gloo"]()
+    assert {name: engine.__abstractmethods__ for name, engine in registry.engines.items()} == {
+        "gloo": frozenset(),
+        "disk": frozenset(),
+    }
+    assert all(engine() for engine in registry.engines.values())
 
 
 def test_nothing_abstract_is_left_for_the_vllm_that_is_installed() -> None:
     pytest.importorskip("vllm")
-    from dapo_megatron.weights.workers.vllm import GlooWeightTransfer, WeightTransferEngine
+    from dapo_megatron.weights.workers.vllm import DiskWeightTransfer, GlooWeightTransfer, WeightTransferEngine
 
     wanted: frozenset[str] = WeightTransferEngine.__abstractmethods__  # type: ignore[attr-defined]
     assert "receive_weights" in wanted
-    left: frozenset[str] = GlooWeightTransfer.__abstractmethods__  # type: ignore[attr-defined]
-    assert left == frozenset()
+    for transfer in (GlooWeightTransfer, DiskWeightTransfer):
+        left: frozenset[str] = transfer.__abstractmethods__  # type: ignore[attr-defined]
+        assert left == frozenset()
