@@ -57,6 +57,7 @@ ALLOWED_HEAVY: dict[str, set[str]] = {
     "rollout.endpoints": {"vllm", "sglang"},
     "weights.workers": {"vllm", "sglang", "torch.distributed"},
     "check_reduction": {"torch.distributed"},
+    "check_reduction.forked": {"mbridge"},
     "convert": {"megatron", "mbridge", "torch.distributed"},
     "cli": {"torch.distributed"},
 }
