@@ -88,7 +88,16 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("algo", SETTINGS.values(), ids=SETTINGS)
+EVERY_DAY = ("grpo", "masked responses", "gspo, masked tokens")
+
+
+@pytest.mark.parametrize(
+    "algo",
+    [
+        pytest.param(algo, id=name, marks=[] if name in EVERY_DAY else pytest.mark.long)
+        for name, algo in SETTINGS.items()
+    ],
+)
 def test_so_does_every_setting_of_the_algorithm(algo: dict[str, Any], tmp_path: Path) -> None:
     larger_passes = {"mini_batch": 8, "logprob_tokens": 40_000}  # not part of the check, and no reason to fail
     config = config_of(tmp_path, algo=algo, rollout={"temperature": 0.7}, train=larger_passes)
