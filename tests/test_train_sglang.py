@@ -16,7 +16,8 @@ pytestmark = [*needs_sglang, pytest.mark.multiproc, pytest.mark.timeout(STARTUP_
 
 def test_a_run_trains_and_the_engine_follows(tmp_path: Path) -> None:
     material = write_material(tmp_path / "material")
-    done = run(material, tmp_path, "engine.kind=sglang", limit_seconds=STARTUP_SECONDS + 240)
+    engine = ["engine.kind=sglang", "engine.stall_seconds=120"]
+    done = run(material, tmp_path, *engine, limit_seconds=STARTUP_SECONDS + 240)
     assert done.returncode == 0, done.stdout + done.stderr
     first, second = rows(tmp_path)
     # The engine samples the second step with the weights that the first one made.
