@@ -18,7 +18,7 @@ from dapo_megatron.weights.gloo import GlooPublisher
 from dapo_megatron.weights.verify import Inventory
 from tests.weights.test_gloo import BUCKET_BYTES, generate, make_model, weights_of, worst_error
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 class Killed(BaseException):
@@ -36,7 +36,7 @@ def test_what_a_killed_run_left_is_cleared_and_the_weights_are_the_new_ones(
         "rollout": {"prompts": 4, "responses": 4, "max_response_tokens": 64},
         "train": {"mini_batch": 16, "micro_batch_tokens": 1024},
         "reward": {"overlong": {"punishment": False}},
-        "engine": {"startup_seconds": 300},
+        "engine": {"startup_seconds": 600},
     }
     inventory = Inventory(**describe(list(weights_of(first).items())))
     monkeypatch.setenv(TOKEN, token := make_token())

@@ -15,7 +15,6 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -159,12 +158,8 @@ class VllmEngine(HttpEngine):
         await self._transfer.call("POST", "/init_weight_transfer_engine", {"init_info": info})
 
     async def reset(self) -> None:
-        paused = await self._transfer.call("GET", "/is_paused")
-        with self._transfer.reading(paused, "/is_paused"):
-            if not paused["is_paused"]:
-                return
-        with suppress(EngineError):  # a push that was left open ends with an update that fails
-            await self._transfer.call("POST", "/update_weights", {"update_info": {}})
+        # vLLM has no request that ends a push of which tensors are missing.
+        await self._transfer.call("POST", "/collective_rpc", {"method": "abandon_update"})
         await self._transfer.call("POST", "/resume", {})
 
     async def begin_transfer(self) -> None:

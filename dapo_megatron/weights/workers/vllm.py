@@ -171,4 +171,18 @@ if current_platform.is_cpu():
 
 
 class WorkerExtension:
-    """Adds nothing to the worker: vLLM imports this module to find it, and that does what there is to do."""
+    """Becomes part of vLLM's worker. vLLM imports this module to find it, and that does what else there is to do."""
+
+    def abandon_update(self) -> None:
+        """Be ready for another push after one that nobody goes on with, if there is such a one.
+
+        What it has brought stays in layers that were complete; what others hold then does not matter, as all is sent.
+        Until now the others have no memory: an engine that would be asked for a token would die.
+        """
+        from vllm.config import set_current_vllm_config
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+        worker: Any = self
+        with set_current_vllm_config(worker.vllm_config):
+            finalize_layerwise_reload(worker.get_model(), worker.model_config)
+        worker._weight_update_active = False

@@ -297,21 +297,15 @@ def test_progress_has_the_limit_of_a_sign_of_life(tmp_path: Path) -> None:
         ask(tmp_path, {PROGRESS: never}, lambda engine: engine.progress(), engine={"stall_seconds": 0.2})
 
 
-@pytest.mark.parametrize(
-    ("paused", "asked"), [(False, ["/is_paused"]), (True, ["/is_paused", "/update_weights", "/resume"])]
-)
-def test_a_push_that_another_run_left_open_is_ended(tmp_path: Path, paused: bool, asked: list[str]) -> None:
-    """Such an update fails, which closes it, as vLLM says."""
-    paths: list[str] = []
+def test_a_push_that_another_run_left_open_is_ended(tmp_path: Path) -> None:
+    asked: list[tuple[str, Any]] = []
 
     async def answer(request: web.Request) -> web.Response:
-        paths.append(request.path)
-        if request.path == "/update_weights":
-            return web.Response(status=500, text="missing 2 arguments")
-        return web.json_response({"is_paused": paused})
+        asked.append((request.path, await request.json()))
+        return web.json_response({})
 
-    ask(tmp_path, dict.fromkeys(("/is_paused", "/update_weights", "/resume"), answer), lambda e: e.reset())
-    assert paths == asked
+    ask(tmp_path, dict.fromkeys(("/collective_rpc", "/resume"), answer), lambda engine: engine.reset())
+    assert asked == [("/collective_rpc", {"method": "abandon_update"}), ("/resume", {})]
 
 
 @pytest.mark.parametrize("path", ["/reset_prefix_cache", "/weight_info"])
