@@ -24,7 +24,7 @@ from dapo_megatron.pack.microbatch import build
 from dapo_megatron.rollout.adapters.vllm import VllmEngine
 from dapo_megatron.rollout.engines import Engines
 from dapo_megatron.types import MiniBatch, Prompt, TrainSample
-from dapo_megatron.weights import gloo
+from dapo_megatron.weights import outgoing
 from dapo_megatron.weights.gloo import GlooPublisher
 from tests.helpers.models import save_tiny
 from tests.weights.test_publish import Keeper
@@ -192,14 +192,13 @@ class TestWithVllm:
         fault.write_text("")
 
     def test_a_flipped_bit_in_a_bucket_is_caught_by_name(self, pushes: Pushes, monkeypatch: pytest.MonkeyPatch) -> None:
-        transmit = gloo.transmit
+        put = outgoing.put
 
-        def flipping(group: Any, flat: torch.Tensor) -> Any:
-            flat = flat.clone()
-            flat[-1] ^= 1
-            return transmit(group, flat)
+        def flipping(tensor: torch.Tensor, flat: torch.Tensor, start: int) -> None:
+            put(tensor, flat, start)
+            flat[start] ^= 1
 
-        monkeypatch.setattr(gloo, "transmit", flipping)
+        monkeypatch.setattr(outgoing, "put", flipping)
         with pytest.raises(EngineError, match=r"engine 0, [\s\S]*weight has arrived with other bytes than were sent"):
             # The last push has left the engine in its middle: it answers no canary.
             pushes.publisher.push(pushes.checkpoint.export(pushes.actor.chunks), version=7)

@@ -88,13 +88,12 @@ class Outgoing:
         start = offsets([filling.ends[-1], 0])[0][1] if filling.ends else 0
         if tensor.nbytes > self._bucket_bytes:
             filling.own = tensor.detach().contiguous().view(-1).view(torch.uint8)
-            place = filling.own
         else:
-            place = put(tensor, self._room(tensor.device), start)
+            put(tensor, self._room(tensor.device), start)
         checksum = 0
         if self._with_sums:
             began = time.monotonic()
-            (checksum,) = checksums([place])
+            (checksum,) = checksums([tensor])
             self._seconds += time.monotonic() - began
         filling.tensors.append(index)
         filling.names.append(name)

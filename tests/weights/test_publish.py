@@ -16,7 +16,7 @@ import torch
 from dapo_megatron.config import WeightsConfig
 from dapo_megatron.errors import EngineError
 from dapo_megatron.measures import Measures
-from dapo_megatron.weights import gloo
+from dapo_megatron.weights import gloo, outgoing
 from dapo_megatron.weights.buckets import Named, describe
 from dapo_megatron.weights.gloo import GlooPublisher, join_group, transmit
 from dapo_megatron.weights.publish import open_publisher
@@ -138,6 +138,17 @@ def test_a_bit_that_is_flipped_on_the_way_is_caught_with_tensor_and_engine(verif
     with pytest.raises(EngineError, match=r"engine 1, w\d has arrived with other bytes") if caught else nullcontext():
         push(unlucky, WEIGHTS.items(), verify=verify)
     assert bool(unlucky.held) != caught
+
+
+def test_a_bucket_that_is_made_wrongly_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    def elsewhere(tensor: torch.Tensor, flat: torch.Tensor, start: int) -> None:
+        put(tensor, flat, start)
+        flat[start] ^= 1
+
+    put = outgoing.put
+    monkeypatch.setattr(outgoing, "put", elsewhere)
+    with pytest.raises(EngineError, match=r"engine \d, w1, w2, w3 and 2 more has arrived with other bytes"):
+        push(Keeper("engine 1"), WEIGHTS.items())
 
 
 def test_an_engine_whose_announcements_do_not_come_as_they_were_sent_is_named() -> None:
