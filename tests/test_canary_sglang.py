@@ -15,7 +15,7 @@ from dapo_megatron.errors import EngineError
 from dapo_megatron.rollout.adapters import sglang
 from dapo_megatron.rollout.adapters.sglang import SglangEngine
 from dapo_megatron.rollout.engines import Engines
-from dapo_megatron.weights import gloo
+from dapo_megatron.weights import outgoing
 from dapo_megatron.weights.verify import Tally
 from tests.helpers.sglang import STARTUP_SECONDS, needs_sglang
 from tests.test_canary import DeafEngines, Pushes, make_config
@@ -117,14 +117,13 @@ def test_a_tensor_that_an_engine_has_kept_is_caught_by_name(pushes: Pushes, faul
 
 
 def test_a_flipped_bit_in_a_bucket_is_caught_by_name(pushes: Pushes, monkeypatch: pytest.MonkeyPatch) -> None:
-    flatten = gloo.flatten
+    put = outgoing.put
 
-    def flipping(bucket: Any) -> torch.Tensor:
-        flat = flatten(bucket)
-        flat[-1] ^= 1
-        return flat
+    def flipping(tensor: torch.Tensor, flat: torch.Tensor, start: int) -> None:
+        put(tensor, flat, start)
+        flat[start] ^= 1
 
-    monkeypatch.setattr(gloo, "flatten", flipping)
+    monkeypatch.setattr(outgoing, "put", flipping)
     with pytest.raises(EngineError, match=r"engine 0, [\s\S]*weight has arrived with other bytes than were sent"):
         pushes.push(8)
 

@@ -57,6 +57,7 @@ class Greeter(EngineAdapter):
 
 class GreeterEngine:
     workers = 1
+    keeps = False
 
     def __init__(self, http: Client) -> None:
         self.name, self.http, self.version = http.name, http, http.server.version

@@ -116,7 +116,7 @@ def test_one_that_was_away_is_waited_for_and_gets_the_weights(elsewhere: Elsewhe
             return read((await asked)[0].token_ids)
 
         assert engines.sample(end_and_start()) == "hello from 0"
-        assert pushed == [3] and engines.take_restarts() >= 1
+        assert pushed == [3] and engines.take_measures()["engine/restarts"].value >= 1
 
 
 def test_one_that_stays_away_is_given_up(elsewhere: Elsewhere) -> None:
