@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import socket
@@ -42,5 +43,6 @@ def serve(config: Config, tell: Callable[[str], None], say: Callable[[str], None
         for url in engines.urls:
             tell(url)
         where = f"that of {TOKEN} in the environment" if TOKEN in os.environ else f"in {token_file(config)}"
-        say(f"for a run: engine.placement=external engine.urls=[{','.join(engines.urls)}]; the token is {where}")
+        urls = json.dumps(engines.urls, separators=(",", ":"))  # as YAML takes those of IPv6, too
+        say(f"for a run: engine.placement=external 'engine.urls={urls}'; the token is {where}")
         engines.run(asyncio.Event().wait())

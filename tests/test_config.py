@@ -287,6 +287,5 @@ def test_the_budget_of_a_micro_batch_counts_the_padding_of_the_layout(tmp_path: 
 
 
 def test_there_are_as_many_engines_as_urls(tmp_path: Path) -> None:
-    urls = 'engine.urls=["http://a:1/", "http://[::1]:2"]'
-    there = load(tmp_path, MINIMAL, "engine.placement=external", urls).engine
+    there = load(tmp_path, MINIMAL, "engine.placement=external", "engine.urls=[http://a:1/,'http://[::1]:2']").engine
     assert (there.urls, there.count) == (["http://a:1", "http://[::1]:2"], 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import subprocess
@@ -75,7 +76,8 @@ def test_engines_are_there_until_they_are_ended(
     process.send_signal(number)
     output, errors = process.communicate(timeout=30)
     assert (process.returncode, output) == (code, "")
-    assert f"engine.placement=external engine.urls=[{','.join(urls)}]; the token is in {file}" in errors
+    shown = json.dumps(urls).replace(" ", "")
+    assert f"engine.placement=external 'engine.urls={shown}'; the token is in {file}" in errors
     assert token not in errors and "Traceback" not in errors
     assert not psutil.wait_procs(family, timeout=10)[1]
 
