@@ -167,8 +167,9 @@ def test_a_disk_without_room_for_the_policy_is_refused(tmp_path: Path, monkeypat
 def test_a_folder_for_weights_has_to_have_room_for_two_versions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = changed(tmp_path, weights={"transport": "disk", "folder": "/proc/x"})
-    assert_matches("weights.folder: /proc/x cannot be written", refused(config))
+    (tmp_path / "file").touch()
+    config = changed(tmp_path, weights={"transport": "disk", "folder": str(tmp_path / "file/weights")})
+    assert_matches(f"weights.folder: {tmp_path}/file/weights cannot be written: ", refused(config))
     config = changed(
         tmp_path, weights={"transport": "disk", "folder": str(tmp_path / "shared")}, run={"save_hf": False}
     )
