@@ -31,7 +31,7 @@ SIZES: dict[str, dict[str, Any]] = {
 """Heads of 64 and 32 channels, which vLLM has kernels for."""
 
 
-@pytest.fixture(params=SIZES)
+@pytest.fixture(params=["qwen3_moe", *(pytest.param(name, marks=pytest.mark.long) for name in ("qwen3", "llama3"))])
 def model(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     family: dict[str, Any] = SIZES[request.param]
     return save_tiny(tmp_path / "model", request.param, **family, hidden=128, vocab_size=80, intermediate_size=160)
