@@ -21,7 +21,7 @@ from dapo_megatron.rollout.token import TOKEN
 from examples.quickstart import sums
 from examples.quickstart.base import untrained
 
-pytestmark = [pytest.mark.vllm, pytest.mark.multiproc, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.vllm, pytest.mark.multiproc, pytest.mark.long, pytest.mark.timeout(900)]
 
 TRAINER, ENGINES = "10.77.0.1", "10.77.0.2"
 LIMIT_SECONDS = 400

@@ -266,6 +266,7 @@ def test_nothing_that_the_leader_does_alone_has_a_limit(trains: Path) -> None:
     assert [row["seconds/rollout"] > 3 and row["seconds/publish"] > 9 for row in steps] == [True, True]
 
 
+@pytest.mark.long
 def test_a_run_of_which_only_the_model_is_left_to_write_needs_no_engine(trains: Path) -> None:
     run = trains.parent / "runs/test"
 
