@@ -12,6 +12,7 @@ import torch
 
 from dapo_megatron.actor.sharded import boxes, load_sharded_state, sharded_state
 from tests.helpers.batches import make_micro_batch, make_mini_batch, ratio_loss
+from tests.helpers.conversion import save
 from tests.helpers.distributed import run_distributed
 from tests.helpers.models import make_config, save_qwen2, save_tiny
 
@@ -93,7 +94,7 @@ def exchange(checkpoint: Path, folder: Path, parallel: dict[str, Any], dtype: st
             if topo.is_leader:
                 place.mkdir()
             torch.distributed.barrier()
-            dist_checkpointing.save(saved(False), str(place))
+            save(saved(False), place)
             update(10 * number + 5)  # so that all of it has changed
             changed = states(actor.optimizer)
             take(dist_checkpointing.load(wanted(True), str(place)))

@@ -78,17 +78,26 @@ def sharded(chunks: list[Any]) -> dict[str, Any]:
     return {f"model{number}": chunk.sharded_state_dict() for number, chunk in enumerate(chunks)}
 
 
+def save(state: dict[str, Any], folder: Path) -> None:
+    """Called on ranks: Megatron's own, without the process that it leaves behind."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    # It waits for a device before it writes, whether there is one or not.
+    with patch("torch.cuda.synchronize"):
+        dist_checkpointing.save(state, str(folder))
+    if filesystem_async._results_queue is not None:
+        filesystem_async._results_queue._manager.shutdown()  # pyright: ignore[reportAttributeAccessIssue]  # a proxy
+        filesystem_async._results_queue = None
+
+
 def save_by_megatron(path: Path, saved: Path, parallel: dict[str, Any], dtype: str) -> None:
     """Called on ranks: loads a Hugging Face checkpoint and has Megatron save it."""
-    from megatron.core import dist_checkpointing
-
     from dapo_megatron.actor import topology
 
     checkpoint, chunks = build_ranks(path, parallel, dtype)
     checkpoint.load(chunks)
-    # Megatron waits for a device before it writes, whether there is one or not.
-    with patch("torch.cuda.synchronize"):
-        dist_checkpointing.save({**sharded(chunks), "iteration": 7}, str(saved))
+    save({**sharded(chunks), "iteration": 7}, saved)
     topology.shutdown()
 
 
