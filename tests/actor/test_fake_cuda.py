@@ -69,7 +69,7 @@ def waits(each: dict[str, int], once: dict[str, int], micro_batches: int = len(L
 
 
 @pytest.mark.parametrize("depth", [2, 4])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.long), "bfloat16"])
 def test_the_host_waits_for_micro_batches_and_updates_but_not_for_layers(
     dtype: str, depth: int, tmp_path: Path
 ) -> None:

@@ -44,8 +44,14 @@ def without_pickles(cost: RankCost) -> list[Collective]:
 @pytest.mark.multiproc
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("size", ["tiny", "tiny-tied"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("size", "dtype"),
+    [
+        ("tiny-tied", "bfloat16"),
+        *(pytest.param(*case, marks=pytest.mark.long) for case in [("tiny", "float32"), ("tiny", "bfloat16")]),
+        pytest.param("tiny-tied", "float32", marks=pytest.mark.long),
+    ],
+)
 def test_real_ranks_do_the_same(size: str, layout: str, dtype: str) -> None:
     world_size, parallel = LAYOUTS[layout]
     config, lengths = tiny_config(parallel, dtype), (64, 24, 60, 1)
