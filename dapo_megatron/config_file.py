@@ -62,7 +62,17 @@ def _yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{where} is not YAML: {error}") from error
+        raise ConfigError(f"{where} is not YAML: {_in_a_line(error)}") from error
+
+
+def _in_a_line(error: yaml.YAMLError) -> str:
+    mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
+    if not isinstance(error, yaml.MarkedYAMLError) or not mark:
+        return " ".join(str(error).split())
+    return (
+        f"{error.problem} in line {mark.line + 1}, column {mark.column + 1}; put quotes around text that has blanks, "
+        f"brackets, braces or colons, and on a command line around the whole override"
+    )
 
 
 class _Loader(yaml.SafeLoader):
@@ -114,7 +124,7 @@ def _explain(issue: Any) -> str:
             return f"{key} is missing, and it has no default"
         case "string_type" if isinstance(given, dict):
             return f"{key} = {given!r}: braces make a mapping; put quotes around the text: '{key}=\"{{...}}\"'"
-        case "tuple_type":
+        case "tuple_type" | "list_type":
             return f"{key} = {given!r}: write a list, such as [{given}]"
         case "model_type":
             return f"{key} = {given!r}: {key} is a section, with the keys {', '.join(sorted(_fields(location)))}"

@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dapo_megatron.actor.architecture import check_trains, uses_transformer_engine
+from dapo_megatron.actor.architecture import check_is_text_model, check_trains, uses_transformer_engine
 from dapo_megatron.checkpoint import folder as checkpoints
 from dapo_megatron.config import Config, EngineConfig, EvalConfig, ModelConfig, OptimizerConfig, RewardConfig, RunConfig
 from dapo_megatron.data.prompts import load_prompts
 from dapo_megatron.data.stream import PromptStream
 from dapo_megatron.data.tokenizer import decoder, end_token_ids, load_tokenizer
 from dapo_megatron.errors import ConfigError
-from dapo_megatron.hf_folder import read_hf_config
+from dapo_megatron.hf_folder import read_hf_config, tensor_files
 from dapo_megatron.obs.run_folder import check_run_folder
 from dapo_megatron.obs.sinks import check_sinks
 from dapo_megatron.reward.format import TAGS
@@ -134,19 +134,29 @@ def preflight_eval(config: Config) -> Checked:
     return _read(config, hf_config, train=None)
 
 
-def preflight_engines(config: Config) -> None:
+def preflight_engines(config: Config) -> tuple[str, ...]:
     """Check what it takes to start engines on this machine, and nothing else.
+
+    Returns:
+        What works, but should be known to the person who starts them.
 
     Raises:
         ConfigError: as `preflight`.
     """
-    if any(ip_address(address).is_unspecified for address in _addresses(config.engine.host)):
+    _check_engines(config)
+    addresses = [ip_address(address) for address in _addresses(config.engine.host)]
+    if any(address.is_unspecified for address in addresses):
         raise ConfigError(
             f"engine.host={config.engine.host} is every address of this machine, and none to find it at; give the one "
             f"at which the trainer's machine reaches it (`ip -brief address` lists them)"
         )
-    _check_engines(config)
     check_gpus(config.engine, ranks=0)
+    if all(address.is_loopback for address in addresses):
+        return (
+            f"engine.host={config.engine.host}: no other machine reaches these engines; for a run on another one, set "
+            f"engine.host to the address at which it reaches this machine (`ip -brief address` lists them)",
+        )
+    return tuple(_exposure(config.engine))
 
 
 def _check_sampling(config: Config) -> Any:
@@ -165,6 +175,8 @@ def _check_engines(config: Config) -> Any:
         _check_engine_packages(adapter.packages, config.engine.python)
         check_ports(config.engine)
     hf_config = read_hf_config(config.model.path, trust_remote_code=config.model.trust_remote_code)
+    check_is_text_model(hf_config)
+    tensor_files(config.model.path)
     adapter.check(hf_config)
     _check_context(hf_config, config)
     return hf_config
@@ -203,6 +215,8 @@ def _idle(config: Config) -> Iterable[str]:
     """A warning for what is set and does nothing."""
     if config.memory.offload_reference and not config.algo.kl.coef:
         yield "memory.offload_reference is set, but algo.kl.coef is 0: there is no reference model"
+    if config.weights.folder and config.weights.transport != "disk":
+        yield f"weights.folder is set, but weights.transport is {config.weights.transport}: nothing is written there"
     for section in config.algo.idle:
         yield f"algo.{section} is set, but algo.loss is {config.algo.loss}: its settings do nothing"
 
@@ -320,6 +334,11 @@ def _check_weights_folder(config: Config) -> None:
     if config.weights.transport != "disk":
         return
     folder = config.weights_folder.absolute()
+    if config.model.path.resolve().is_relative_to(folder.resolve()):
+        raise ConfigError(
+            f"weights.folder: versions are written to {folder}, and old ones removed, but model.path="
+            f"{config.model.path} is in there; move it, or choose another weights.folder"
+        )
     parent = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise ConfigError(f"weights.folder: {folder} cannot be written: {parent} is no folder that this user may write")

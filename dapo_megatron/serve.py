@@ -31,7 +31,8 @@ def serve(config: Config, tell: Callable[[str], None], say: Callable[[str], None
         EngineError: with the reason, when an engine fails; all have ended then.
         SystemExit: 128 + the number of a signal.
     """
-    preflight_engines(config)
+    for warning in preflight_engines(config):
+        say(f"warning: {warning}")
     token = keep_token(config)
     for number in {signal.SIGTERM, signal.SIGHUP} & {*heeded()}:
         signal.signal(number, lambda number, _: sys.exit(128 + number))

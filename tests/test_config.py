@@ -286,6 +286,11 @@ def test_the_budget_of_a_micro_batch_counts_the_padding_of_the_layout(tmp_path: 
         load(tmp_path, MINIMAL, *sizes, *layout, "train.micro_batch_tokens=1000")
 
 
+def test_off_is_a_word_where_it_is_one_of_the_choices(tmp_path: Path) -> None:
+    assert load(tmp_path, MINIMAL, "weights.verify=off").weights.verify == "off"
+    assert load(tmp_path, MINIMAL + "weights: {verify: off}\n").weights.verify == "off"
+
+
 def test_there_are_as_many_engines_as_urls(tmp_path: Path) -> None:
     there = load(tmp_path, MINIMAL, "engine.placement=external", "engine.urls=[http://a:1/,'http://[::1]:2']").engine
     assert (there.urls, there.count) == (["http://a:1", "http://[::1]:2"], 2)

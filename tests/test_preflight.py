@@ -189,7 +189,17 @@ def test_a_folder_for_weights_has_to_have_room_for_two_versions(
     monkeypatch.setattr("dapo_megatron.preflight.shutil.disk_usage", lambda path: usage)
     assert_matches(f"weights.folder: {tmp_path} has 1.0 kB free, and two versions of the weights take", refused(config))
     folder.touch()
-    assert_matches(f"weights.folder: {folder} cannot be written: {folder} is no folder", refused(config))
+    assert_matches(f"weights.folder: {folder}/.* cannot be written: {folder} is no folder", refused(config))
+
+
+def test_versions_of_the_weights_do_not_go_where_the_model_is(tmp_path: Path) -> None:
+    given = values(tmp_path)
+    inside = tmp_path / "shared" / given["run"]["name"]
+    inside.mkdir(parents=True)
+    Path(given["model"]["path"]).rename(inside / "version-3")
+    given["model"]["path"] = str(inside / "version-3")
+    config = config_file.parse(given | {"weights": {"transport": "disk", "folder": str(tmp_path / "shared")}})
+    assert_matches(f"weights.folder: versions are written to {inside}, and old ones removed, but ", refused(config))
 
 
 def test_it_imports_no_heavy_library(tmp_path: Path) -> None:
@@ -357,7 +367,10 @@ def test_a_port_in_use(tmp_path: Path) -> None:
 
 
 def test_an_address_of_another_machine(tmp_path: Path) -> None:
-    assert_matches("cannot listen on 192.0.2.1:", refused(changed(tmp_path, engine={"host": "192.0.2.1"})))
+    given = values(tmp_path / "other")
+    for host in ("192.0.2.1", "[::1]", "http://127.0.0.1", "a..b"):
+        config = config_file.parse({**given, "engine": {"host": host}})
+        assert_matches(re.escape(f"engine.host={host} is no address or name of this machine"), refused(config))
 
 
 def test_a_run_folder_that_is_there(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def check_layout(hf_config: Any, parallel: ParallelConfig) -> None:
     """
     model_type = getattr(hf_config, "model_type", None)
     if model_type not in SUPPORTED:
-        raise ConfigError(f"model: architecture {model_type!r} is not supported; supported: {', '.join(SUPPORTED)}")
+        raise _unsupported(model_type)
     _check_variant(hf_config)
     _check_experts(hf_config, parallel.ep)
     _check_key_value_heads(hf_config, parallel.tp)
@@ -138,6 +138,20 @@ def _check_key_value_heads(hf_config: Any, tp: int) -> None:
         return
     works = [n for n in range(1, heads + 1) if heads % n == 0 and shared_evenly(n) and rows % n == 0]
     raise ConfigError(f"parallel: tp({tp}) {problem}; choose one of {', '.join(map(str, works))}")
+
+
+def check_is_text_model(hf_config: Any) -> None:
+    """Refuse a model that is none of attention over tokens alone, whose sizes are elsewhere if anywhere.
+
+    Raises:
+        ConfigError: with what is supported.
+    """
+    if not all(hasattr(hf_config, name) for name in ("num_attention_heads", "hidden_size", "max_position_embeddings")):
+        raise _unsupported(hf_config.model_type)
+
+
+def _unsupported(model_type: str) -> ConfigError:
+    return ConfigError(f"model: architecture {model_type!r} is not supported; supported: {', '.join(SUPPORTED)}")
 
 
 def _check_variant(hf_config: Any) -> None:

@@ -67,7 +67,7 @@ class Config(Section):
     @property
     def weights_folder(self) -> Path:
         """Where versions of the weights are written, if they travel through a folder."""
-        return self.weights.folder or self.run.folder / "weights"
+        return self.weights.folder / self.run.name if self.weights.folder else self.run.folder / "weights"
 
     @property
     def sampling_seed(self) -> int:

@@ -183,8 +183,8 @@ class WeightsConfig(Section):
     """How weights travel from the actor to the engines: through a process group, or through files in a folder that all
     machines share (docs/weights.md)."""
     folder: FilePath | None = None
-    """For transport=disk: where each version is written, for this run alone; null is weights in the run's folder. Two
-    versions have to fit while engines load one."""
+    """For transport=disk: where each version is written, in a folder with the run's name; null is weights in the run's
+    folder. Two versions have to fit while engines load one, and no two runs of one name may share it."""
     bucket_mib: PositiveInt = 64
     """Tensors travel in buckets, or files, of about this size."""
     push_seconds: PositiveFloat = 300.0

@@ -51,6 +51,8 @@ class Section(BaseModel):
     def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
         """Refuse true and false for numbers and text: pydantic would take true for 1."""
         kind = cls.model_fields[info.field_name or ""].annotation
+        if value is False and "off" in get_args(kind):
+            return "off"  # which YAML reads as false
         plain = not (isinstance(kind, type) and issubclass(kind, BaseModel))
         if isinstance(value, bool) and plain and bool not in (kind, *get_args(kind)):
             raise ValueError(f"{str(value).lower()} is for switches, and this is none")

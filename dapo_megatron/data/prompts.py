@@ -96,6 +96,10 @@ def _question(row: Mapping[str, Any], field: str, uid: str) -> str:
         value = turns[-1].get("content")
     if not isinstance(value, str) or not value.strip():
         raise ConfigError(f"{uid}: the question in {field} must be text or a list of chat messages; got {value!r}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{uid}: the question in {field} has half a character: {error}") from error
     return value
 
 

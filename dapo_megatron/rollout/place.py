@@ -89,7 +89,7 @@ def leader_address(engine: EngineConfig) -> str:
     hosts = [urlsplit(url).hostname or "" for url in engine.urls]
     try:
         addresses = address_for(hosts)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         raise ConfigError(f"engine.urls: there is no way from here to one of {', '.join(hosts)}: {error}") from error
     if len(addresses) > 1:
         raise ConfigError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 
 from dapo_megatron.config import EngineConfig
@@ -18,12 +19,19 @@ def reserve_port(host: str, port: int = 0) -> socket.socket:
     Raises:
         ConfigError: where `host` is no address of this machine, or something listens on the port already.
     """
+    if not host:
+        raise ConfigError("engine.host is empty; give an address of this machine, such as 127.0.0.1")
     reserved = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
     try:
         reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         reserved.bind((host, port))
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         reserved.close()
+        if not isinstance(error, OSError) or error.errno not in (errno.EADDRINUSE, errno.EACCES):
+            raise ConfigError(
+                f"engine.host={host} is no address or name of this machine ({error}); give one that "
+                f"`ip -brief address` lists, without http:// and port"
+            ) from error
         raise ConfigError(
             f"engine: cannot listen on {host}:{port}: {error.strerror}; end what uses the port, choose another "
             f"engine.port (engines take consecutive ones), or set engine.port=null for free ports"

@@ -6,6 +6,7 @@ import os
 import re
 import secrets
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from dapo_megatron.config import Config
@@ -48,11 +49,11 @@ def given_token(config: Config, inherited: Mapping[str, str] = os.environ) -> st
     if TOKEN in inherited:
         return _checked(inherited[TOKEN], f"{TOKEN} in the environment")
     try:
-        mode, text = path.stat().st_mode, path.read_text()
+        mode, text = path.stat().st_mode, path.read_text(errors="replace")
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise ConfigError(f"cannot read the token of the engines: {error}") from error
+        raise ConfigError(f"cannot read the token of the engines (engine.token_file): {error}") from error
     if mode & 0o077:
         raise ConfigError(
             f"{path} may be read by others than its owner (mode {mode & 0o777:o}), and whoever has the token can "
@@ -85,12 +86,23 @@ def keep_token(config: Config) -> str:
     if token := given_token(config):
         return token
     token, path = make_token(), token_file(config)
+    mine = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        with os.fdopen(os.open(mine, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(f"{token}\n")
+        # The name is there at once with all of it, and for the first of several machines only.
+        os.link(mine, path)
+    except FileExistsError:
+        return need_token(config)
     except OSError as error:
-        raise ConfigError(f"cannot write the token of the engines: {error}") from error
+        raise ConfigError(
+            f"cannot write the token of the engines: {error}; choose another place (engine.token_file, or run.dir), or "
+            f"set {TOKEN}"
+        ) from error
+    finally:
+        with suppress(OSError):
+            mine.unlink()
     return token
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -20,6 +21,7 @@ from dapo_megatron.weights.verify import Arrivals, TransferError
 _VISIBLE_SECONDS = 90.0
 """How long another machine may not see a new folder: NFS remembers for up to a minute what was not there."""
 _POLL_SECONDS = 0.2
+_VERSION = re.compile(r"version-\d+")
 
 
 def version_folder(folder: Path, version: int) -> Path:
@@ -55,9 +57,9 @@ def write_version(folder: Path, version: int, weights: Iterable[Named], side_fil
 
 
 def remove_others(folder: Path, version: int) -> None:
-    """Remove all versions but one, as far as that can be done."""
+    """Remove all versions but one, as far as that can be done, and nothing else that may be there."""
     for other in folder.glob("version-*"):
-        if other != version_folder(folder, version):
+        if _VERSION.fullmatch(other.name) and other != version_folder(folder, version):
             shutil.rmtree(other, ignore_errors=True)
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,28 @@ def test_a_token_is_made_once_and_kept_from_others(tmp_path: Path) -> None:
     assert keep_token(own) == given_token(own, {}) == need_token(own) == token and len(token) >= 32
     assert not own.run.folder.exists(), "the run's folder may be read by others"
     assert keep_token(config(tmp_path, token_file=str(tmp_path / "other"))) != token
+
+
+def test_of_several_that_start_at_once_one_makes_it(tmp_path: Path) -> None:
+    own = config(tmp_path)
+    with ThreadPoolExecutor(8) as pool:
+        tokens = set(pool.map(lambda _: keep_token(own), range(32)))
+    assert tokens == {token_file(own).read_text().strip()}
+    assert [path.name for path in token_file(own).parent.iterdir()] == ["token"]
+
+
+def test_a_full_disk_leaves_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = config(tmp_path)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.link", full)
+        with pytest.raises(ConfigError, match="No space left on device; choose another place"):
+            keep_token(own)
+    assert not list(token_file(own).parent.iterdir())
+    assert keep_token(own)
 
 
 def test_the_environment_comes_first_and_is_not_written_down(tmp_path: Path) -> None:

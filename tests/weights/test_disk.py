@@ -81,6 +81,14 @@ def test_a_version_is_a_checkpoint_in_files_of_the_size_of_buckets(folder: Path)
     assert torch.equal(load_file(files[2])["w3"], WEIGHTS["w3"])
 
 
+def test_only_versions_are_removed(folder: Path) -> None:
+    for name in ("version-final", "version-1.5B", "version-1", "notes"):
+        (folder / name).mkdir(parents=True)
+    with small_files(folder, Reader("engine 0")) as publisher:
+        publisher.push(WEIGHTS.items(), version=2)
+    assert sorted(path.name for path in folder.iterdir()) == ["notes", "version-1.5B", "version-2", "version-final"]
+
+
 def test_an_engine_that_was_started_again_reads_the_whole_version(folder: Path) -> None:
     first, second = Reader("engine 0"), Reader("engine 0")
     keepers = Keepers(first)
