@@ -20,7 +20,7 @@ _SIZES = (
 class About:
     """What an engine serves, or what a run needs.
 
-    >>> About("vllm", "float32", workers=1, sequence_tokens=192, model={"vocab_size": 264}).workers
+    >>> About("vllm", "float32", "gloo", workers=1, sequence_tokens=192, model={"vocab_size": 264}).workers
     1
     """
 
@@ -28,6 +28,8 @@ class About:
     """As engine.kind."""
     dtype: str
     """Of the model, as model.dtype."""
+    transport: str
+    """By which it takes weights, as weights.transport."""
     workers: int
     """Processes that hold its weights (engine.tensor_parallel)."""
     sequence_tokens: int
@@ -47,6 +49,7 @@ def needed(config: Config) -> About:
     return About(
         kind=config.engine.kind,
         dtype=model.dtype,
+        transport=config.weights.transport,
         workers=config.engine.tensor_parallel,
         sequence_tokens=config.max_sequence_tokens,
         model=sizes_of(read_hf_config(model.path, trust_remote_code=model.trust_remote_code)),
@@ -61,6 +64,7 @@ def check(name: str, found: About, wanted: About) -> None:
     pairs = [
         ("engine.kind", found.kind, wanted.kind),
         ("model.dtype", found.dtype, wanted.dtype),
+        ("weights.transport", found.transport, wanted.transport),
         ("engine.tensor_parallel", found.workers, wanted.workers),
         *((f"{key} of the model's config.json", found.model.get(key), value) for key, value in wanted.model.items()),
     ]

@@ -352,6 +352,12 @@ async def _generate(engine: Engine, prompt: Prompt, sampling: Sampling, n: int) 
             f"{engine.name}: asked for {n} responses to prompt {prompt.uid}, each with the versions that wrote "
             f"it, got {len(completions)}, {sum(not c.versions for c in completions)} of them without versions"
         )
+    wrote = {span.version for completion in completions for span in completion.versions}
+    if other := sorted(wrote - {engine.version}):
+        raise EngineError(
+            f"{engine.name} has answered prompt {prompt.uid} with weights of version {', '.join(map(str, other))}, and "
+            f"got version {engine.version} last: it was started again elsewhere, or another run uses it, too"
+        )
     return completions
 
 

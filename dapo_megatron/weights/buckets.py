@@ -25,8 +25,8 @@ def numbered(
     does (attention, feed-forward), because an engine keeps what it has of a layer until it has the rest.
 
     Args:
-        before_each: called before the weights of a bucket are taken. Where ranks gather what one of them uses bucket by
-            bucket, they wait for it there.
+        before_each: called before the weights of a bucket are taken, but for the first of these, which shows that the
+            one before is whole. Where ranks gather what one of them uses bucket by bucket, they wait for it there.
     """
     number, size, block = 0, 0, ""
     before_each()
@@ -34,10 +34,11 @@ def numbered(
         last, block = block, name.rpartition(".")[0].rpartition(".")[0]
         start = _aligned(size)
         if size and (start + tensor.nbytes > bucket_bytes or (size > _NEARLY * bucket_bytes and block != last)):
-            before_each()
             number, start = number + 1, 0
-        size = start + tensor.nbytes
+        begins, size = number and not start, start + tensor.nbytes
         yield number, name, tensor
+        if begins:
+            before_each()  # once whoever takes them has come back from using the bucket before
 
 
 def buckets(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 from weakref import ref
 
@@ -49,7 +49,8 @@ class Inventory:
     def describe(self, indices: Iterable[int]) -> dict[str, Any]:
         """Return names, dtypes and shapes of some; JSON."""
         chosen = list(indices)
-        return {key: [column[index] for index in chosen] for key, column in asdict(self).items()}
+        columns = {"names": self.names, "dtypes": self.dtypes, "shapes": self.shapes}
+        return {key: [column[index] for index in chosen] for key, column in columns.items()}
 
 
 class Tally:

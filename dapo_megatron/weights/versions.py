@@ -21,7 +21,7 @@ from dapo_megatron.weights.verify import Arrivals, TransferError
 _VISIBLE_SECONDS = 90.0
 """How long another machine may not see a new folder: NFS remembers for up to a minute what was not there."""
 _POLL_SECONDS = 0.2
-_VERSION = re.compile(r"version-\d+")
+_VERSION = re.compile(r"version-\d+|\.version-\d+\.unfinished")
 
 
 def version_folder(folder: Path, version: int) -> Path:
@@ -58,7 +58,7 @@ def write_version(folder: Path, version: int, weights: Iterable[Named], side_fil
 
 def remove_others(folder: Path, version: int) -> None:
     """Remove all versions but one, as far as that can be done, and nothing else that may be there."""
-    for other in folder.glob("version-*"):
+    for other in folder.iterdir():
         if _VERSION.fullmatch(other.name) and other != version_folder(folder, version):
             shutil.rmtree(other, ignore_errors=True)
 

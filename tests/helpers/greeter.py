@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from dapo_megatron.config import Config
@@ -14,7 +14,7 @@ from dapo_megatron.rollout.client import Client
 from dapo_megatron.rollout.engine import Engine, Progress, Sampling
 from dapo_megatron.rollout.place import Place
 from dapo_megatron.rollout.server import Server
-from dapo_megatron.types import Completion, Prompt
+from dapo_megatron.types import Completion, Prompt, VersionSpan
 from tests.helpers.completions import written
 
 SERVER = """
@@ -64,7 +64,11 @@ class GreeterEngine:
 
     async def generate(self, prompt: Prompt, sampling: Sampling, n: int) -> list[Completion]:
         number, greeting = await self.http.call("GET", "/")
-        return [written(f"{greeting} from {number}")] * n
+        answer = written(f"{greeting} from {number}")
+        return [replace(answer, versions=(VersionSpan(self.wrote(), 0, answer.length),))] * n
+
+    def wrote(self) -> int:
+        return self.version
 
     async def progress(self) -> Progress:
         await self.http.call("GET", "/")

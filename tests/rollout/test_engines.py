@@ -89,6 +89,16 @@ def test_what_an_engine_did_not_answer_others_do(opened: Any, number: signal.Sig
     assert set(engines.sample(asked(engines, signal.SIGCONT))) == {"hello from 0", "hello from 1"}
 
 
+def test_an_engine_that_has_other_weights_than_it_got_is_started_again(
+    opened: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody else may have started it again, or use it, too."""
+    engines = opened(max_restarts=0)
+    monkeypatch.setattr(GreeterEngine, "wrote", lambda self: self.version + 1)
+    with pytest.raises(EngineError, match=r"prompt p with weights of version 1, and got version 0 last"):
+        engines.sample(engines.generate(PROMPT, SAMPLING, 1))
+
+
 def test_engines_that_need_no_other_weights_than_they_start_with_need_no_push(opened: Any) -> None:
     engines = opened(count=2)
     assert len(engines.sample(asked(engines, signal.SIGKILL, 0, 1))) == 8

@@ -56,3 +56,20 @@ def test_tensors_are_taken_only_when_their_bucket_is_due() -> None:
 
     next(buckets(weights(), bucket_bytes=1000))
     assert len(taken) == 3
+
+
+def test_ranks_wait_until_the_bucket_before_has_been_used() -> None:
+    """All but the tensor that shows that it is whole is gathered after that."""
+    events: list[str] = []
+
+    def weights() -> Iterator[tuple[str, torch.Tensor]]:
+        for index in range(5):
+            events.append(f"take {index}")
+            yield str(index), torch.zeros(100)
+
+    for bucket in buckets(weights(), 1000, lambda: events.append("ready")):
+        events.append("used " + " ".join(name for name, _ in bucket))
+    assert events == [
+        *("ready", "take 0", "take 1", "take 2", "used 0 1"),
+        *("ready", "take 3", "take 4", "used 2 3", "ready", "used 4"),
+    ]

@@ -15,6 +15,7 @@ The server's own answers are JSON, about 40 bytes and several objects for every 
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import secrets
 import sys
@@ -82,6 +83,7 @@ class Endpoint(Middleware):
         return About(
             kind="sglang",
             dtype=str(model.dtype).removeprefix("torch."),
+            transport="gloo",
             workers=client.server_args.tp_size,
             sequence_tokens=client.context_len - SPARE_TOKENS,
             model=sizes_of(model.hf_config),
@@ -153,8 +155,13 @@ def freeze_gc(server_args: Any) -> None:
     """
     import requests
 
-    headers = {"Authorization": authorization(os.environ[TOKEN])}
-    requests.post(f"{server_args.url()}/freeze_gc", headers=headers, timeout=10).raise_for_status()
+    with requests.Session() as session:
+        session.trust_env = False  # a proxy would be shown the token, and ~/.netrc replace it
+        session.headers["Authorization"] = authorization(os.environ[TOKEN])
+        try:
+            session.post(f"{server_args.url()}/freeze_gc", timeout=10).raise_for_status()
+        except requests.RequestException as error:
+            logging.getLogger(__name__).warning("garbage collection stays as it is: %s", error)
 
 
 def main(worker: str, arguments: list[str]) -> None:
