@@ -366,7 +366,11 @@ def test_a_check_whose_verdict_nobody_read_has_not_passed(config: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "code", "said"),
-    [(signal.SIGINT, 130, "dapo-megatron: interrupted\n"), (signal.SIGTERM, 143, ""), (signal.SIGHUP, 129, "")],
+    [
+        (signal.SIGINT, 130, "dapo-megatron: interrupted\n"),
+        pytest.param(signal.SIGTERM, 143, "", marks=pytest.mark.long),
+        pytest.param(signal.SIGHUP, 129, "", marks=pytest.mark.long),
+    ],
 )
 def test_a_check_that_is_ended_leaves_nothing(
     config: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int, said: str

@@ -72,6 +72,7 @@ def test_the_run_goes_on_as_if_nothing_had_happened(
     assert differences(tmp_path / "run", undisturbed) == []
 
 
+@pytest.mark.long
 def test_an_engine_that_is_given_up_ends_the_run_with_everything_saved(tmp_path: Path, material: Path) -> None:
     done = hurt(write_config(tmp_path, values(material, tmp_path, max_restarts=0)), "SIGKILL", 0)
     assert done.returncode == 1

@@ -13,8 +13,8 @@ from typing import Any
 import yaml
 
 ROOT = Path(__file__).parents[2]
-_TIMES = re.compile(r"time|seconds/.*|eval/seconds|tokens_per_second|memory/.*|engine/.*")
-"""What differs between two runs of the same: seconds, the bytes that allocators hold, engines that failed."""
+_TIMES = re.compile(r"time|seconds/.*|eval/seconds|tokens_per_second|memory/.*|engine/.*|push/.*")
+"""What differs between two runs of the same: seconds, memory, engines that failed and what they got."""
 
 
 def command(config: Path, *overrides: str, ranks: int = 2, place: str = "nowhere", call: int = 1) -> list[str]:

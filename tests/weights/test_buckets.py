@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from dapo_megatron.weights.buckets import allocate, buckets, describe, flatten, unflatten
+from dapo_megatron.weights.buckets import Named, allocate, buckets, describe, flatten, unflatten
 
 
 def test_what_goes_in_comes_out_again() -> None:
@@ -67,8 +67,11 @@ def test_ranks_wait_until_the_bucket_before_has_been_used() -> None:
             events.append(f"take {index}")
             yield str(index), torch.zeros(100)
 
-    for bucket in buckets(weights(), 1000, lambda: events.append("ready")):
+    def use(bucket: Named) -> None:
         events.append("used " + " ".join(name for name, _ in bucket))
+
+    for bucket in buckets(weights(), 1000, lambda: events.append("ready")):
+        use(bucket)
     assert events == [
         *("ready", "take 0", "take 1", "take 2", "used 0 1"),
         *("ready", "take 3", "take 4", "used 2 3", "ready", "used 4"),
