@@ -150,7 +150,7 @@ def check_is_text_model(hf_config: Any) -> None:
         raise _unsupported(hf_config.model_type)
 
 
-def _unsupported(model_type: str) -> ConfigError:
+def _unsupported(model_type: str | None) -> ConfigError:
     return ConfigError(f"model: architecture {model_type!r} is not supported; supported: {', '.join(SUPPORTED)}")
 
 
