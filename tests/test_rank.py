@@ -12,6 +12,7 @@ import sys
 import time
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -28,6 +29,10 @@ from tests.helpers.models import save_qwen2
 pytestmark = [pytest.mark.multiproc, pytest.mark.slow]
 
 
+def long(*case: Any) -> Any:
+    return pytest.param(*case, marks=pytest.mark.long)
+
+
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
     return write_config(tmp_path)
@@ -36,11 +41,11 @@ def config(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("scene", "lost", "number", "last"),
     [
-        ("python,collective", 0, signal.SIGKILL, "error: rank 0 was ended by SIGKILL"),
+        long("python,collective", 0, signal.SIGKILL, "error: rank 0 was ended by SIGKILL"),
         ("python,waiting", 0, signal.SIGSTOP, "error: the leader, rank 0 on "),
-        pytest.param("python,collective", 0, signal.SIGSTOP, "error: the leader, rank 0 on ", marks=pytest.mark.long),
+        long("python,collective", 0, signal.SIGSTOP, "error: the leader, rank 0 on "),
         ("collective,python", 1, signal.SIGKILL, "error: rank 1 was ended by SIGKILL"),
-        pytest.param("python,python", 1, signal.SIGSTOP, "error: rank 1 on ", marks=pytest.mark.long),
+        long("python,python", 1, signal.SIGSTOP, "error: rank 1 on "),
         ("collective,python", 1, signal.SIGSTOP, "error: rank 1 on "),
     ],
 )
@@ -60,7 +65,7 @@ def test_a_rank_that_is_gone_ends_the_run(
     assert "Traceback" not in output
 
 
-@pytest.mark.parametrize("scene", ["collective,raise", "python,raise"])
+@pytest.mark.parametrize("scene", ["collective,raise", long("python,raise")])
 def test_a_rank_that_fails_is_told_by_the_leader(config: Path, scene: str) -> None:
     with job(config, scene, "parallel.tp=1", ranks=3) as process:
         family = ranks_of(process, config, 3)
@@ -71,7 +76,9 @@ def test_a_rank_that_fails_is_told_by_the_leader(config: Path, scene: str) -> No
     assert output.splitlines()[-1] == "ArithmeticError: the one that matters"
 
 
-@pytest.mark.parametrize("scene", ["raise,collective", "raise,waiting", "raise,python,fail", "raise,python,hang"])
+@pytest.mark.parametrize(
+    "scene", ["raise,collective", long("raise,waiting"), "raise,python,fail", long("raise,python,hang")]
+)
 def test_a_leader_that_fails_says_why_last(config: Path, scene: str) -> None:
     with job(config, scene) as process:
         family = ranks_of(process, config)
@@ -93,7 +100,7 @@ def test_a_collective_that_takes_too_long_ends_the_run(config: Path) -> None:
     assert "launch.collective_seconds" in output.splitlines()[-3]
 
 
-@pytest.mark.parametrize("scene", ["collective,collective,python", "python,collective,python"])
+@pytest.mark.parametrize("scene", [long("collective,collective,python"), "python,collective,python"])
 def test_who_does_not_come_to_a_collective_is_named_by_the_leader(config: Path, scene: str) -> None:
     with job(config, scene, "launch.collective_seconds=3", "parallel.tp=1", ranks=3) as process:
         family = ranks_of(process, config, 3)
