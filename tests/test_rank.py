@@ -173,6 +173,7 @@ def test_ranks_may_come_later_than_a_collective_may_take(config: Path) -> None:
     assert process.returncode == 0, output
 
 
+@pytest.mark.long
 def test_ranks_that_come_too_late(config: Path) -> None:
     with job(config, "end,end,slow", "launch.join_seconds=3") as process:
         output = ended(process)
@@ -219,6 +220,7 @@ def test_input_that_only_the_leader_sees_to_be_wrong_ends_the_run_at_once(config
     assert time.monotonic() - started < 30
 
 
+@pytest.mark.long
 def test_the_other_ranks_wait_behind_a_leader_that_waits_for_the_lock_of_another_machine(config: Path) -> None:
     folder = config.parent / "runs/test"
     folder.mkdir()

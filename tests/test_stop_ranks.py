@@ -49,14 +49,17 @@ def again(config: Path) -> bool:
         pytest.param(
             *("rollout", lambda family: family[0].send_signal(signal.SIGINT), 130, "interrupted: saved after 0 steps"),
             id="ctrl_c",
+            marks=pytest.mark.long,
         ),
         pytest.param(
             *("rollout", lambda family: family[2].send_signal(signal.SIGUSR1), 75, "stopped by SIGUSR1 on rank 1 on "),
             id="sigusr1_elsewhere",
+            marks=pytest.mark.long,
         ),
         pytest.param(
             *("update", lambda family: family[1].send_signal(signal.SIGHUP), 75, "stopped by SIGHUP: saved after "),
             id="sighup_in_an_update",
+            marks=pytest.mark.long,
         ),
         pytest.param(
             *("update", lambda family: family[2].terminate(), 75, "stopped by SIGTERM on rank 1 on "),
@@ -128,7 +131,7 @@ def test_a_run_that_is_over_and_closes_is_over(config: Path) -> None:
     assert process.returncode == 0, output
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
 def test_the_second_time_it_ends_at_once(config: Path, number: signal.Signals) -> None:
     with job(config, "hang", module="stop_job") as process:
         ranks = ranks_of(process, config)

@@ -240,7 +240,7 @@ def ranks(family: Family) -> Family:
     ("act", "code", "says"),
     [
         pytest.param(lambda family: family[0].send_signal(signal.SIGINT), 130, "interrupted", id="ctrl_c"),
-        pytest.param(lambda family: family[0].terminate(), 75, "stopped by SIGTERM", id="sigterm"),
+        pytest.param(lambda family: family[0].terminate(), 75, "stopped by SIGTERM", id="sigterm", marks=LONG),
         pytest.param(
             lambda family: ranks(family)[1].kill(), 1, "rank 1 was ended by SIGKILL", id="dead_rank", marks=LONG
         ),

@@ -104,6 +104,7 @@ def test_one_prompt_and_one_response_at_a_time(engines: Engines, answers: Answer
     assert differing(ask(engines, ALL[1::8], together=False, n=1), answers) == SAME
 
 
+@pytest.mark.long
 def test_on_two_engines_that_were_just_started_with_other_threads(
     answers: Answers, wide_values: dict[str, Any], tmp_path: Path
 ) -> None:
