@@ -20,6 +20,7 @@ from dapo_megatron.rollout.engines import Engines
 from dapo_megatron.types import Completion, Prompt
 from tests.helpers.completions import read
 from tests.helpers.greeter import GreeterEngine
+from tests.helpers.guards import guards
 
 PROMPT = Prompt("p", (3, 4), "", "")
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, max_tokens=4, stop_token_ids=())
@@ -47,10 +48,9 @@ def opened(tmp_path: Path) -> Iterator[Any]:
 
 
 def hurt(number: signal.Signals, *indices: int) -> None:
-    guards = [child for child in psutil.Process().children() if "dapo_megatron.rollout.guard" in child.cmdline()]
-    guards.sort(key=psutil.Process.create_time)
+    there = guards()
     for index in indices:
-        for process in (*guards[index].children(recursive=True), guards[index]):
+        for process in (*there[index].children(recursive=True), there[index]):
             process.send_signal(number)
 
 
@@ -206,7 +206,7 @@ def test_an_engine_that_does_not_come_up_again_is_given_up(opened: Any, monkeypa
 
 def test_closing_after_failures_leaves_nothing(opened: Any) -> None:
     with closing(opened(count=2, max_restarts=0)) as engines:
-        family = psutil.Process().children(recursive=True)
+        family = [process for guard in guards() for process in (guard, *guard.children(recursive=True))]
         with pytest.raises(EngineError, match=r"given up: engine\.max_restarts is 0"):
             engines.sample(asked(engines, signal.SIGSTOP, 0, 1))
     _, left = psutil.wait_procs(family, timeout=10)

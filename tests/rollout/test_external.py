@@ -22,6 +22,7 @@ from dapo_megatron.types import Prompt
 from tests.helpers.checkpoint import values
 from tests.helpers.completions import read
 from tests.helpers.greeter import GreeterEngine
+from tests.helpers.guards import guards
 
 PROMPT = Prompt("p", (3, 4), "", "")
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, max_tokens=4, stop_token_ids=())
@@ -133,7 +134,7 @@ def test_what_fails_over_there_is_said_with_where_its_log_is(elsewhere: Elsewher
     with closing(elsewhere.run(max_restarts=0)) as engines:
         engines.wait_ready()
         push(engines, 0)
-        (guard,) = psutil.Process().children()
+        (guard,) = guards()
         for child in (*guard.children(), guard):
             child.send_signal(number)
         psutil.wait_procs([guard], timeout=10)
