@@ -24,7 +24,7 @@ from dapo_megatron import __version__, config_file
 from dapo_megatron.config import Config
 from dapo_megatron.convert.main import add_convert, add_inspect
 from dapo_megatron.errors import ConfigError, DapoError
-from dapo_megatron.signals import INTERRUPTED, Insistence, heeded, raise_when_interrupted
+from dapo_megatron.signals import INTERRUPTED, Insistence, exit_when_ended, heeded, raise_when_interrupted
 
 if TYPE_CHECKING:
     from dapo_megatron.eval.evaluate import EvalResult
@@ -384,9 +384,7 @@ def _check_reduction(arguments: argparse.Namespace) -> int:
     if arguments.processes is not None and arguments.processes < 1:
         raise ConfigError(f"--processes {arguments.processes}: at least one process is needed")
     config = config_file.load(arguments.config, arguments.overrides)
-    # Processes and files are cleaned up on the way out.
-    for number in {signal.SIGTERM, signal.SIGHUP} & {*heeded()}:
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    exit_when_ended()
     agree = check_reduction(
         config,
         arguments.layouts,
