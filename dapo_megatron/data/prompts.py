@@ -39,7 +39,9 @@ def load_prompts(
         answers.append(_answer(row, config.answer_field, uid))
     prompts = [
         Prompt(uid, token_ids, text, answer)
-        for uid, (text, token_ids), answer in zip(uids, encode(questions, uids, config, tokenizer), answers, strict=True)
+        for uid, (text, token_ids), answer in zip(
+            uids, encode(questions, uids, config, tokenizer), answers, strict=True
+        )
     ]
     return _within_limit(prompts, config, source, warn)
 

@@ -49,7 +49,7 @@ class Filtered:
 def distinct(problems: Iterable[Problem]) -> Filtered:
     """Keep the first copy of each problem, and none of those whose copies have different answers.
 
-    Two problems are the same where their texts are, but for blanks around them. Answers are compared as text.
+    Two problems are the same where their texts are, character by character. Answers are compared as text.
 
     Raises:
         ConfigError: where nothing is left.
@@ -57,16 +57,15 @@ def distinct(problems: Iterable[Problem]) -> Filtered:
     rows, first, answers = 0, dict[str, Problem](), dict[str, dict[str, str]]()
     for problem in problems:
         rows += 1
-        key = problem.text.strip()
-        copy = first.setdefault(key, problem)
+        copy = first.setdefault(problem.text, problem)
         if problem.answer != copy.answer:
-            answers.setdefault(key, {copy.answer: copy.uid}).setdefault(problem.answer, problem.uid)
+            answers.setdefault(problem.text, {copy.answer: copy.uid}).setdefault(problem.answer, problem.uid)
     filtered = Filtered(rows, list(first.values()))
     filtered.count("repeats", "the text is that of a row before", rows - len(first), len(first))
     filtered.leave_out(
         "contradictory",
         "copies have different answers; none is kept",
-        lambda problem: {"answers": other} if (other := answers.get(problem.text.strip())) else None,
+        lambda problem: {"answers": other} if (other := answers.get(problem.text)) else None,
     )
     return filtered
 

@@ -37,7 +37,9 @@ _MAX_TOKENS = 2048
 
 
 def add_prepare(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("target", metavar="OUT", type=path_argument, help="the folder to write, which must not be there")
+    parser.add_argument(
+        "target", metavar="OUT", type=path_argument, help="the folder to write, which must not be there"
+    )
     parser.add_argument(
         "--train", metavar="A,B", default=_TRAIN, help="sets to train on, together; default: %(default)s"
     )
@@ -158,7 +160,9 @@ def _prompt(arguments: argparse.Namespace) -> tuple[DataConfig, PreTrainedTokeni
         config = config_file.load(arguments.config)
         for field, wanted in (("prompt_field", "prompt"), ("answer_field", "answer")):
             if (got := getattr(config.data, field)) != wanted:
-                raise ConfigError(f"{arguments.config} has data.{field}={got}, but the files have {wanted!r}: leave it away")
+                raise ConfigError(
+                    f"{arguments.config} has data.{field}={got}, but the files have {wanted!r}: leave it away"
+                )
         folder, limit = folder or config.model.path, limit or config.data.max_prompt_tokens
         own_code = config.model.trust_remote_code and folder == config.model.path
         values |= {"template": config.data.template, "chat_template": config.data.chat_template}

@@ -1,9 +1,10 @@
 """Which problems of a training set occur in an evaluation set: by runs of words that they share.
 
 A word is a run of letters or a run of digits, a CJK character is one by itself; case, blanks, punctuation and the signs
-of formulas do not count. Of each evaluation problem the runs of n words (n-grams) are looked for in each training problem.
-Contest problems share phrases, "where m and n are relatively prime positive integers. Find m + n", so one shared run means
-little: the share of the evaluation problem's runs decides. A problem of fewer than n words has to be the same word by word.
+of formulas do not count. The runs of n words (n-grams) of each evaluation problem are looked for in each training problem.
+Contest problems share phrases, "where m and n are relatively prime positive integers. Find m + n", so that one shared run
+means little: the share of the evaluation problem's runs decides. One of fewer than n words has to be the same, word by
+word.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dapo_megatron.prepare.rows import Problem
@@ -52,13 +53,13 @@ def grams(of: Sequence[str], n: int) -> set[Gram]:
     return {tuple(of[start : start + n]) for start in range(max(1, len(of) - n + 1))}
 
 
-def overlaps(train: Sequence[Problem], evaluation: Mapping[str, Sequence[Problem]], n: int) -> list[Overlap]:
-    """Return every pair that shares a run of n words, by training problem, the largest share first.
+def overlaps(train: Sequence[Problem], held_out: Sequence[Problem], n: int, least: float) -> list[Overlap]:
+    """Return the pairs that share runs of n words, by training problem, the largest share first.
 
     Args:
-        evaluation: problems of each evaluation set.
+        held_out: problems of evaluation sets.
+        least: share of the runs of an evaluation problem that a pair has.
     """
-    held_out = [problem for problems in evaluation.values() for problem in problems]
     of = [grams(words(problem.text), n) for problem in held_out]
     where = defaultdict[Gram, list[int]](list)
     for index, runs in enumerate(of):
@@ -70,6 +71,7 @@ def overlaps(train: Sequence[Problem], evaluation: Mapping[str, Sequence[Problem
         pairs = [
             Overlap(problem, held_out[index], count, len(of[index]), _longest(problem.text, held_out[index].text))
             for index, count in shared.items()
+            if count >= least * len(of[index])
         ]
         found += sorted(pairs, key=lambda pair: -pair.share)
     return found

@@ -83,9 +83,7 @@ def prepare(plan: Plan, target: Path, say: Say) -> dict[str, Any]:
         DapoError: where the hub cannot be reached, or the disk takes no more.
     """
     refuse_existing(target)
-    sources = {
-        word: find(word, plan.folder, say) for word in dict.fromkeys([*plan.train, *plan.evaluation])
-    }
+    sources = {word: find(word, plan.folder, say) for word in dict.fromkeys([*plan.train, *plan.evaluation])}
     train_sources = [sources[word] for word in plan.train]
     held_out_sources = [sources[word] for word in plan.evaluation]
     _check_names([source.name for source in train_sources], [source.name for source in held_out_sources])
@@ -108,7 +106,9 @@ def _check_names(train: Sequence[str], held_out: Sequence[str]) -> None:
         if twice := next((name for name, count in Counter(names).items() if count > 1), None):
             raise ConfigError(f"{option} has two sets called {twice}; rename a file, or give it once")
     if TRAIN in held_out:
-        raise ConfigError(f"--eval: {TRAIN}.parquet is the name of the training set's file; rename the evaluation set's")
+        raise ConfigError(
+            f"--eval: {TRAIN}.parquet is the name of the training set's file; rename the evaluation set's"
+        )
     if both := next((name for name in train if name in held_out), None):
         raise ConfigError(f"{both} is to be trained on and held out; leave it in one of --train and --eval")
 
@@ -125,7 +125,9 @@ def _evaluation(source: Source, plan: Plan, say: Say) -> _Set:
         )
     say(f"{source.name}: {counted(filtered.rows, 'row')}, {counted(len(filtered.problems), 'problem')}")
     if images := sum(problem.has_image for problem in filtered.problems):
-        say(f"warning: {source.name}: {counted(images, 'problem')} of {len(filtered.problems):,} with an image stay in it")
+        say(
+            f"warning: {source.name}: {counted(images, 'problem')} of {len(filtered.problems):,} with an image stay in it"
+        )
     if long := sum(tokens > plan.prompt.max_prompt_tokens for tokens in _tokens(filtered.problems, plan)):
         say(
             f"warning: {source.name}: {counted(long, 'prompt')} with more than {plan.prompt.max_prompt_tokens:,} tokens "
@@ -134,9 +136,7 @@ def _evaluation(source: Source, plan: Plan, say: Say) -> _Set:
     return _Set(source.name, [source], filtered)
 
 
-def _training(
-    sources: Sequence[Source], held_out: Sequence[_Set], plan: Plan, say: Say
-) -> tuple[_Set, list[Overlap]]:
+def _training(sources: Sequence[Source], held_out: Sequence[_Set], plan: Plan, say: Say) -> tuple[_Set, list[Overlap]]:
     filtered = filters.distinct(problem for source in sources for problem in problems_of(source, plan.fields))
     say(f"{TRAIN}: {counted(filtered.rows, 'row')}, {counted(len(filtered.problems), 'problem')}")
     filters.without_images(filtered)

@@ -17,9 +17,8 @@ ANSWER_FIELDS = ("reward_model.ground_truth", "answer")
 """Fields that are looked for in the first row of a source, in this order."""
 _AROUND = [tuple(template.split("{problem}")) for template in WRAPPERS]
 _IMAGE_FIELDS = ("image", "images")
-_IMAGE = re.compile(
-    r"!\[[^\]]*\]\(|<img\b|<image>|\\includegraphics|https?://\S+\.(?:png|jpe?g|gif|svg|webp|bmp)", re.IGNORECASE
-)
+_IMAGE = re.compile(r"https?://|!\[[^\]]*\]\(|<img\b|<image>|\\includegraphics", re.IGNORECASE)
+"""Any link counts: what is behind it belongs to the problem, and a model cannot look."""
 _LANGUAGE_FIELDS = ("language", "lang")
 _SCRIPTS = {
     "ja": re.compile("[\u3041-\u30fa]"),
@@ -163,7 +162,7 @@ def answer_of(uid: str, value: Any, name: str, answers: Answers) -> str:
     if answers is Answers.INTEGERS and isinstance(value, float) and value.is_integer():
         return str(int(value))
     if not isinstance(value, str) or not value.strip():
-        hint = "; write 34.0 as 34 or \"34.0\", whichever it means" if isinstance(value, float) else ""
+        hint = '; write 34.0 as 34 or "34.0", whichever it means' if isinstance(value, float) else ""
         raise ConfigError(
             f"{uid}: the answer in {name} must be text or an integer; got {value!r} ({type(value).__name__}){hint}"
         )
