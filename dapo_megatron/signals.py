@@ -36,7 +36,7 @@ def raise_when_interrupted() -> None:
 
 
 def exit_when_ended() -> None:
-    """Have SIGTERM and SIGHUP, where they are heeded, leave by SystemExit: what is unfinished is removed on the way out."""
+    """Have SIGTERM and SIGHUP, where heeded, raise SystemExit: what is unfinished is removed on the way out."""
     for number in {signal.SIGTERM, signal.SIGHUP} & {*heeded()}:
         signal.signal(number, lambda number, _: sys.exit(128 + number))
 

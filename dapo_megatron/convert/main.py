@@ -37,9 +37,7 @@ def add_convert(parser: argparse.ArgumentParser, *, to: str | None = None) -> No
     """
     source = {"megatron": "HF_DIR", "hf": "CHECKPOINT", None: "SOURCE"}[to]
     parser.add_argument("source", metavar=source, type=path_argument, help="the folder of the checkpoint, or of a run")
-    parser.add_argument(
-        "target", metavar="OUT", type=path_argument, help="the folder to write, which must not be there"
-    )
+    parser.add_argument("target", metavar="OUT", type=path_argument, help="folder to write, which must not be there")
     if to != "hf":
         only = "" if to else " (to Megatron)"
         for name, what in _SIZES.items():

@@ -37,11 +37,10 @@ def load_prompts(
         uids.append(uid)
         questions.append(_question(row, config.prompt_field, uid))
         answers.append(_answer(row, config.answer_field, uid))
+    encoded = encode(questions, uids, config, tokenizer)
     prompts = [
         Prompt(uid, token_ids, text, answer)
-        for uid, (text, token_ids), answer in zip(
-            uids, encode(questions, uids, config, tokenizer), answers, strict=True
-        )
+        for uid, (text, token_ids), answer in zip(uids, encoded, answers, strict=True)
     ]
     return _within_limit(prompts, config, source, warn)
 

@@ -71,7 +71,7 @@ def distinct(problems: Iterable[Problem]) -> Filtered:
 
 
 def without_images(filtered: Filtered) -> None:
-    filtered.leave_out("images", "an image, or a link to one", lambda problem: {} if problem.has_image else None)
+    filtered.leave_out("images", "an image, or a link", lambda problem: {} if problem.has_image else None)
 
 
 def only_languages(filtered: Filtered, languages: Sequence[str]) -> None:

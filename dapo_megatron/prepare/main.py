@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from dapo_megatron.config import DataConfig
 
 DESCRIPTION = (
-    "Get data sets from the Hugging Face hub, or from files, leave out what should not be trained on, and write parquet "
-    "files for data.train and eval.data, with a data card: counts, hashes, licences. A set is one of "
-    f"{', '.join(SETS)} (@REVISION after it for another than the newest), hub:OWNER/NAME:FILES[@REVISION], or a .parquet "
-    "or .jsonl file."
+    "Get data sets from the Hugging Face hub, or from files, leave out what should not be trained on, and write "
+    "parquet files for data.train and eval.data, with a data card: counts, hashes, licences. A set is one of "
+    f"{', '.join(SETS)} (@REVISION after it for another than the newest), hub:OWNER/NAME:FILES[@REVISION], or a "
+    ".parquet or .jsonl file."
 )
 _CODES = (
     "Exit codes: 0 done, 1 the hub cannot be reached or the disk takes no more, 2 input that cannot work, 129, 130 and "
@@ -32,14 +32,12 @@ _CODES = (
 _TRAIN = "dapo-math-17k"
 _EVAL = "aime-2024,aime-2025,amc-2023,math-500,gsm8k-test"
 _NGRAM = 8
-_SHARE = 0.5
+_SHARE = 0.4
 _MAX_TOKENS = 2048
 
 
 def add_prepare(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "target", metavar="OUT", type=path_argument, help="the folder to write, which must not be there"
-    )
+    parser.add_argument("target", metavar="OUT", type=path_argument, help="folder to write, which must not be there")
     parser.add_argument(
         "--train", metavar="A,B", default=_TRAIN, help="sets to train on, together; default: %(default)s"
     )

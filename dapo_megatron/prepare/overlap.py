@@ -1,8 +1,8 @@
 """Which problems of a training set occur in an evaluation set: by runs of words that they share.
 
 A word is a run of letters or a run of digits, a CJK character is one by itself; case, blanks, punctuation and the signs
-of formulas do not count. The runs of n words (n-grams) of each evaluation problem are looked for in each training problem.
-Contest problems share phrases, "where m and n are relatively prime positive integers. Find m + n", so that one shared run
+of formulas do not count. Runs of n words (n-grams) of an evaluation problem are looked for in each training problem.
+Contest problems share phrases, "where m and n are relatively prime positive integers. Find m + n", so one shared run
 means little: the share of the evaluation problem's runs decides. One of fewer than n words has to be the same, word by
 word.
 """

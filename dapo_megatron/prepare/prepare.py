@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TRAIN = "train"
+REPORTED = 0.5
+"""Of the share that has a problem left out: pairs from there on are reported, for a person to look at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,9 +108,7 @@ def _check_names(train: Sequence[str], held_out: Sequence[str]) -> None:
         if twice := next((name for name, count in Counter(names).items() if count > 1), None):
             raise ConfigError(f"{option} has two sets called {twice}; rename a file, or give it once")
     if TRAIN in held_out:
-        raise ConfigError(
-            f"--eval: {TRAIN}.parquet is the name of the training set's file; rename the evaluation set's"
-        )
+        raise ConfigError(f"--eval: {TRAIN}.parquet is the name of the training set's file; rename the other one")
     if both := next((name for name in train if name in held_out), None):
         raise ConfigError(f"{both} is to be trained on and held out; leave it in one of --train and --eval")
 
@@ -125,13 +125,11 @@ def _evaluation(source: Source, plan: Plan, say: Say) -> _Set:
         )
     say(f"{source.name}: {counted(filtered.rows, 'row')}, {counted(len(filtered.problems), 'problem')}")
     if images := sum(problem.has_image for problem in filtered.problems):
-        say(
-            f"warning: {source.name}: {counted(images, 'problem')} of {len(filtered.problems):,} with an image stay in it"
-        )
+        say(f"warning: {source.name}: {counted(images, 'problem')} with an image or a link stay in it")
     if long := sum(tokens > plan.prompt.max_prompt_tokens for tokens in _tokens(filtered.problems, plan)):
         say(
-            f"warning: {source.name}: {counted(long, 'prompt')} with more than {plan.prompt.max_prompt_tokens:,} tokens "
-            "stay in it; data.long_prompts decides what an evaluation does with them"
+            f"warning: {source.name}: {counted(long, 'prompt')} with more than {plan.prompt.max_prompt_tokens:,} "
+            "tokens stay in it; data.long_prompts decides what an evaluation does with them"
         )
     return _Set(source.name, [source], filtered)
 
@@ -144,7 +142,12 @@ def _training(sources: Sequence[Source], held_out: Sequence[_Set], plan: Plan, s
         filters.only_languages(filtered, plan.languages)
     pairs = []
     if held_out:
-        pairs = overlaps(filtered.problems, {part.name: part.problems for part in held_out}, plan.ngram)
+        pairs = overlaps(
+            filtered.problems,
+            [problem for part in held_out for problem in part.problems],
+            plan.ngram,
+            least=plan.share * REPORTED,
+        )
         worst = {pair.train: pair for pair in reversed(pairs) if pair.share >= plan.share}
         filtered.leave_out(
             "overlap",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from dapo_megatron.data.sources import read_rows
@@ -80,8 +81,8 @@ def problems_of(source: Source, fields: Fields) -> Iterator[Problem]:
                 bare,
                 answer_of(uid, value_of(uid, row, found.answer or ""), found.answer or "", answers),
                 source.name,
-                _language(row, bare),
-                has_image or any(row.get(field) for field in _IMAGE_FIELDS) or _IMAGE.search(bare) is not None,
+                _said_language(row) or _language(bare),
+                has_image or any(row.get(field) for field in _IMAGE_FIELDS) or _shows_image(bare),
             )
 
 
@@ -179,9 +180,18 @@ def answer_of(uid: str, value: Any, name: str, answers: Answers) -> str:
     return text
 
 
-def _language(row: Mapping[str, Any], text: str) -> str:
-    """What the row says; otherwise what its characters tell, `en` for those that tell nothing."""
-    for field in _LANGUAGE_FIELDS:
-        if isinstance(said := row.get(field), str) and said.strip():
-            return said.strip().lower()
+def _said_language(row: Mapping[str, Any]) -> str | None:
+    said = (row.get(field) for field in _LANGUAGE_FIELDS)
+    return next((language.strip().lower() for language in said if isinstance(language, str) and language.strip()), None)
+
+
+# Published rows come a hundred times over: what only depends on the text is found out once.
+@lru_cache(maxsize=1 << 16)
+def _shows_image(text: str) -> bool:
+    return _IMAGE.search(text) is not None
+
+
+@lru_cache(maxsize=1 << 16)
+def _language(text: str) -> str:
+    """What its characters tell; `en` for those that tell nothing."""
     return next((language for language, script in _SCRIPTS.items() if script.search(text)), _OTHERWISE)

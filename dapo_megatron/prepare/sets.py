@@ -1,4 +1,4 @@
-"""The data sets that have a name here: where each is published, under which licence, and how its answers are written."""
+"""The data sets that have a name here: where each is published, its licence, and how its answers are written."""
 
 from __future__ import annotations
 

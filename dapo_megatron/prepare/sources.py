@@ -63,8 +63,8 @@ def find(word: str, folder: Path | None, say: Say) -> Source:
     path = Path(word)
     if path.suffix not in _SUFFIXES:
         raise ConfigError(
-            f"no data set {word!r}: give one of {', '.join(SETS)}, hub:OWNER/NAME:FILES (hub:math-ai/aime25:test*.jsonl), "
-            f"or a {' or '.join(_SUFFIXES)} file"
+            f"no data set {word!r}: give one of {', '.join(SETS)}, hub:OWNER/NAME:FILES, such as "
+            f"hub:math-ai/aime25:test*.jsonl, or a {' or '.join(_SUFFIXES)} file"
         )
     if not path.is_file():
         raise ConfigError(f"cannot read {path}: {'it is a folder' if path.is_dir() else 'there is no such file'}")

@@ -12,22 +12,20 @@ def problem(row: int, text: str, answer: str = "1", language: str = "en", has_im
 
 
 def test_of_a_hundred_copies_the_first_stays() -> None:
-    texts = ["q", " q\n", "Q", "r"]
-    rows = (problem(1 + copy * 4 + index, text) for copy in range(100) for index, text in enumerate(texts))
+    texts = ["q", "q\n", "Q"]
+    rows = (problem(1 + copy * 3 + index, text) for copy in range(100) for index, text in enumerate(texts))
     filtered = distinct(rows)
-    assert filtered.rows == 400
+    assert filtered.rows == 300
     assert [(p.uid, p.text) for p in filtered.problems] == [
-        ("a.parquet:1", "q"),
-        ("a.parquet:3", "Q"),
-        ("a.parquet:4", "r"),
+        (f"a.parquet:{1 + n}", text) for n, text in enumerate(texts)
     ]
     assert [(step["filter"], step["removed"], step["left"]) for step in filtered.steps] == [
-        *(("repeats", 397, 3), ("contradictory", 0, 3)),
+        *(("repeats", 297, 3), ("contradictory", 0, 3)),
     ]
 
 
 def test_all_copies_of_a_problem_with_different_answers_go() -> None:
-    rows = [problem(1, "q", "1"), problem(2, "r"), problem(3, "q ", "2"), problem(4, "q", "1"), problem(5, "q", "3")]
+    rows = [problem(1, "q", "1"), problem(2, "r"), problem(3, "q", "2"), problem(4, "q", "1"), problem(5, "q", "3")]
     filtered = distinct(rows)
     assert [p.text for p in filtered.problems] == ["r"]
     (removed,) = filtered.removed
@@ -61,9 +59,7 @@ def test_a_language_that_does_not_occur_is_refused_with_those_that_do() -> None:
 
 
 def test_a_filter_that_leaves_nothing_says_so() -> None:
-    with pytest.raises(
-        ConfigError, match=r"the filter images \(an image, or a link to one\) leaves none of 1 problems"
-    ):
+    with pytest.raises(ConfigError, match=r"the filter images \(an image, or a link\) leaves none of 1 problems"):
         without_images(distinct([problem(1, "a", has_image=True)]))
-    with pytest.raises(ConfigError, match="the filter contradictory .* leaves none of 1 problems"):
+    with pytest.raises(ConfigError, match=r"the filter contradictory .* leaves none of 1 problems"):
         distinct([problem(1, "a", "1"), problem(2, "a", "2")])
