@@ -15,7 +15,7 @@ from dapo_megatron.prepare.sets import SETS, DataSet
 
 _HUB = re.compile(r"hub:(?P<repository>[^/:@]+/[^/:@]+):(?P<files>[^@]+)(?:@(?P<revision>.+))?")
 _SUFFIXES = (".parquet", ".jsonl")
-_LICENCE = re.compile(r"\A---\n(?:.*\n)*?license: *(?P<licence>\S.*)\n(?:.*\n)*?---", re.MULTILINE)
+_LICENCE = re.compile(r"^license: *(\S.*)$", re.MULTILINE)
 
 Say = Callable[[str], None]
 
@@ -37,7 +37,7 @@ class Source:
 def find(word: str, folder: Path | None, say: Say) -> Source:
     """Find the files of one source, or download them.
 
-    Files go to the cache of the Hugging Face hub: what is there is not downloaded again.
+    Files go to the cache of the Hugging Face hub: those that are there are not downloaded again.
 
     Args:
         word: a name of `SETS`, hub:OWNER/NAME:FILES with a pattern of files, each with @REVISION or without; or a
@@ -140,7 +140,7 @@ def _download(
         known,
         repository,
         info.sha,
-        f"{licence} by its data card" if licence else known.licence if known else None,
+        licence or (known.licence if known else None),
     )
 
 
@@ -163,5 +163,6 @@ def _licence(folder: Path) -> str | None:
     card = folder / "README.md"
     if not card.is_file():
         return None
-    match = _LICENCE.match(card.read_text(encoding="utf-8", errors="replace"))
-    return match["licence"].strip() if match else None
+    begin, _, rest = card.read_text(encoding="utf-8", errors="replace").partition("---\n")
+    match = None if begin else _LICENCE.search(rest.partition("\n---")[0])
+    return f"{match[1].strip()} by its data card" if match else None
