@@ -70,8 +70,10 @@ def as_text(card: Mapping[str, Any]) -> str:
     parts = [
         "# Data card",
         f"Made by `{card['made_by']}`. {CARD} has the same for programs.",
-        "## Counts",
-        *(_counts(part) for part in sets),
+        "## Training set",
+        _training(card["train"]),
+        "## Evaluation sets",
+        _evaluation(card["evaluation"]),
         "## Overlap with evaluation sets",
         _overlap(card["overlap"]),
         "## Where it comes from",
@@ -100,11 +102,22 @@ def as_text(card: Mapping[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _counts(part: Mapping[str, Any]) -> str:
-    rows = [("rows read", "", f"{part['rows']:,}")]
-    rows += [(step["filter"], f"-{step['removed']:,}", f"{step['left']:,}") for step in part["filters"]]
-    languages = ", ".join(f"{language} {count:,}" for language, count in part["languages"].items())
-    return f"{part['file']}: {languages}\n\n" + _table(("filter", "removed", "left"), rows)
+def _training(part: Mapping[str, Any]) -> str:
+    rows = [("", "", "", f"{part['rows']:,}")]
+    rows += [(step["filter"], step["why"], f"{step['removed']:,}", f"{step['left']:,}") for step in part["filters"]]
+    filters = _table(("filter", "what it leaves out", "left out", "stay"), rows)
+    return f"{filters}\n\nBy language: {_languages(part)}."
+
+
+def _evaluation(parts: Mapping[str, Mapping[str, Any]]) -> str:
+    if not parts:
+        return "None."
+    rows = [(name, f"{part['rows']:,}", f"{part['problems']:,}", _languages(part)) for name, part in parts.items()]
+    return "Only repeats are left out.\n\n" + _table(("set", "rows", "problems", "by language"), rows)
+
+
+def _languages(part: Mapping[str, Any]) -> str:
+    return ", ".join(f"{language} {count:,}" for language, count in part["languages"].items())
 
 
 def _overlap(overlap: Mapping[str, Any]) -> str:
@@ -135,7 +148,14 @@ def config_lines(folder: str | Path, card: Mapping[str, Any]) -> str:
     """Return the sections of a configuration that read what was written to `folder`."""
     import yaml
 
+    class Dumper(yaml.SafeDumper):
+        """Text of several lines as it is, line by line."""
+
+    def block(dumper: Dumper, text: str) -> yaml.Node:
+        return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+
+    Dumper.add_representer(str, block)
     sections: dict[str, Any] = {"data": {"train": f"{folder}/{card['train']['file']}", **card["prompt"]}}
     if card["evaluation"]:
         sections["eval"] = {"data": f"{folder}/{next(iter(card['evaluation'].values()))['file']}"}
-    return yaml.safe_dump(sections, sort_keys=False, allow_unicode=True, width=1000)
+    return yaml.dump(sections, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=1000)

@@ -167,7 +167,7 @@ print(source.repository, source.revision, source.licence, *(str(file.stat().st_s
 def download(word: str, url: str, home: Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}
     command = [sys.executable, "-c", FIND, word]
-    return subprocess.run(command, capture_output=True, text=True, timeout=100, check=False, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=250, check=False, env=environment)
 
 
 def test_a_download_records_its_revision_and_licence_and_is_not_repeated(tmp_path: Path) -> None:
