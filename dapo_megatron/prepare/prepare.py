@@ -136,7 +136,7 @@ def _evaluation(source: Source, plan: Plan, say: Say) -> _Set:
 
 def _training(sources: Sequence[Source], held_out: Sequence[_Set], plan: Plan, say: Say) -> tuple[_Set, list[Overlap]]:
     filtered = filters.distinct(problem for source in sources for problem in problems_of(source, plan.fields))
-    say(f"{TRAIN}: {counted(filtered.rows, 'row')}, {counted(len(filtered.problems), 'problem')}")
+    say(f"{TRAIN}: {counted(filtered.rows, 'row')}")
     filters.without_images(filtered)
     if plan.languages:
         filters.only_languages(filtered, plan.languages)
