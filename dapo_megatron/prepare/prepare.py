@@ -135,6 +135,7 @@ def _evaluation(source: Source, plan: Plan, say: Say) -> _Set:
 
 
 def _training(sources: Sequence[Source], held_out: Sequence[_Set], plan: Plan, say: Say) -> tuple[_Set, list[Overlap]]:
+    say(f"{TRAIN}: reading {', '.join(source.name for source in sources)} ...")
     filtered = filters.distinct(problem for source in sources for problem in problems_of(source, plan.fields))
     say(f"{TRAIN}: {counted(filtered.rows, 'row')}")
     filters.without_images(filtered)
