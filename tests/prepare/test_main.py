@@ -269,7 +269,9 @@ def test_a_hub_that_cannot_be_reached_is_told_with_what_to_do(data: Path, tmp_pa
     ) as process:
         said = process.communicate(timeout=250)[1]
     assert process.returncode == 1, said
-    assert said.startswith("dapo-megatron: error: cannot get BytedTsinghua-SIA/AIME-2024 from the Hugging Face hub: ")
+    assert said.startswith(
+        "dapo-megatron: error: cannot get BytedTsinghua-SIA/DAPO-Math-17k from the Hugging Face hub: "
+    )
     assert said.endswith("Without a network, give --from DIR with the files (docs/data.md has how they are laid out)\n")
     assert not left(tmp_path)
 
