@@ -161,6 +161,9 @@ def start(
                 hf.inventory,
                 engines,
                 peers.leader_says,
+                together=peers.together,
+                ranks=topo,
+                workers=config.engine.count * config.engine.tensor_parallel,
                 address=leader_address(config.engine) if leader else LOOPBACK,
                 folder=config.weights_folder,
                 side_files=hf.write_side_files,
@@ -169,7 +172,9 @@ def start(
             if config.weights.verify == "full":
                 prompts = checked.train if checked else ()
                 publisher = Canary(publisher, config, topo, actor, leader, prompts, peers)
-            supply = Supply(publisher, actor, hf, peers, engines)
+            supply = Supply(
+                publisher, actor, hf, peers, engines, everywhere=config.weights.transport == "ipc"
+            )
     obs.begin()
     if supply:
         with obs.phase("sending the weights"):
