@@ -23,13 +23,16 @@ def checksums(tensors: Sequence[Tensor]) -> list[int]:
     last, incomplete row are each scrambled with their place, and added up: what happens to one word changes two of the
     sums, and what changes places changes more. Integers have the same sum in any order.
     """
-    found = [_checksum(tensor) for tensor in tensors]
-    # Brought to the host together: each by itself would wait for the device.
-    return torch.stack(found).tolist() if found else []
+    return read([checksum(tensor) for tensor in tensors])
 
 
-def _checksum(tensor: Tensor) -> Tensor:
-    """0-d int64, on the tensor's device."""
+def read(found: Sequence[Tensor]) -> list[int]:
+    """Bring checksums to the host, together: each by itself would wait for the device."""
+    return torch.stack(list(found)).tolist() if found else []
+
+
+def checksum(tensor: Tensor) -> Tensor:
+    """The checksum of one tensor: 0-d int64, on its device, which is not waited for."""
     data = tensor.detach().contiguous().view(-1).view(torch.uint8)
     if gap := -data.numel() % _WORD_BYTES:
         data = torch.cat([data, data.new_zeros(gap)])

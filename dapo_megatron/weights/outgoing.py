@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from dapo_megatron.weights.checksum import checksums
+from dapo_megatron.weights.checksum import checksum, read
 from dapo_megatron.weights.delta import Delta, layer_of
 from dapo_megatron.weights.verify import Inventory, Tally
 
@@ -92,15 +92,13 @@ class Outgoing:
             if filling is None or number != current:
                 if filling:
                     yield self._bucket(filling, delta)
-                filling, current = _Filling(), number
+                filling, current = _Filling(all_sure=wanted is not None), number
                 self._stowage.begin(number)
             if wanted is None or name in wanted:
                 if filling.layer != layer_of(name):
                     self._settle(filling, delta)
                     filling.layer = layer_of(name)
                 self._add(filling, name, tensor)
-                if delta.seen(name, filling.sums[-1]) or wanted is not None:
-                    filling.sure = len(filling.tensors)
             else:
                 self._stowage.skip(tensor)
             del tensor  # not to keep it while the next one is gathered
@@ -111,17 +109,24 @@ class Outgoing:
     def _add(self, filling: _Filling, name: str, tensor: Tensor) -> None:
         (index,) = self._tally.find([(name, tensor)])
         self._stowage.add(tensor)
-        checksum = 0
-        if self._with_sums:
-            began = time.monotonic()
-            (checksum,) = checksums([tensor])
-            self._seconds += time.monotonic() - began
         filling.tensors.append(index)
         filling.names.append(name)
-        filling.sums.append(checksum)
+        if self._with_sums:
+            began = time.monotonic()
+            filling.coming.append(checksum(tensor))
+            self._seconds += time.monotonic() - began
 
     def _settle(self, filling: _Filling, delta: Delta) -> None:
         """Leave out what is not sure."""
+        began = time.monotonic()
+        coming = read(filling.coming) if self._with_sums else [0] * (len(filling.names) - len(filling.sums))
+        self._seconds += time.monotonic() - began
+        filling.coming.clear()
+        for value in coming:
+            name = filling.names[len(filling.sums)]
+            filling.sums.append(value)
+            if delta.seen(name, value) or filling.all_sure:
+                filling.sure = len(filling.sums)
         delta.leave_out(filling.names[filling.sure :])
         for column in (filling.tensors, filling.names, filling.sums):
             del column[filling.sure :]
@@ -140,6 +145,9 @@ class _Filling:
     tensors: list[int] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
     sums: list[int] = field(default_factory=list)
+    coming: list[Tensor] = field(default_factory=list)
+    """Checksums of the last tensors, where they were computed."""
+    all_sure: bool = False
     sure: int = 0
     """How many of them are sent in any case; the others are of the layer that is coming by, unchanged so far."""
     layer: str = ""

@@ -186,7 +186,7 @@ def _work(pipe: Connection, device: str) -> None:
 
 def random_weights(shapes: Mapping[str, tuple[int, ...]], device: str = "cpu", seed: int = 0) -> dict[str, Tensor]:
     """Return bfloat16 tensors of these shapes."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     return {
-        name: torch.randn(shape, generator=generator).bfloat16().to(device) for name, shape in shapes.items()
+        name: torch.randn(shape, generator=generator, device=device).bfloat16() for name, shape in shapes.items()
     }
