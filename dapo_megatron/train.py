@@ -172,9 +172,7 @@ def start(
             if config.weights.verify == "full":
                 prompts = checked.train if checked else ()
                 publisher = Canary(publisher, config, topo, actor, leader, prompts, peers)
-            supply = Supply(
-                publisher, actor, hf, peers, engines, everywhere=config.weights.transport == "ipc"
-            )
+            supply = Supply(publisher, actor, hf, peers, engines, everywhere=config.weights.transport == "ipc")
     obs.begin()
     if supply:
         with obs.phase("sending the weights"):

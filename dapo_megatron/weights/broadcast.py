@@ -59,11 +59,9 @@ class BroadcastPublisher:
         self._sender = None
         if receivers is not None:
             assert inventory is not None
-            outgoing = Outgoing(inventory, _Rooms(bucket_bytes, device), with_sums=with_checksums or delta)
+            outgoing = Outgoing(inventory, TwoRooms(bucket_bytes, device), with_sums=with_checksums or delta)
             carrier = _Broadcast(address, device, timeout_seconds)
-            self._sender = Sender(
-                inventory, outgoing, carrier, receivers, with_checksums=with_checksums, delta=delta
-            )
+            self._sender = Sender(inventory, outgoing, carrier, receivers, with_checksums=with_checksums, delta=delta)
 
     def push(self, weights: Iterable[tuple[str, Tensor]] | None, version: int) -> Measures:
         if self._sender:
@@ -122,7 +120,7 @@ class _Broadcast:
         self.group, self._sending = None, False
 
 
-class _Rooms:
+class TwoRooms:
     """A `Stowage`: large tensors are sent from where they are, the others from two rooms, which take turns.
 
     Args:

@@ -153,7 +153,7 @@ def _errors_are_ours() -> Iterator[None]:
 
 def _compare_versions(store: Any, rank: int) -> None:
     """Refuse members with another NCCL than rank 0's, which may wait for each other in vain."""
-    own = ".".join(map(str, c10d.ProcessGroupNCCL.get_runtime_nccl_version()))
+    own = ".".join(map(str, torch.cuda.nccl.version()))
     if rank == 0:
         store.set("nccl", own)
     elif (leaders := store.get("nccl").decode()) != own:

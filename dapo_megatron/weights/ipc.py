@@ -70,9 +70,7 @@ class IpcPublisher:
             assert inventory is not None and told is not None
             outgoing = Outgoing(inventory, _Places(), with_sums=with_checksums or delta)
             carrier = _Handles([handles for text in told if (handles := json.loads(text))])
-            self._sender = Sender(
-                inventory, outgoing, carrier, receivers, with_checksums=with_checksums, delta=delta
-            )
+            self._sender = Sender(inventory, outgoing, carrier, receivers, with_checksums=with_checksums, delta=delta)
 
     def push(self, weights: Iterable[tuple[str, Tensor]] | None, version: int) -> Measures:
         assert weights is not None, "over CUDA IPC, every replica gathers"

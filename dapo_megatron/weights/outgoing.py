@@ -19,7 +19,7 @@ from dapo_megatron.weights.verify import Inventory, Tally
 class Bucket:
     """Tensors that travel together.
 
-    >>> Bucket(tensors=[0, 1], sums=[-61, 7], place={}, flats=[torch.zeros(208, dtype=torch.uint8)]).tensors
+    >>> Bucket(tensors=[0, 1], sums=[-61, 7], place={"room": 0, "starts": [0, 16]}, flats=[]).tensors
     [0, 1]
     """
 

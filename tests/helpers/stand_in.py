@@ -46,7 +46,9 @@ class StandIn:
         await self._ask("begin")
 
     async def receive(self, info: dict[str, Any]) -> None:
-        await self._ask("receive", {key: value for key, value in info.items() if key not in ("names", "dtypes", "shapes")})
+        await self._ask(
+            "receive", {key: value for key, value in info.items() if key not in ("names", "dtypes", "shapes")}
+        )
 
     async def finish_transfer(self, version: int) -> None:
         await self._ask("finish")
@@ -187,6 +189,4 @@ def _work(pipe: Connection, device: str) -> None:
 def random_weights(shapes: Mapping[str, tuple[int, ...]], device: str = "cpu", seed: int = 0) -> dict[str, Tensor]:
     """Return bfloat16 tensors of these shapes."""
     generator = torch.Generator(device).manual_seed(seed)
-    return {
-        name: torch.randn(shape, generator=generator, device=device).bfloat16() for name, shape in shapes.items()
-    }
+    return {name: torch.randn(shape, generator=generator, device=device).bfloat16() for name, shape in shapes.items()}

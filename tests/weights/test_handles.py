@@ -96,7 +96,23 @@ def test_torch_is_called_as_by_its_own_way_of_handing_tensors_on(monkeypatch: py
     memory, counter, event = (base64.b64decode(HANDLE[name]) for name in ("memory", "counter", "event"))
     with pytest.raises(Opened):
         rebuild_cuda_tensor(
-            *(torch.Tensor, (1000,), (1,), 0, Storage, torch.uint8, 0, memory, 1000, 512, False, counter, 3, event, True)
+            *(
+                torch.Tensor,
+                (1000,),
+                (1,),
+                0,
+                Storage,
+                torch.uint8,
+                0,
+                memory,
+                1000,
+                512,
+                False,
+                counter,
+                3,
+                event,
+                True,
+            )
         )
     assert calls[0] == calls[1]
 

@@ -212,7 +212,9 @@ class TestDelta:
     @pytest.fixture
     def publisher(self, keeper: Keeper, request: pytest.FixtureRequest) -> Iterator[BroadcastPublisher]:
         arguments: dict[str, Any] = getattr(request, "param", {})
-        with closing(BroadcastPublisher(self.inventory, Keepers(keeper), 128, timeout_seconds=20, **arguments)) as publisher:
+        with closing(
+            BroadcastPublisher(self.inventory, Keepers(keeper), 128, timeout_seconds=20, **arguments)
+        ) as publisher:
             yield publisher
 
     def sent(self, keeper: Keeper, *, kept: bool = False) -> list[str]:
@@ -262,7 +264,9 @@ class TestDelta:
             for version, share in ((2, 1), (3, 0)):
                 assert self.push(publisher, keepers.keepers[1], version)["push/share"].value == share
 
-    def test_after_a_push_that_broke_off_everything_is_sent(self, publisher: BroadcastPublisher, keeper: Keeper) -> None:
+    def test_after_a_push_that_broke_off_everything_is_sent(
+        self, publisher: BroadcastPublisher, keeper: Keeper
+    ) -> None:
         self.push(publisher, keeper, 1)
         with pytest.raises(EngineError, match="left out"):
             publisher.push([*self.weights.items()][1:], version=2)
@@ -298,7 +302,9 @@ class TestDelta:
                     return iter(TestDelta.weights.items())
 
             words = iter(said[first:])
-            other = BroadcastPublisher(None, None, 128, lambda what, value, words=words: next(words), timeout_seconds=20)
+            other = BroadcastPublisher(
+                None, None, 128, lambda what, value, words=words: next(words), timeout_seconds=20
+            )
             other.push(Weights() if takes_part else None, version=2)
             assert list(words) == [] and len(passes) == (2 if takes_part else 0)
 
@@ -340,6 +346,30 @@ def test_the_sender_has_two_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
         for version in (1, 2):
             publisher.push(WEIGHTS.items(), version)
     assert len(flats) == 8 and len(set(flats)) == 2
+
+
+def test_large_tensors_are_sent_from_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = {
+        "small": torch.ones(5),
+        "large": torch.arange(1 << 18, dtype=torch.float32),
+        "turned": torch.arange(1 << 18, dtype=torch.float32).view(512, 512).T,
+        "last": torch.ones(3, 2),
+    }
+    sent: list[int] = []
+
+    def noting(group: Group, flat: torch.Tensor) -> Any:
+        sent.append(flat.data_ptr())
+        return transmit(group, flat)
+
+    transmit = Group.transmit
+    monkeypatch.setattr(Group, "transmit", noting)
+    keepers, inventory = Keepers(keeper := Keeper("engine 0")), Inventory(**describe(list(weights.items())))
+    with closing(BroadcastPublisher(inventory, keepers, 4 << 20, timeout_seconds=20)) as publisher:
+        publisher.push(weights.items(), 1)
+    assert all(torch.equal(keeper.held[1][name], tensor) for name, tensor in weights.items())
+    where = [name for pointer in sent for name, tensor in weights.items() if tensor.data_ptr() == pointer]
+    # Of four pieces on the leader's side; those that arrive are counted, too.
+    assert len(sent) == 8 and where == ["large"]
 
 
 def test_all_ranks_wait_for_the_leader_before_they_gather_the_same_weights() -> None:

@@ -18,7 +18,7 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.platforms import current_platform
 
 from dapo_megatron.weights.buckets import Named
-from dapo_megatron.weights.group import HOST, join_group
+from dapo_megatron.weights.group import HOST, Group, join_group
 from dapo_megatron.weights.handles import open_own
 from dapo_megatron.weights.inbox import FromGroup, FromRooms, Inbox, Source
 from dapo_megatron.weights.verify import Arrivals
@@ -160,14 +160,23 @@ class GroupWeightTransfer(BucketTransfer):
 
     init_info_cls = GroupInit
 
+    _group: Group | None = None
+
     def init_transfer_engine(self, init_info: GroupInit) -> None:
+        self.shutdown()
         parallel = self.parallel_config
         rank = init_info.rank_offset + parallel.data_parallel_index * parallel.world_size + parallel.rank
         device = self._receiving_device()
-        group = join_group(
+        self._group = join_group(
             init_info.host, init_info.port, rank, init_info.world_size, init_info.timeout_seconds, device=device
         )
-        self._open(FromGroup(group), init_info.inventory, device)
+        self._open(FromGroup(self._group), init_info.inventory, device)
+
+    def shutdown(self) -> None:
+        super().shutdown()
+        if self._group:
+            self._group.abandon()
+        self._group = None
 
     def _receiving_device(self) -> torch.device:
         return HOST

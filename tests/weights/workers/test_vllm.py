@@ -84,6 +84,11 @@ def test_nothing_abstract_is_left_for_the_vllm_that_is_installed() -> None:
 
     wanted: frozenset[str] = WeightTransferEngine.__abstractmethods__  # type: ignore[attr-defined]
     assert "receive_weights" in wanted
-    for transfer in (vllm.GroupWeightTransfer, vllm.NcclWeightTransfer, vllm.IpcWeightTransfer, vllm.DiskWeightTransfer):
+    for transfer in (
+        vllm.GroupWeightTransfer,
+        vllm.NcclWeightTransfer,
+        vllm.IpcWeightTransfer,
+        vllm.DiskWeightTransfer,
+    ):
         left: frozenset[str] = transfer.__abstractmethods__  # type: ignore[attr-defined]
         assert left == frozenset()
