@@ -2,12 +2,13 @@
 
     python -m benchmarks.gpu_publish
 
-Random weights of some layers of Qwen2.5-7B, and its vocabulary, are pushed into a process that takes them as an engine's
-worker does (`tests.helpers.stand_in`): by CUDA IPC on one GPU, and over NCCL to a second one, where there is one. GB/s are
-bytes of the weights over the whole push, for some sizes of buckets, with checksums on both sides and without.
+Random weights of some layers of Qwen2.5-7B, and its vocabulary, are pushed into a process that takes them as an
+engine's worker does (`tests.helpers.stand_in`): by CUDA IPC on one GPU, and over NCCL to a second one, where there is
+one. GB/s are bytes of the weights over the whole push, for some sizes of buckets, with checksums on both sides and
+without.
 
-A device copy reads each byte once and writes it once. A push by CUDA IPC does that three times: into the room of the rank,
-out of it, and into the parameters. So a third of a device copy is the most that it can come to.
+A device copy reads each byte once and writes it once. A push by CUDA IPC does that three times: into the room of the
+rank, out of it, and into the parameters. So a third of a device copy is the most that it can come to.
 
 Gathering from shards is not part of it: the weights are whole. Exits with 1 where a target is missed.
 """

@@ -3,8 +3,8 @@
     python -m benchmarks.publish [--engine]
 
 A model of the sizes of Qwen2.5-0.5B with random bfloat16 weights (988 MB). The leader's publisher sends them to an
-engine in a process of its own. By default that is a stand-in (`tests.helpers.stand_in`). `--engine` is a real vLLM, which
-is pushed to besides. Both sides have one thread.
+engine in a process of its own. By default that is a stand-in (`tests.helpers.stand_in`). `--engine` is a real vLLM,
+which is pushed to besides. Both sides have one thread.
 
 - Seconds and GB/s of a push, checksums of every tensor on both sides included, and of the plain broadcast: buffers of
   bucket_mib that are there already, one after the other, nothing read and nothing checked. They take turns in one run;

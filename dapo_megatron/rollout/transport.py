@@ -31,9 +31,9 @@ def check_transport(config: Config, world_size: int, ranks_here: int) -> None:
     if transport == "nccl":
         if placement == "colocated":
             raise ConfigError(
-                "weights.transport=nccl: with engine.placement=colocated an engine is on the GPU of rank 0, which sends, "
-                "and NCCL refuses two members of a group on one GPU; set weights.transport=ipc, or gloo where ranks are "
-                "on several machines"
+                "weights.transport=nccl: with engine.placement=colocated an engine is on the GPU of rank 0, which "
+                "sends, and NCCL refuses two members of a group on one GPU; set weights.transport=ipc, or gloo where "
+                "ranks are on several machines"
             )
         return
     if placement != "colocated" or not world_size:
@@ -44,6 +44,6 @@ def check_transport(config: Config, world_size: int, ranks_here: int) -> None:
         )
     if ranks_here != world_size:
         raise ConfigError(
-            f"weights.transport=ipc: memory is handed on within one machine, but of {world_size} ranks {ranks_here} are "
-            f"on this one; set weights.transport=gloo, or start all ranks here"
+            f"weights.transport=ipc: memory is handed on within one machine, but of {world_size} ranks {ranks_here} "
+            f"are on this one; set weights.transport=gloo, or start all ranks here"
         )

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from dapo_megatron.measures import Measures
 from dapo_megatron.routes import LOOPBACK
-from dapo_megatron.weights.buckets import bytes_of, is_large, offsets, pieces, put
+from dapo_megatron.weights.buckets import HOST, bytes_of, is_large, offsets, pieces, put
 from dapo_megatron.weights.gathering import Gathering
-from dapo_megatron.weights.group import HOST, Group, join_group
+from dapo_megatron.weights.group import Group, join_group
 from dapo_megatron.weights.outgoing import Bucket, Outgoing
 from dapo_megatron.weights.publish import LeaderSays, Receivers, WeightReceiver
 from dapo_megatron.weights.sender import Sender

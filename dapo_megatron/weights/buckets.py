@@ -11,6 +11,8 @@ from torch import Tensor
 
 Named = list[tuple[str, Tensor]]
 
+HOST = torch.device("cpu")
+
 _ALIGNMENT = 16
 """Bytes: no dtype has larger elements."""
 _NEARLY = 0.75
@@ -115,7 +117,7 @@ def is_large(nbytes: int) -> bool:
 
 
 def pieces(nbytes: Iterable[int]) -> Iterator[tuple[int, int, int]]:
-    """Yield the pieces of a flat bucket that are sent one by one: each large tensor, and what lies between two of these.
+    """Yield the pieces of a flat bucket that are sent one by one: each large tensor, and what lies between two.
 
     Args:
         nbytes: of each of its tensors.

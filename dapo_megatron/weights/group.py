@@ -1,5 +1,5 @@
-"""The process group through which buckets travel: the leader (rank 0) and all workers of all engines, over gloo from host
-memory to host memory, or over NCCL from GPU to GPU.
+"""The process group through which buckets travel, of the leader (rank 0) and all workers of all engines: over gloo from
+host memory to host memory, or over NCCL from GPU to GPU.
 
 It has a store of its own and has nothing to do with torch.distributed's default group.
 """
@@ -20,8 +20,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 
 from dapo_megatron.routes import find_route
-
-HOST = torch.device("cpu")
+from dapo_megatron.weights.buckets import HOST
 
 _POLL_SECONDS = 0.0005
 _ERROR_HANDLING = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
@@ -138,8 +137,8 @@ def _over_nccl(store: Any, rank: int, world_size: int, timeout: timedelta) -> An
 
 @contextmanager
 def _errors_are_ours() -> Iterator[None]:
-    """Have a group of NCCL that is made inside leave it to us what becomes of an error. Otherwise its watchdog ends this
-    process where a member is gone; but an engine that fails is started again.
+    """Have a group of NCCL that is made inside leave it to us what becomes of an error. Otherwise its watchdog ends
+    this process where a member is gone; but an engine that fails is started again.
     """
     before = os.environ.get(_ERROR_HANDLING)
     os.environ[_ERROR_HANDLING] = "0"

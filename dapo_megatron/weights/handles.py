@@ -1,7 +1,7 @@
-"""Memory of a GPU that another process of this machine may read: CUDA IPC, as torch has it for tensors between processes.
+"""Memory of a GPU that another process of this machine may read: CUDA IPC, as torch has it for tensors.
 
-A handle travels as JSON. Torch's own way is a pickle, which runs what its sender wants; here each field is looked at, and
-torch's constructor is called with these.
+A handle travels as JSON. Torch's own way is a pickle, which runs what its sender wants; here each field is looked at,
+and torch's constructor is called with these.
 """
 
 from __future__ import annotations

@@ -32,8 +32,8 @@ class IpcPublisher:
     Args:
         inventory: what every push brings, on the leader.
         receivers: the engines, on the leader; None on other ranks. All are on this machine.
-        bucket_bytes: of what is gathered and sent together. Each rank that sends has two rooms of this size, or of that of
-            the largest tensor, for as long as the run lasts.
+        bucket_bytes: of what is gathered and sent together. Each rank that sends has two rooms of this size, or of that
+            of the largest tensor, for as long as the run lasts.
         leader_says: see `Gathering`.
         together: see `heartbeat.Peers.together`.
         ranks: the ranks of the run.
@@ -87,8 +87,8 @@ class IpcPublisher:
     def _stow(self, gathered: Gathered) -> Gathered:
         """Pass on what is gathered; once it has been seen, it is also in the room of its bucket.
 
-        Whoever iterates comes back for the next tensor. The first one of a bucket says that the one before is whole: until
-        they come back from it, they may have announced that one, and waited until engines have copied the one before.
+        Whoever iterates comes back for the next tensor. The first one of a bucket tells that the one before is whole:
+        until then, the leader announces that one, and waits until the engines have copied the one before it.
         """
         current, sizes = -1, []
         for number, name, tensor in gathered:
@@ -119,7 +119,7 @@ def _room_of(number: int) -> int:
 
 
 class _Places:
-    """A `Stowage` that only knows where the bytes are in a room: all of a bucket's, those that are left out included."""
+    """A `Stowage` that only knows where the bytes are in a room, which has all of a bucket, also what is left out."""
 
     def __init__(self) -> None:
         self._room = 0

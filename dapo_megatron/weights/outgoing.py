@@ -77,8 +77,8 @@ class Outgoing:
     async def buckets(
         self, weights: Iterator[tuple[int, str, Tensor]], delta: Delta, only: Collection[str] | None = None
     ) -> AsyncGenerator[Bucket]:
-        """Yield a bucket for each of those that `weights` (`buckets.numbered`) are gathered in, with what is to be sent of
-        it, and if that is nothing. Weights are taken to the end.
+        """Yield a bucket for each that `weights` (`buckets.numbered`) come in, with what is to be sent of it, also if
+        that is nothing. Weights are taken to the end.
 
         Whatever else goes on in the event loop has its turn after each tensor.
 

@@ -144,7 +144,7 @@ def open_publisher(
     match config.transport:
         case "gloo" | "nccl":
             from dapo_megatron.weights.broadcast import BroadcastPublisher
-            from dapo_megatron.weights.group import HOST
+            from dapo_megatron.weights.buckets import HOST
 
             assert config.transport == "gloo" or ranks
             return BroadcastPublisher(

@@ -8,18 +8,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dapo_megatron.weights.buckets import HOST
+
 
 class Rooms:
     """Gives room for a bucket, the same again once no tensor looks at it any more.
 
-    New memory of the host costs more than what is done with it: the system hands it out page by page, with zeros. That of
-    a GPU is torch's to keep.
+    New memory of the host costs more than what is done with it: the system hands it out page by page, with zeros. That
+    of a GPU is torch's to keep.
 
     Args:
         device: where the memory is.
     """
 
-    def __init__(self, device: torch.device = torch.device("cpu")) -> None:
+    def __init__(self, device: torch.device = HOST) -> None:
         self._device = device
         self._rooms: list[tuple[np.ndarray, ref[np.ndarray]]] = []
         """Memory, and the part that was given away: that lives as long as any tensor on it, whoever made this."""

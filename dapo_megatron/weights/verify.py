@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dapo_megatron.errors import EngineError
-from dapo_megatron.weights.buckets import Named, flat_bytes, nbytes, unflatten
+from dapo_megatron.weights.buckets import HOST, Named, flat_bytes, nbytes, unflatten
 from dapo_megatron.weights.checksum import checksums
 from dapo_megatron.weights.rooms import Rooms
 
@@ -116,7 +116,7 @@ class Arrivals:
         TransferError: from every method, by name.
     """
 
-    def __init__(self, inventory: Mapping[str, Any], device: torch.device = torch.device("cpu")) -> None:
+    def __init__(self, inventory: Mapping[str, Any], device: torch.device = HOST) -> None:
         self._inventory = Inventory(**inventory)
         self._index, self._sizes = self._inventory.index, self._inventory.sizes
         self._tally = Tally(self._inventory)

@@ -13,8 +13,8 @@ import torch
 from dapo_megatron.config_file import parse
 from dapo_megatron.rollout.engines import Engines
 from dapo_megatron.rollout.token import TOKEN, make_token
-from dapo_megatron.weights.buckets import describe
 from dapo_megatron.weights.broadcast import BroadcastPublisher
+from dapo_megatron.weights.buckets import describe
 from dapo_megatron.weights.verify import Inventory
 from tests.weights.test_gloo import BUCKET_BYTES, generate, make_model, weights_of, worst_error
 

@@ -18,8 +18,8 @@ from dapo_megatron.errors import EngineError
 from dapo_megatron.rollout.engine import Sampling
 from dapo_megatron.rollout.engines import Engines
 from dapo_megatron.types import Completion, Prompt, VersionSpan
-from dapo_megatron.weights.buckets import describe
 from dapo_megatron.weights.broadcast import BroadcastPublisher
+from dapo_megatron.weights.buckets import describe
 from dapo_megatron.weights.verify import Inventory
 from tests.helpers.checkpoint import TINY
 

@@ -81,20 +81,20 @@ def test_memory_of_another_gpu_is_refused() -> None:
 def test_torch_is_called_as_by_its_own_way_of_handing_tensors_on(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[Any, ...]] = []
 
-    class Opened(Exception): ...
+    class OpenedError(Exception): ...
 
     class Storage:
         @staticmethod
         def _new_shared_cuda(*arguments: Any) -> None:
             calls.append(arguments)
-            raise Opened
+            raise OpenedError
 
     monkeypatch.setattr(torch, "UntypedStorage", Storage)
     monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
-    with pytest.raises(Opened):
+    with pytest.raises(OpenedError):
         open_shared(HANDLE, CUDA)
     memory, counter, event = (base64.b64decode(HANDLE[name]) for name in ("memory", "counter", "event"))
-    with pytest.raises(Opened):
+    with pytest.raises(OpenedError):
         rebuild_cuda_tensor(
             *(
                 torch.Tensor,

@@ -260,7 +260,7 @@ def test_layers_that_have_not_changed_are_not_copied() -> None:
 def test_after_a_push_that_broke_off_everything_is_sent() -> None:
     with closing(Run()) as run:
         run.push(WEIGHTS.items())
-        with pytest.raises(EngineError, match="engine 1, embed.weight has arrived with other bytes"):
+        with pytest.raises(EngineError, match=r"engine 1, embed.weight has arrived with other bytes"):
             run.push(changed(*WEIGHTS).items(), WEIGHTS.items())
         weights = changed("norm.weight")
         assert run.push(weights.items())["push/share"].value == 1

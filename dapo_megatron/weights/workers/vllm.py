@@ -17,8 +17,8 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.platforms import current_platform
 
-from dapo_megatron.weights.buckets import Named
-from dapo_megatron.weights.group import HOST, Group, join_group
+from dapo_megatron.weights.buckets import HOST, Named
+from dapo_megatron.weights.group import Group, join_group
 from dapo_megatron.weights.handles import open_own
 from dapo_megatron.weights.inbox import FromGroup, FromRooms, Inbox, Source
 from dapo_megatron.weights.verify import Arrivals
