@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
-from dapo_megatron.weights.buckets import Named, offsets, pieces
+from dapo_megatron.weights.buckets import HOST, Named, offsets, pieces
 from dapo_megatron.weights.group import Group
 from dapo_megatron.weights.verify import Arrivals
 
@@ -48,17 +49,21 @@ class FromRooms:
 
     Args:
         rooms: uint8, on the device where buckets are wanted.
-        settle: returns once all that was copied is there. The leader uses a room again after the answer to a bucket.
     """
 
-    def __init__(self, rooms: Sequence[Tensor], settle: Callable[[], object]) -> None:
-        self._rooms, self._settle = rooms, settle
+    def __init__(self, rooms: Sequence[Tensor]) -> None:
+        self._rooms = rooms
 
     def fetch(self, flat: Tensor, sizes: Sequence[int], place: Mapping[str, Any]) -> Callable[[], object]:
         room, targets = self._rooms[place["room"]], offsets(sizes)[0]
         for source, target, size in zip(place["starts"], targets, sizes, strict=True):
             flat[target : target + size].copy_(room[source : source + size])
-        return self._settle
+        return lambda: self._settle(room.device)
+
+    def _settle(self, device: torch.device) -> None:
+        """The leader uses a room again after the answer to a bucket: by then, nothing may be left to be copied."""
+        if device != HOST:
+            torch.cuda.current_stream(device).synchronize()
 
 
 class Inbox:

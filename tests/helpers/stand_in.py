@@ -133,8 +133,7 @@ class Worker:
     def _source(self, info: dict[str, Any]) -> Source:
         del info["inventory"]
         if rooms := info.get("rooms"):
-            settle = torch.cuda.current_stream(self._device).synchronize
-            return FromRooms(open_own(rooms, self._device), settle)
+            return FromRooms(open_own(rooms, self._device))
         self._group = join_group(rank=info.pop("rank_offset"), device=self._device, **info)
         return FromGroup(self._group)
 

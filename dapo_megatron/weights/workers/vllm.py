@@ -195,7 +195,7 @@ class IpcWeightTransfer(BucketTransfer):
     init_info_cls = RoomsInit
 
     def init_transfer_engine(self, init_info: RoomsInit) -> None:
-        source = FromRooms(open_own(init_info.rooms, self.device), torch.cuda.current_stream(self.device).synchronize)
+        source = FromRooms(open_own(init_info.rooms, self.device))
         self._open(source, init_info.inventory, self.device)
 
 
