@@ -20,21 +20,12 @@ class Supply:
 
     Args:
         engines: on the leader; None elsewhere.
-        everywhere: whether all replicas gather weights, not only one for the leader.
     """
 
     def __init__(
-        self,
-        publisher: Publisher,
-        actor: Actor,
-        hf: HfCheckpoint,
-        peers: Peers,
-        engines: Engines | None,
-        *,
-        everywhere: bool = False,
+        self, publisher: Publisher, actor: Actor, hf: HfCheckpoint, peers: Peers, engines: Engines | None
     ) -> None:
         self._publisher, self._actor, self._hf, self._peers = publisher, actor, hf, peers
-        self._gathers = everywhere or hf.gathers
         self._engines, self._version = engines, 0
 
     def push(self, version: int) -> Measures:
@@ -55,7 +46,7 @@ class Supply:
         verified: Measures = {}
         try:
             chunks = self._actor.chunks  # on every rank: what is left to gather of a step is gathered here
-            verified = self._publisher.push(self._hf.export(chunks) if self._gathers else None, version)
+            verified = self._publisher.push(self._hf.export(chunks) if self._hf.gathers else None, version)
         except WeightsError:
             raise
         except EngineError as error:

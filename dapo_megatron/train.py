@@ -141,7 +141,11 @@ def start(
     peers.after_leader("start of the engines")
 
     with obs.phase("building the actor"):
-        hf = HfCheckpoint(config.model.path, trust_remote_code=config.model.trust_remote_code)
+        hf = HfCheckpoint(
+            config.model.path,
+            trust_remote_code=config.model.trust_remote_code,
+            gathers_everywhere=config.weights.transport == "ipc",
+        )
         build = partial(Actor, config, topo, hf, together=peers.together)
         actor = build()
         reference = build(trainable=False) if config.algo.kl.coef > 0 else None
@@ -172,7 +176,7 @@ def start(
             if config.weights.verify == "full":
                 prompts = checked.train if checked else ()
                 publisher = Canary(publisher, config, topo, actor, leader, prompts, peers)
-            supply = Supply(publisher, actor, hf, peers, engines, everywhere=config.weights.transport == "ipc")
+            supply = Supply(publisher, actor, hf, peers, engines)
     obs.begin()
     if supply:
         with obs.phase("sending the weights"):
