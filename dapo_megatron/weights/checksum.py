@@ -9,8 +9,8 @@ from torch import Tensor
 
 _WORD_BYTES = 8
 _ROW_WORDS = 1024
-_TILE_ROWS = 64
-"""512 KiB."""
+_TILE_ROWS = 32
+"""256 KiB, which a core's cache holds."""
 _STEP = 0x1E3779B97F4A7C15
 _FACTOR = 0x3F58476D1CE4E5B9
 """Odd, so that multiplying by them modulo 2**64 can be undone."""
@@ -42,10 +42,11 @@ def checksum(tensor: Tensor) -> Tensor:
     rows = words.numel() // _ROW_WORDS
     block, rest = words.split([rows * _ROW_WORDS, words.numel() - rows * _ROW_WORDS])
     block = block.view(rows, _ROW_WORDS)
-    # On CPU, rows are added up while they are in the cache from having been added to the columns.
+    # On CPU, the second sum of a tile finds it in the cache.
     tiles = block.split(_TILE_ROWS if data.device.type == "cpu" else max(1, rows))
-    columns = torch.stack([tile.sum(0) for tile in tiles]).sum(0)
-    parts = torch.cat([columns, *(tile.sum(1) for tile in tiles), rest])
+    sums = [(tile.sum(1), tile.sum(0)) for tile in tiles]
+    columns = torch.stack([of_columns for _, of_columns in sums]).sum(0)
+    parts = torch.cat([columns, *(of_rows for of_rows, _ in sums), rest])
     return _scrambled(parts + _STEP * torch.arange(parts.numel(), device=parts.device)).sum()
 
 
