@@ -38,6 +38,7 @@ class StandIn:
         self._pipe, other = context.Pipe()
         self._process = context.Process(target=_work, args=(other, device), daemon=True)
         self._process.start()
+        self.done()  # it has imported torch, before any limit begins to run
 
     async def join_group(self, info: dict[str, Any]) -> None:
         await self._ask("join", info)
@@ -174,6 +175,7 @@ def _work(pipe: Connection, device: str) -> None:
     if device != "cpu":
         torch.cuda.set_device(device)
     worker = Worker(device)
+    pipe.send((None, "ready"))
     while True:
         try:
             what, info = pipe.recv()
