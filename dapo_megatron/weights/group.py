@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.cuda import nccl
 from torch.distributed import distributed_c10d as c10d
 
 from dapo_megatron.routes import find_route
@@ -152,7 +153,7 @@ def _errors_are_ours() -> Iterator[None]:
 
 def _compare_versions(store: Any, rank: int) -> None:
     """Refuse members with another NCCL than rank 0's, which may wait for each other in vain."""
-    own = ".".join(map(str, torch.cuda.nccl.version()))
+    own = ".".join(map(str, nccl.version()))
     if rank == 0:
         store.set("nccl", own)
     elif (leaders := store.get("nccl").decode()) != own:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.cuda import nccl as nccl_module
 
 from dapo_megatron.weights import group
 from dapo_megatron.weights.group import Group, join_group
@@ -91,16 +92,17 @@ def nccl(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     class Options:
         _timeout: Any = None
 
-    def processes(store: Any, rank: int, size: int, options: Options) -> Processes:
-        made.update(rank=rank, size=size, timeout=options._timeout, handling=os.environ.get(group._ERROR_HANDLING))
-        made["processes"] = Processes()
-        return made["processes"]
+    class Nccl(Processes):
+        def __init__(self, store: Any, rank: int, size: int, options: Options) -> None:
+            super().__init__()
+            handling = os.environ.get(group._ERROR_HANDLING)
+            made.update(processes=self, rank=rank, size=size, timeout=options._timeout, handling=handling)
 
-    processes.Options = Options
+    Nccl.Options = Options  # pyright: ignore[reportAttributeAccessIssue]
     monkeypatch.setattr(group.dist, "TCPStore", lambda *_, **__: made["store"])
     monkeypatch.setattr(group.c10d, "PrefixStore", lambda prefix, store: store)
-    monkeypatch.setattr(group.c10d, "ProcessGroupNCCL", processes, raising=False)
-    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: made["version"])
+    monkeypatch.setattr(group.c10d, "ProcessGroupNCCL", Nccl, raising=False)
+    monkeypatch.setattr(nccl_module, "version", lambda: made["version"])
     monkeypatch.setattr(torch, "zeros", lambda *_, **more: more["device"])
     return made
 
