@@ -1,4 +1,4 @@
-"""A checksum of a tensor's bytes, little dearer than reading them twice, and the same on every device."""
+"""A checksum of a tensor's bytes: two sums over all of them, the same on every device."""
 
 from __future__ import annotations
 
