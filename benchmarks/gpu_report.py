@@ -45,9 +45,10 @@ class Step:
 _CHECK = "-m dapo_megatron check-reduction configs/quickstart_cpu.yaml"
 """Every layout that the GPUs are enough for."""
 _ALONE = f"{_CHECK} --layouts 1 --processes 1"
+_PUSHES = "tests/weights/test_handles.py tests/weights/test_between_processes.py"
 SUITES = {
     "smoke": (
-        Step("Tests", "-m pytest -q -m gpu tests/actor tests/check_reduction tests/obs/test_memory.py", 180),
+        Step("Tests", f"-m pytest -q -m gpu tests/actor tests/check_reduction tests/obs/test_memory.py {_PUSHES}", 180),
         Step("Reduction, float32", f"{_ALONE} --dtype float32 model.layers=torch", 60),
         Step("Reduction, bfloat16", f"{_ALONE} --dtype bfloat16 model.layers=torch", 60),
         Step("Training step", "-m benchmarks.gpu_step --layers torch --tokens 16384 --rounds 2", 120),
@@ -62,6 +63,7 @@ SUITES = {
         Step("Training step, whole layers recomputed", "-m benchmarks.gpu_step --recompute full", 300),
         Step("Training step, torch's layers", "-m benchmarks.gpu_step --layers torch", 300),
         Step("Log-probs", "-m benchmarks.gpu_logprob", 120),
+        Step("Pushes", "-m benchmarks.gpu_publish", 300),
         Step("A DAPO step", "-m benchmarks.gpu_rollout", 900),
     ),
 }

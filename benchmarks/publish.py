@@ -3,9 +3,8 @@
     python -m benchmarks.publish [--engine]
 
 A model of the sizes of Qwen2.5-0.5B with random bfloat16 weights (988 MB). The leader's publisher sends them to an
-engine in a process of its own. By default that is a stand-in: it takes part as an engine's worker does, with the same
-accounts (`weights.verify.Arrivals`), and loads what comes by copying it into parameters of its own, as an engine that
-keeps tensors as they come. `--engine` is a real vLLM, which is pushed to besides. Both sides have one thread.
+engine in a process of its own. By default that is a stand-in (`tests.helpers.stand_in`). `--engine` is a real vLLM,
+which is pushed to besides. Both sides have one thread.
 
 - Seconds and GB/s of a push, checksums of every tensor on both sides included, and of the plain broadcast: buffers of
   bucket_mib that are there already, one after the other, nothing read and nothing checked. They take turns in one run;
@@ -22,15 +21,12 @@ Gathering from shards is not part of it: the weights are whole. Exits with 1 whe
 from __future__ import annotations
 
 import argparse
-import asyncio
 import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Coroutine, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -41,11 +37,12 @@ from torch import Tensor
 from dapo_megatron.config import WeightsConfig
 from dapo_megatron.config_file import parse
 from dapo_megatron.rollout.engines import Engines
-from dapo_megatron.weights.buckets import Named, describe
-from dapo_megatron.weights.gloo import GlooPublisher, join_group, transmit
-from dapo_megatron.weights.inbox import Inbox
-from dapo_megatron.weights.publish import open_publisher
-from dapo_megatron.weights.verify import Arrivals, Inventory
+from dapo_megatron.weights.broadcast import BroadcastPublisher
+from dapo_megatron.weights.buckets import describe
+from dapo_megatron.weights.group import Group
+from dapo_megatron.weights.publish import Publisher, open_publisher
+from dapo_megatron.weights.verify import Inventory
+from tests.helpers.stand_in import OneEngine, StandIn
 
 MIN_RATIO, MAX_BUCKETS = 0.7, 2.0
 VOCABULARY, HIDDEN, LAYERS, INTERMEDIATE, HEADS, KV_HEADS = 151_936, 896, 24, 4_864, 14, 2
@@ -77,137 +74,20 @@ def random(shape: tuple[int, ...], generator: torch.Generator, *, norm: bool) ->
     return numbers.bfloat16().repeat(-(-math.prod(shape) // len(numbers)))[: math.prod(shape)].view(shape).clone()
 
 
-class StandIn:
-    """An engine as the publisher sees it, in a process of its own."""
-
-    name, workers, keeps = "stand-in", 1, True
-
-    def __init__(self) -> None:
-        context = get_context("spawn")
-        self._pipe, other = context.Pipe()
-        self._process = context.Process(target=work, args=(other,), daemon=True)
-        self._process.start()
-
-    async def _ask(self, what: str, info: Any = None) -> Any:
-        self._pipe.send((what, info))
-        loop, answered = asyncio.get_running_loop(), asyncio.Event()
-        loop.add_reader(self._pipe.fileno(), answered.set)
-        try:
-            await answered.wait()
-        finally:
-            loop.remove_reader(self._pipe.fileno())
-        error, answer = self._pipe.recv()
-        if error:
-            raise RuntimeError(error)
-        return answer
-
-    async def join_group(self, info: dict[str, Any]) -> None:
-        await self._ask("join", info)
-
-    async def begin_transfer(self) -> None:
-        await self._ask("begin")
-
-    async def receive(self, info: dict[str, Any]) -> None:
-        await self._ask("receive", {key: info[key] for key in ("tensors", "checksums", "kept")})
-
-    async def finish_transfer(self, version: int) -> None:
-        await self._ask("finish")
-
-    def plain(self, nbytes: int) -> None:
-        """Have it take part in a plain broadcast into a buffer that it has."""
-        self._pipe.send(("plain", nbytes))
-
-    def done(self) -> None:
-        error, _ = self._pipe.recv()
-        if error:
-            raise RuntimeError(error)
-
-    def cpu_seconds(self) -> float:
-        """Of this process and that of the engine."""
-        self._pipe.send(("cpu_seconds", None))
-        _, seconds = self._pipe.recv()
-        return time.process_time() + seconds
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.join()
-
-
-class OneEngine:
-    """`Receivers` without watchers."""
-
-    def __init__(self, engine: StandIn) -> None:
-        self._engine, self._runner = engine, asyncio.Runner()
-
-    def __iter__(self) -> Iterator[StandIn]:
-        return iter([self._engine])
-
-    def run(self, work: Coroutine[Any, Any, Any], /) -> Any:
-        return self._runner.run(work)
-
-
-class Worker:
-    """The stand-in's side, with the calls that vLLM's worker gets (`weights.workers.vllm`)."""
-
-    def join(self, info: Mapping[str, Any]) -> None:
-        info = dict(info)
-        inventory, rank = info.pop("inventory"), info.pop("rank_offset")
-        self.arrivals = Arrivals(inventory)
-        self.group = join_group(rank=rank, **info)
-        self.inbox = Inbox(self.group, self.arrivals, self.load)
-        self.parameters = {
-            name: torch.zeros(shape, dtype=getattr(torch, dtype))
-            for name, dtype, shape in zip(inventory["names"], inventory["dtypes"], inventory["shapes"], strict=True)
-        }
-        self.room = torch.zeros(0, dtype=torch.uint8)
-
-    def load(self, bucket: Named) -> None:
-        for name, tensor in bucket:
-            self.parameters[name].copy_(tensor)
-
-    def begin(self, _: None) -> None:
-        self.arrivals.begin()
-        self.inbox.begin()
-
-    def receive(self, info: Mapping[str, Any]) -> None:
-        self.inbox.receive(info["tensors"], info["checksums"], info["kept"])
-
-    def finish(self, _: None) -> None:
-        self.inbox.finish()
-        self.arrivals.end()
-        self.arrivals.loaded(self.parameters, {})
-
-    def cpu_seconds(self, _: None) -> float:
-        return time.process_time()
-
-    def plain(self, nbytes: int) -> None:
-        if nbytes > len(self.room):
-            self.room = torch.zeros(nbytes, dtype=torch.uint8)
-        transmit(self.group, self.room[:nbytes]).wait()
-
-
-def work(pipe: Connection) -> None:
-    torch.set_num_threads(1)
-    worker = Worker()
-    while True:
-        try:
-            what, info = pipe.recv()
-        except EOFError:
-            return
-        try:
-            pipe.send((None, getattr(worker, what)(info)))
-        except Exception as error:  # told to the leader, whatever it is
-            pipe.send((f"{type(error).__name__}: {error}", None))
-
-
-def broadcast(engine: StandIn, group: Any, nbytes: int, bucket_bytes: int) -> None:
+def broadcast(engine: StandIn, group: Group, nbytes: int, bucket_bytes: int) -> None:
     """Send `nbytes` in buffers of `bucket_bytes`, back to back."""
-    room = torch.zeros(bucket_bytes, dtype=torch.uint8)
+    room = torch.zeros(bucket_bytes, dtype=torch.uint8, device=group.device)
     sizes = [bucket_bytes] * (nbytes // bucket_bytes) + [nbytes % bucket_bytes] * (nbytes % bucket_bytes > 0)
     for size in sizes:
-        engine.plain(size)
-        transmit(group, room[:size]).wait()
+        engine.start("plain", size)
+        group.wait([group.transmit(room[:size])])
         engine.done()
+
+
+def group_of(publisher: Publisher) -> Group:
+    """The group that a publisher sends through."""
+    assert isinstance(publisher, BroadcastPublisher) and publisher._sender
+    return publisher._sender.carrier.group  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @contextmanager
@@ -294,7 +174,6 @@ def main() -> int:
     with ExitStack() as stack:
         engine = stack.enter_context(closing(StandIn()))
         publisher = open_publisher(config, inventory, OneEngine(engine))
-        assert isinstance(publisher, GlooPublisher) and publisher._sender
         stack.enter_context(closing(publisher))
         pushes, broadcasts, extra = [], [], []
         for version in range(options.pushes):
@@ -303,7 +182,7 @@ def main() -> int:
             with growth() as grown:
                 pushes.append(timed(engine, lambda version=version: publisher.push(weights.items(), version)))
             extra.append(grown[0])
-            group = publisher._sender._group
+            group = group_of(publisher)
             broadcasts.append(timed(engine, lambda group=group: broadcast(engine, group, nbytes, bucket_bytes)))
         unchanged = timed(engine, lambda: publisher.push(weights.items(), options.pushes))
     push, plain = (statistics.median(seconds for seconds, _ in times) for times in (pushes, broadcasts))

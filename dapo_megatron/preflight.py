@@ -36,6 +36,7 @@ from dapo_megatron.rollout.place import check_gpus
 from dapo_megatron.rollout.plan import plan
 from dapo_megatron.rollout.ports import check_ports
 from dapo_megatron.rollout.token import need_token
+from dapo_megatron.rollout.transport import check_transport
 from dapo_megatron.types import Prompt
 from dapo_megatron.units import size
 
@@ -88,6 +89,7 @@ def preflight(config: Config, world_size: int, local_ranks: int | None = None) -
     _check_disk(config)
     _check_weights_folder(config)
     ranks_here = world_size if local_ranks is None else local_ranks
+    check_transport(config, world_size, ranks_here)
     check_gpus(config.engine, ranks_here)
     who_is_where = plan(config, ranks_here)
     check_sinks(config.run)
@@ -144,6 +146,7 @@ def preflight_engines(config: Config) -> tuple[str, ...]:
         ConfigError: as `preflight`.
     """
     _check_engines(config)
+    check_transport(config, world_size=0, ranks_here=0)
     addresses = [ip_address(address) for address in _addresses(config.engine.host)]
     if any(address.is_unspecified for address in addresses):
         raise ConfigError(

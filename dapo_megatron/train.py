@@ -141,7 +141,11 @@ def start(
     peers.after_leader("start of the engines")
 
     with obs.phase("building the actor"):
-        hf = HfCheckpoint(config.model.path, trust_remote_code=config.model.trust_remote_code)
+        hf = HfCheckpoint(
+            config.model.path,
+            trust_remote_code=config.model.trust_remote_code,
+            gathers_everywhere=config.weights.transport == "ipc",
+        )
         build = partial(Actor, config, topo, hf, together=peers.together)
         actor = build()
         reference = build(trainable=False) if config.algo.kl.coef > 0 else None
@@ -161,6 +165,9 @@ def start(
                 hf.inventory,
                 engines,
                 peers.leader_says,
+                together=peers.together,
+                ranks=topo,
+                workers=config.engine.count * config.engine.tensor_parallel,
                 address=leader_address(config.engine) if leader else LOOPBACK,
                 folder=config.weights_folder,
                 side_files=hf.write_side_files,

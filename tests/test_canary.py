@@ -25,7 +25,7 @@ from dapo_megatron.rollout.adapters.vllm import VllmEngine
 from dapo_megatron.rollout.engines import Engines
 from dapo_megatron.types import MiniBatch, Prompt, TrainSample
 from dapo_megatron.weights import outgoing
-from dapo_megatron.weights.gloo import GlooPublisher
+from dapo_megatron.weights.broadcast import BroadcastPublisher
 from tests.helpers.models import save_tiny
 from tests.weights.test_publish import Keeper
 
@@ -105,7 +105,7 @@ class Pushes:
         leader: Any = SimpleNamespace(config=config, engines=engines, _attention_tokens=math.inf)
         leader.pack = partial(Leader.pack, leader)
         # Buckets smaller than most tensors: those that the engine joins come one after the other.
-        self.publisher = GlooPublisher(self.checkpoint.inventory, engines, 40_000, timeout_seconds=60)
+        self.publisher = BroadcastPublisher(self.checkpoint.inventory, engines, 40_000, timeout_seconds=60)
         self.canary = Canary(self.publisher, config, topo, self.actor, leader, PROMPTS, Peers())
 
     def push(self, version: int) -> Any:

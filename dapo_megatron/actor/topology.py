@@ -100,6 +100,12 @@ class Topology:
             dist.gather_object(value, entries, dst=0, group=self.host_leaders)
         return entries
 
+    def collect(self, text: str) -> list[str] | None:
+        """Return on the leader the text of each rank, in their order; elsewhere None. Texts are pickled."""
+        texts: list[Any] | None = [None] * self.world_size if self.is_leader else None
+        dist.gather_object(text, texts, dst=0, group=self.host_world)
+        return texts
+
     def broadcast(self, value: T | None) -> T:
         """Give every rank the leader's value, whatever the others pass."""
         box: list[Any] = [value]

@@ -179,9 +179,10 @@ class EngineConfig(Section):
 
 
 class WeightsConfig(Section):
-    transport: Literal["gloo", "disk"] = "gloo"
-    """How weights travel from the actor to the engines: through a process group, or through files in a folder that all
-    machines share (docs/weights.md)."""
+    transport: Literal["gloo", "nccl", "ipc", "disk"] = "gloo"
+    """How weights travel from the actor to the engines (docs/weights.md): through a process group, between host
+    memories (gloo) or between GPUs (nccl); from the memory of the GPU that rank and engine share (ipc, by CUDA IPC); or
+    through files in a folder that all machines share (disk)."""
     folder: FilePath | None = None
     """For transport=disk: where each version is written, in a folder with the run's name; null is weights in the run's
     folder. Two versions have to fit while engines load one, and no two runs of one name may share it."""

@@ -27,7 +27,8 @@ def plan(config: Config, ranks: int) -> tuple[str, ...]:
         each = [f"GPU {','.join(own)}" for own in gpus if own]
     number = f"{engine.count} engine{'s' if engine.count > 1 else ''}"
     sizes = f"{engine.kind}, tensor parallel {engine.tensor_parallel}"
-    way = f"weights by {config.weights.transport} from {leader_address(engine)}"
+    source = "the ranks on the same GPUs" if config.weights.transport == "ipc" else leader_address(engine)
+    way = f"weights by {config.weights.transport} from {source}"
     lines = [f"{number} ({sizes}) {where}; {way}"]
     lines += [f"  engine {index}: {what}" for index, what in enumerate(each[:_SHOWN])]
     return (*lines, *([f"  and {len(each) - _SHOWN} more"] if len(each) > _SHOWN else []))

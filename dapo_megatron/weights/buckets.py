@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -10,10 +11,14 @@ from torch import Tensor
 
 Named = list[tuple[str, Tensor]]
 
+HOST = torch.device("cpu")
+
 _ALIGNMENT = 16
 """Bytes: no dtype has larger elements."""
 _NEARLY = 0.75
 """A bucket that is fuller than this is nearly full."""
+_LARGE = 1 << 20
+"""Bytes: a copy of so many costs more than another message."""
 
 
 def numbered(
@@ -104,6 +109,35 @@ def offsets(nbytes: Iterable[int]) -> tuple[list[int], int]:
         starts.append(_aligned(end))
         end = starts[-1] + size
     return starts, end
+
+
+def is_large(nbytes: int) -> bool:
+    """Whether a tensor of this size is a piece of its own."""
+    return nbytes >= _LARGE
+
+
+def pieces(nbytes: Iterable[int]) -> Iterator[tuple[int, int, int]]:
+    """Yield the pieces of a flat bucket that are sent one by one: each large tensor, and what lies between two.
+
+    Args:
+        nbytes: of each of its tensors.
+
+    Yields:
+        The index of the first tensor of a piece, and where in the bucket the piece starts and ends.
+    """
+    sizes = list(nbytes)
+    starts, _ = offsets(sizes)
+    for large, run in groupby(range(len(sizes)), lambda index: is_large(sizes[index])):
+        members = list(run)
+        if large:
+            yield from ((index, starts[index], starts[index] + sizes[index]) for index in members)
+        else:
+            yield members[0], starts[members[0]], starts[members[-1]] + sizes[members[-1]]
+
+
+def bytes_of(tensor: Tensor) -> Tensor:
+    """The bytes of a tensor, uint8: where they are if it is contiguous, otherwise a copy."""
+    return tensor.detach().contiguous().view(-1).view(torch.uint8)
 
 
 def unflatten(flat: Tensor, names: Sequence[str], dtypes: Sequence[str], shapes: Sequence[Sequence[int]]) -> Named:

@@ -25,10 +25,13 @@ class Gathering:
     Args:
         bucket_bytes: the others wait for the leader before each bucket.
         leader_says: see `LeaderSays`.
+        use: what every rank does with what it gathers, and passes on. Otherwise only the leader uses it.
     """
 
-    def __init__(self, bucket_bytes: int, leader_says: LeaderSays) -> None:
-        self._bucket_bytes, self._leader_says = bucket_bytes, leader_says
+    def __init__(
+        self, bucket_bytes: int, leader_says: LeaderSays, use: Callable[[Gathered], Gathered] | None = None
+    ) -> None:
+        self._bucket_bytes, self._leader_says, self._use = bucket_bytes, leader_says, use
 
     def follow(self, weights: Iterable[tuple[str, Tensor]] | None) -> None:
         """Take part on another rank than the leader until the push is over; keeps one tensor at a time.
@@ -39,7 +42,7 @@ class Gathering:
         said = _AGAIN
         while said != _END:
             if weights is not None:
-                deque(self._numbered(only_sizes(weights)), maxlen=0)
+                deque(self._numbered(weights if self._use else only_sizes(weights)), maxlen=0)
             said = self._leader_says("weights", None)
 
     @contextmanager
@@ -57,7 +60,8 @@ class Gathering:
         passes.end()
 
     def _numbered(self, weights: Iterable[tuple[str, Tensor]]) -> Gathered:
-        return numbered(weights, self._bucket_bytes, lambda: self._leader_says("weights", _BUCKET))
+        gathered = numbered(weights, self._bucket_bytes, lambda: self._leader_says("weights", _BUCKET))
+        return self._use(gathered) if self._use else gathered
 
 
 class Passes:

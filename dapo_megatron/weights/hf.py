@@ -35,12 +35,15 @@ class HfCheckpoint:
 
     Needs Megatron's process groups. `load`, `export` and `save` are collective.
 
+    Args:
+        gathers_everywhere: whether every replica gathers its weights for engines, not only one for the leader.
+
     Raises:
         ConfigError: where the folder holds no such checkpoint or mbridge does not know the architecture.
     """
 
-    def __init__(self, path: Path, *, trust_remote_code: bool = False) -> None:
-        self.path = path
+    def __init__(self, path: Path, *, trust_remote_code: bool = False, gathers_everywhere: bool = False) -> None:
+        self.path, self._gathers_everywhere = path, gathers_everywhere
         self.hf_config: Any = read_hf_config(path, trust_remote_code=trust_remote_code)
         self._bridge = make_bridge(self.hf_config)
         self.inventory: Inventory | None = None
@@ -83,10 +86,12 @@ class HfCheckpoint:
 
     @property
     def gathers(self) -> bool:
-        """Whether this rank takes part where one replica gathers its weights for the leader.
+        """Whether this rank takes part where weights are gathered for engines: those of the leader's replica do.
 
         Experts that ranks share out have ranks of other replicas in their groups: then all do.
         """
+        if self._gathers_everywhere:
+            return True
         replicas: Any = mpu.get_data_parallel_group(with_context_parallel=True)
         return replicas.rank() == 0 or mpu.get_expert_model_parallel_world_size() > 1
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Coroutine, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 from dapo_megatron.config import WeightsConfig
@@ -21,6 +22,22 @@ AfterLeader = Callable[[str], object]
 
 LeaderSays = Callable[[str, Any], Any]
 """Returns what the leader gives, once it has come to the same call (`heartbeat.Peers.leader_says`)."""
+
+
+class Ranks(Protocol):
+    """The ranks of a run, as far as a transport needs them (`actor.topology.Topology`)."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def device(self) -> torch.device:
+        """Of this rank."""
+        ...
+
+    def collect(self, text: str) -> list[str] | None:
+        """Return on the leader the text of each rank, None elsewhere. Collective."""
+        ...
 
 
 class WeightReceiver(Protocol):
@@ -49,7 +66,8 @@ class WeightReceiver(Protocol):
     async def receive(self, info: dict[str, Any]) -> None:
         """`info`: one bucket, as lists with an entry for each tensor: "tensors", its index in the inventory; "names",
         "dtypes" and "shapes"; and "checksums" (`checksum.checksums`), None where these are not wanted. Where "kept" is
-        true, these tensors do not come: they are what the last push has left (only where it `keeps`).
+        true, these tensors do not come: they are what the last push has left (only where it `keeps`). Over CUDA IPC,
+        also "room", in which the bucket is, and "starts", where each tensor starts in it.
 
         Through a folder, `info` is all of the push: "folder", a Hugging Face checkpoint, and "checksums" of all
         tensors, in the inventory's order, or None.
@@ -99,6 +117,9 @@ def open_publisher(
     receivers: Receivers | None,
     leader_says: LeaderSays = lambda what, value: value,
     *,
+    together: Callable[[str], object] = lambda what: None,
+    ranks: Ranks | None = None,
+    workers: int = 0,
     address: str = LOOPBACK,
     folder: Path | None = None,
     side_files: Callable[[Path], object] = lambda folder: None,
@@ -110,6 +131,9 @@ def open_publisher(
         receivers: the engines, on the leader; None on other ranks.
         leader_says: what a transport calls on every rank before a collective for which the leader may be late, and to
             tell them all how to go on.
+        together: what a transport calls on every rank to wait until all have come there.
+        ranks: the ranks of the run, for transports between GPUs.
+        workers: of all engines that share GPUs with ranks; the first ranks have one each.
         address: of the leader's machine, at which engines reach it.
         folder: where versions are written, if the transport is one through a folder.
         side_files: writes what belongs to a checkpoint besides tensors, on the leader.
@@ -118,10 +142,12 @@ def open_publisher(
         EngineError: on the leader, when an engine does not take part.
     """
     match config.transport:
-        case "gloo":
-            from dapo_megatron.weights.gloo import GlooPublisher
+        case "gloo" | "nccl":
+            from dapo_megatron.weights.broadcast import BroadcastPublisher
+            from dapo_megatron.weights.buckets import HOST
 
-            return GlooPublisher(
+            assert config.transport == "gloo" or ranks
+            return BroadcastPublisher(
                 inventory,
                 receivers,
                 config.bucket_mib << 20,
@@ -129,6 +155,23 @@ def open_publisher(
                 timeout_seconds=config.push_seconds,
                 with_checksums=config.verify != "off",
                 address=address,
+                delta=config.delta,
+                device=ranks.device if ranks and config.transport == "nccl" else HOST,
+            )
+        case "ipc":
+            from dapo_megatron.weights.handles import CudaSharing
+            from dapo_megatron.weights.ipc import IpcPublisher
+
+            assert ranks
+            return IpcPublisher(
+                inventory,
+                receivers,
+                config.bucket_mib << 20,
+                leader_says,
+                together,
+                ranks,
+                CudaSharing(ranks.device) if ranks.rank < workers else None,
+                with_checksums=config.verify != "off",
                 delta=config.delta,
             )
         case "disk":

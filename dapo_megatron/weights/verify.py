@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dapo_megatron.errors import EngineError
-from dapo_megatron.weights.buckets import Named, flat_bytes, nbytes, unflatten
+from dapo_megatron.weights.buckets import HOST, Named, flat_bytes, nbytes, unflatten
 from dapo_megatron.weights.checksum import checksums
 from dapo_megatron.weights.rooms import Rooms
 
@@ -110,14 +110,15 @@ class Arrivals:
 
     Args:
         inventory: `Inventory`'s fields.
+        device: where buckets arrive.
 
     Raises:
         TransferError: from every method, by name.
     """
 
-    def __init__(self, inventory: Mapping[str, Any]) -> None:
+    def __init__(self, inventory: Mapping[str, Any], device: torch.device = HOST) -> None:
         self._inventory = Inventory(**inventory)
-        self._index = self._inventory.index
+        self._index, self._sizes = self._inventory.index, self._inventory.sizes
         self._tally = Tally(self._inventory)
         self._sums: dict[str, int] = {}
         """Name -> checksum, of what came in this push or is kept."""
@@ -125,7 +126,7 @@ class Arrivals:
         """The same of what came, None without a checksum; and then of all that the engine has."""
         self._has: dict[str, int | None] = {}
         """What it had after the last push that was whole."""
-        self._rooms = Rooms()
+        self._rooms = Rooms(device)
         self._kept: dict[str, ref[Tensor]] = {}
         """What the engine was given to load. It lets go of it when it has."""
         self._loaded_as_sent: set[str] | None = None
@@ -155,6 +156,10 @@ class Arrivals:
         self._came |= {name: self._has[name] for name in names}
         if sums is not None:
             self._sums |= dict(zip(names, sums, strict=True))
+
+    def sizes(self, tensors: Sequence[int]) -> list[int]:
+        """Return the bytes of each."""
+        return [self._sizes[index] for index in tensors]
 
     def unpack(self, flat: Tensor, tensors: Sequence[int], sums: Sequence[int] | None) -> Named:
         """Take a bucket apart that has come.

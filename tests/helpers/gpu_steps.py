@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import partial
@@ -46,8 +47,8 @@ class Facts:
     """Bytes of parameters, gradients and moments inside `Actor.away`; how often memory was given back there."""
     saved: list[str] = field(default_factory=list)
     """Names in the file of a skipped mini-batch."""
-    bucket: set[str] = field(default_factory=set)
-    """Devices of what is sent to the engines."""
+    buckets: dict[str, set[str]] = field(default_factory=dict)
+    """Transport -> devices of what is sent to the engines."""
 
 
 def steps(folder: Path, *, ranks: int = 1, rank: int = 0, depth: int = 2, loss: str = "", **sections: Any) -> Facts:
@@ -83,6 +84,22 @@ def rank_on_a_gpu(parallel: dict[str, Any], ranks: int, rank: int) -> Iterator[t
             torch.distributed.destroy_process_group()
 
 
+def _flats(checkpoint: Any, weights: Iterable[tuple[str, Tensor]], device: torch.device) -> list[Tensor]:
+    """Return what the leader sends in a push: large tensors, and small ones together."""
+    from dapo_megatron.weights.broadcast import TwoRooms
+    from dapo_megatron.weights.buckets import numbered
+    from dapo_megatron.weights.delta import Delta
+    from dapo_megatron.weights.outgoing import Outgoing
+
+    outgoing = Outgoing(checkpoint.inventory, TwoRooms(1 << 20, device), with_sums=True)
+
+    async def made() -> list[Tensor]:
+        buckets = outgoing.buckets(numbered(weights, 1 << 20), Delta(active=True))
+        return [flat async for bucket in buckets for flat in bucket.flats]
+
+    return asyncio.run(made())
+
+
 def _steps(path: Path, sections: dict[str, Any], ranks: int, rank: int, loss: str) -> Facts:
     parallel = sections.get("parallel", {})
     with rank_on_a_gpu(parallel, ranks, rank) as (gpu, topo):
@@ -90,7 +107,6 @@ def _steps(path: Path, sections: dict[str, Any], ranks: int, rank: int, loss: st
         from dapo_megatron.algo.objective import Objective
         from dapo_megatron.algo.weighing import weigh
         from dapo_megatron.skipped import save_skipped
-        from dapo_megatron.weights.buckets import buckets, flatten
         from dapo_megatron.weights.hf import HfCheckpoint
 
         config, checkpoint, facts = make_config(path, **sections), HfCheckpoint(path), Facts()
@@ -132,8 +148,10 @@ def _steps(path: Path, sections: dict[str, Any], ranks: int, rank: int, loss: st
             from safetensors.torch import load_file
 
             facts.saved = sorted(load_file(file)) if file else []
-        with phase("publish"):
-            facts.bucket = devices_of([flatten(bucket) for bucket in buckets(checkpoint.export(actor.chunks), 1 << 20)])
+        for transport, device in (("gloo", "cpu"), ("nccl", "cuda:0")):
+            with phase(f"publish over {transport}"):
+                weights = checkpoint.export(actor.chunks)
+                facts.buckets[transport] = devices_of(_flats(checkpoint, weights, torch.device(device)))
         with actor.gradients_as_weights():
             facts.state["gradients as weights"] = devices_of(dict(checkpoint.export(actor.chunks)).values())
         return facts

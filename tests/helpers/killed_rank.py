@@ -23,7 +23,7 @@ PLACES = {
     "grading": "dapo_megatron.reward.judge:Judge.__call__",
     "logprobs": "dapo_megatron.actor.actor:Actor.with_old_logprobs",
     "update": "dapo_megatron.actor.actor:gradient_norm",
-    "publishing": "dapo_megatron.weights.gloo:transmit",
+    "publishing": "dapo_megatron.weights.group:Group.transmit",
     "recording": "dapo_megatron.obs.rollouts:RolloutWriter.write",
     "copying": "dapo_megatron.checkpoint.shards:ShardSaver.copy",
     "writing": "dapo_megatron.checkpoint.shards:Shards.write",

@@ -20,7 +20,7 @@ from dapo_megatron.processes import leave
 from dapo_megatron.rollout.engine import Sampling
 from dapo_megatron.types import Completion, Prompt, VersionSpan
 from dapo_megatron.weights import hf, shards
-from dapo_megatron.weights.gloo import GlooPublisher
+from dapo_megatron.weights.broadcast import BroadcastPublisher
 from tests.helpers.completions import completion
 from tests.weights.test_publish import Keeper
 
@@ -114,7 +114,7 @@ if __name__ == "__main__":
     save_file = shards.save_file
     shards.save_file, hf._SHARD_BYTES = save_slowly, BYTES
     leader.Engines = SlowEngines  # pyright: ignore[reportAttributeAccessIssue]
-    train.open_publisher = lambda config, inventory, receivers, says, **_: GlooPublisher(
+    train.open_publisher = lambda config, inventory, receivers, says, **_: BroadcastPublisher(
         inventory, receivers, BYTES, says, timeout_seconds=config.push_seconds
     )
     leave(rank.main(sys.argv[2:]))

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from dapo_megatron.weights.buckets import Named, allocate, buckets, describe, flatten, unflatten
+from dapo_megatron.weights.buckets import Named, allocate, buckets, describe, flatten, offsets, pieces, unflatten
 
 
 def test_what_goes_in_comes_out_again() -> None:
@@ -76,3 +76,18 @@ def test_ranks_wait_until_the_bucket_before_has_been_used() -> None:
         *("ready", "take 0", "take 1", "take 2", "used 0 1"),
         *("ready", "take 3", "take 4", "used 2 3", "ready", "used 4"),
     ]
+
+
+def test_each_large_tensor_is_a_piece_and_so_is_what_lies_between() -> None:
+    large = 1 << 20
+    sizes = [10, 20, large, 5, large + 1, large, 7, 3]
+    starts, end = offsets(sizes)
+    assert list(pieces(sizes)) == [
+        (0, 0, 36),
+        (2, starts[2], starts[2] + large),
+        (3, starts[3], starts[3] + 5),
+        (4, starts[4], starts[4] + large + 1),
+        (5, starts[5], starts[5] + large),
+        (6, starts[6], end),
+    ]
+    assert list(pieces([])) == []

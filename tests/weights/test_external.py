@@ -13,8 +13,8 @@ import torch
 from dapo_megatron.config_file import parse
 from dapo_megatron.rollout.engines import Engines
 from dapo_megatron.rollout.token import TOKEN, make_token
+from dapo_megatron.weights.broadcast import BroadcastPublisher
 from dapo_megatron.weights.buckets import describe
-from dapo_megatron.weights.gloo import GlooPublisher
 from dapo_megatron.weights.verify import Inventory
 from tests.weights.test_gloo import BUCKET_BYTES, generate, make_model, weights_of, worst_error
 
@@ -52,13 +52,13 @@ def test_what_a_killed_run_left_is_cleared_and_the_weights_are_the_new_ones(
         values["engine"] |= {"placement": "external", "urls": there.urls}
         with closing(Engines(parse(values), tmp_path / "killed", ranks=0)) as engines:
             engines.wait_ready()
-            publisher = GlooPublisher(inventory, engines, BUCKET_BYTES, timeout_seconds=60)
+            publisher = BroadcastPublisher(inventory, engines, BUCKET_BYTES, timeout_seconds=60)
             with pytest.raises(Killed):
                 publisher.push(half(), version=1)
             publisher.close()
         with closing(Engines(parse(values), tmp_path / "next", ranks=0)) as engines:
             engines.wait_ready()
-            with closing(GlooPublisher(inventory, engines, BUCKET_BYTES, timeout_seconds=60)) as publisher:
+            with closing(BroadcastPublisher(inventory, engines, BUCKET_BYTES, timeout_seconds=60)) as publisher:
                 publisher.push(weights_of(second).items(), version=0)
                 answers = generate(engines)
                 assert worst_error(second, answers) <= 2e-5

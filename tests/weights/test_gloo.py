@@ -18,8 +18,8 @@ from dapo_megatron.errors import EngineError
 from dapo_megatron.rollout.engine import Sampling
 from dapo_megatron.rollout.engines import Engines
 from dapo_megatron.types import Completion, Prompt, VersionSpan
+from dapo_megatron.weights.broadcast import BroadcastPublisher
 from dapo_megatron.weights.buckets import describe
-from dapo_megatron.weights.gloo import GlooPublisher
 from dapo_megatron.weights.verify import Inventory
 from tests.helpers.checkpoint import TINY
 
@@ -78,9 +78,9 @@ def engines(first: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[En
 
 
 @pytest.fixture(scope="module")
-def publisher(engines: Engines, first: Any) -> Iterator[GlooPublisher]:
+def publisher(engines: Engines, first: Any) -> Iterator[BroadcastPublisher]:
     inventory = Inventory(**describe(list(weights_of(first).items())))
-    publisher = GlooPublisher(inventory, engines, BUCKET_BYTES, timeout_seconds=30)
+    publisher = BroadcastPublisher(inventory, engines, BUCKET_BYTES, timeout_seconds=30)
     yield publisher
     publisher.close()
 
@@ -107,7 +107,7 @@ def worst_error(model: Any, answers: list[list[Completion]]) -> float:
     return worst
 
 
-def test_log_probs_follow_the_weights(engines: Engines, publisher: GlooPublisher, first: Any, second: Any) -> None:
+def test_log_probs_follow_the_weights(engines: Engines, publisher: BroadcastPublisher, first: Any, second: Any) -> None:
     before = generate(engines)
     assert worst_error(first, before) <= 2e-5
     assert before[0][0].versions == (VersionSpan(0, 0, 32),)
@@ -120,7 +120,7 @@ def test_log_probs_follow_the_weights(engines: Engines, publisher: GlooPublisher
     assert {completion.versions for completions in after for completion in completions} == {(VersionSpan(1, 0, 32),)}
 
 
-def test_strided_tensors_arrive_whole(engines: Engines, publisher: GlooPublisher, first: Any) -> None:
+def test_strided_tensors_arrive_whole(engines: Engines, publisher: BroadcastPublisher, first: Any) -> None:
     weights = {
         name: tensor.T.contiguous().T if tensor.dim() == 2 else tensor for name, tensor in weights_of(first).items()
     }
@@ -131,7 +131,7 @@ def test_strided_tensors_arrive_whole(engines: Engines, publisher: GlooPublisher
     assert after[1][0].versions[0].version == 2
 
 
-def test_a_killed_engine_ends_the_push(engines: Engines, publisher: GlooPublisher, first: Any) -> None:
+def test_a_killed_engine_ends_the_push(engines: Engines, publisher: BroadcastPublisher, first: Any) -> None:
     """Last, because it ends an engine of this module."""
     guards = [p for p in psutil.Process().children() if "dapo_megatron.rollout.guard" in p.cmdline()]
     family = guards[1].children(recursive=True)

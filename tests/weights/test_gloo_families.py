@@ -16,7 +16,7 @@ from dapo_megatron.pack.microbatch import build
 from dapo_megatron.rollout.engine import Sampling
 from dapo_megatron.rollout.engines import Engines
 from dapo_megatron.types import Completion, MiniBatch, Prompt, TrainSample
-from dapo_megatron.weights.gloo import GlooPublisher
+from dapo_megatron.weights.broadcast import BroadcastPublisher
 from tests.helpers.models import save_tiny
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -86,6 +86,6 @@ def test_engine_and_trainer_agree_before_and_after_a_push(alone: Any, model: Pat
         for param in actor.chunks[0].parameters():
             param.add_(0.05 * torch.randn(param.shape, generator=torch.Generator().manual_seed(3)))
     assert worst_difference(engines, actor) > 0.1
-    with closing(GlooPublisher(checkpoint.inventory, engines, 40_000, timeout_seconds=30)) as publisher:
+    with closing(BroadcastPublisher(checkpoint.inventory, engines, 40_000, timeout_seconds=30)) as publisher:
         publisher.push(checkpoint.export(actor.chunks), version=1)
         assert worst_difference(engines, actor) <= 2e-5

@@ -20,8 +20,8 @@ from dapo_megatron.errors import EngineError
 from dapo_megatron.rollout.engine import Sampling
 from dapo_megatron.rollout.engines import Engines
 from dapo_megatron.types import Completion, Prompt
+from dapo_megatron.weights.broadcast import BroadcastPublisher
 from dapo_megatron.weights.buckets import describe
-from dapo_megatron.weights.gloo import GlooPublisher
 from dapo_megatron.weights.verify import Inventory
 from tests.helpers.checkpoint import TINY
 from tests.helpers.sglang import NOTICED_SECONDS, STARTUP_SECONDS, needs_sglang
@@ -70,9 +70,9 @@ def engines(models: list[Any], tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 
 @pytest.fixture(scope="module")
-def publisher(engines: Engines, models: list[Any]) -> Iterator[GlooPublisher]:
+def publisher(engines: Engines, models: list[Any]) -> Iterator[BroadcastPublisher]:
     inventory = Inventory(**describe(list(weights_of(models[0]).items())))
-    publisher = GlooPublisher(inventory, engines, BUCKET_BYTES, timeout_seconds=60)
+    publisher = BroadcastPublisher(inventory, engines, BUCKET_BYTES, timeout_seconds=60)
     yield publisher
     publisher.close()
 
@@ -99,7 +99,7 @@ def versions(completions: list[Completion]) -> set[tuple[tuple[int, int, int], .
 
 
 def test_log_probs_follow_the_weights_in_three_pushes(
-    engines: Engines, publisher: GlooPublisher, models: list[Any]
+    engines: Engines, publisher: BroadcastPublisher, models: list[Any]
 ) -> None:
     before = generate(engines)
     assert worst_error(models[0], before) <= 2e-5
@@ -112,7 +112,7 @@ def test_log_probs_follow_the_weights_in_three_pushes(
         assert versions(after) == {((version, 0, 32),)}
 
 
-def test_strided_tensors_arrive_whole(engines: Engines, publisher: GlooPublisher, models: list[Any]) -> None:
+def test_strided_tensors_arrive_whole(engines: Engines, publisher: BroadcastPublisher, models: list[Any]) -> None:
     weights = {
         name: tensor.T.contiguous().T if tensor.dim() == 2 else tensor for name, tensor in weights_of(models[0]).items()
     }
@@ -122,7 +122,7 @@ def test_strided_tensors_arrive_whole(engines: Engines, publisher: GlooPublisher
 
 
 def test_responses_that_a_push_comes_between_say_so(
-    engines: Engines, publisher: GlooPublisher, models: list[Any]
+    engines: Engines, publisher: BroadcastPublisher, models: list[Any]
 ) -> None:
     """They are put off and go on under the new weights, and each span has the log-probs of those that it names."""
     (engine,) = engines
@@ -146,7 +146,7 @@ def test_responses_that_a_push_comes_between_say_so(
         assert errors(models[1], completion)[cut:].max() <= 2e-5
 
 
-def test_what_was_not_announced_is_refused(engines: Engines, publisher: GlooPublisher, models: list[Any]) -> None:
+def test_what_was_not_announced_is_refused(engines: Engines, publisher: BroadcastPublisher, models: list[Any]) -> None:
     """A bucket outside of a transfer is an error at once, and not a sender that waits for nobody."""
     (engine,) = engines
     started = time.monotonic()
@@ -156,7 +156,7 @@ def test_what_was_not_announced_is_refused(engines: Engines, publisher: GlooPubl
     assert worst_error(models[1], generate(engines)) <= 2e-5
 
 
-def test_a_killed_engine_ends_the_push(engines: Engines, publisher: GlooPublisher, models: list[Any]) -> None:
+def test_a_killed_engine_ends_the_push(engines: Engines, publisher: BroadcastPublisher, models: list[Any]) -> None:
     """Its server; the other processes end with it. Last, because it ends the engine of this module."""
     (guard,) = [p for p in psutil.Process().children() if "dapo_megatron.rollout.guard" in p.cmdline()]
     (server,) = guard.children()

@@ -16,9 +16,11 @@ import torch
 from dapo_megatron.config import WeightsConfig
 from dapo_megatron.errors import EngineError
 from dapo_megatron.measures import Measures
-from dapo_megatron.weights import gloo, outgoing
+from dapo_megatron.weights import broadcast
+from dapo_megatron.weights.broadcast import BroadcastPublisher
 from dapo_megatron.weights.buckets import Named, describe
-from dapo_megatron.weights.gloo import GlooPublisher, join_group, transmit
+from dapo_megatron.weights.group import Group, join_group
+from dapo_megatron.weights.inbox import FromGroup
 from dapo_megatron.weights.publish import open_publisher
 from dapo_megatron.weights.verify import Arrivals, Inventory, TransferError
 
@@ -55,7 +57,7 @@ class Keeper:
                 self.coming |= {name: self.held[max(self.held)][name] for name in info["names"]}
                 return
             flat = self.arrivals.allocate(info["tensors"])
-            await asyncio.to_thread(transmit(self.group, flat).wait)
+            await asyncio.to_thread(FromGroup(self.group).fetch(flat, self.arrivals.sizes(info["tensors"]), {}))
             self.load(self.arrivals.unpack(self.arrived(flat), info["tensors"], info["checksums"]))
 
     async def finish_transfer(self, version: int) -> None:
@@ -93,7 +95,7 @@ class Keepers:
 
 def test_the_leader_sends_to_all_engines() -> None:
     keepers = Keepers(Keeper("engine 0"), Keeper("engine 1"))
-    publisher = GlooPublisher(INVENTORY, keepers, bucket_bytes=64, timeout_seconds=20)
+    publisher = BroadcastPublisher(INVENTORY, keepers, bucket_bytes=64, timeout_seconds=20)
     publisher.push(WEIGHTS.items(), version=1)
     publisher.push(((name, -tensor) for name, tensor in WEIGHTS.items()), version=5)
     publisher.close()
@@ -145,8 +147,8 @@ def test_a_bucket_that_is_made_wrongly_is_caught(monkeypatch: pytest.MonkeyPatch
         put(tensor, flat, start)
         flat[start] ^= 1
 
-    put = outgoing.put
-    monkeypatch.setattr(outgoing, "put", elsewhere)
+    put = broadcast.put
+    monkeypatch.setattr(broadcast, "put", elsewhere)
     with pytest.raises(EngineError, match=r"engine \d, w1, w2, w3 and 2 more has arrived with other bytes"):
         push(Keeper("engine 1"), WEIGHTS.items())
 
@@ -170,7 +172,7 @@ def test_a_buffer_that_is_reused_too_early_is_caught() -> None:
             return self.buffer[: len(flat)].copy_(flat)
 
     with (
-        closing(GlooPublisher(INVENTORY, Keepers(Frugal("engine 1")), 32, timeout_seconds=5)) as publisher,
+        closing(BroadcastPublisher(INVENTORY, Keepers(Frugal("engine 1")), 32, timeout_seconds=5)) as publisher,
         pytest.raises(
             EngineError, match="engine 1, w1, w2 was overwritten in this process before the engine had loaded"
         ),
@@ -184,7 +186,7 @@ def test_an_engine_that_reports_success_and_kept_the_old_weights_is_caught() -> 
             self.coming |= {name: self.held[1][name] if 1 in self.held else tensor for name, tensor in bucket}
 
     lazy = Lazy("engine 0")
-    with closing(GlooPublisher(INVENTORY, Keepers(lazy), 64, timeout_seconds=5)) as publisher:
+    with closing(BroadcastPublisher(INVENTORY, Keepers(lazy), 64, timeout_seconds=5)) as publisher:
         measures = publisher.push(WEIGHTS.items(), version=1)
         assert measures["verify/tensors"].value == 5 and measures["seconds/verify"].value > 0
         with pytest.raises(
@@ -208,15 +210,17 @@ class TestDelta:
         return Keeper("engine 0")
 
     @pytest.fixture
-    def publisher(self, keeper: Keeper, request: pytest.FixtureRequest) -> Iterator[GlooPublisher]:
+    def publisher(self, keeper: Keeper, request: pytest.FixtureRequest) -> Iterator[BroadcastPublisher]:
         arguments: dict[str, Any] = getattr(request, "param", {})
-        with closing(GlooPublisher(self.inventory, Keepers(keeper), 128, timeout_seconds=20, **arguments)) as publisher:
+        with closing(
+            BroadcastPublisher(self.inventory, Keepers(keeper), 128, timeout_seconds=20, **arguments)
+        ) as publisher:
             yield publisher
 
     def sent(self, keeper: Keeper, *, kept: bool = False) -> list[str]:
         return sorted(name for info in keeper.announced if info["kept"] == kept for name in info["names"])
 
-    def push(self, publisher: GlooPublisher, keeper: Keeper, version: int, **changed: float) -> Measures:
+    def push(self, publisher: BroadcastPublisher, keeper: Keeper, version: int, **changed: float) -> Measures:
         weights = {name: tensor.clone() for name, tensor in self.weights.items()}
         for name, value in changed.items():
             weights[name.replace("_", ".") + ".weight"][0] = value
@@ -226,7 +230,7 @@ class TestDelta:
         return measures
 
     @pytest.mark.parametrize("publisher", [{}, {"with_checksums": False}], indirect=True)
-    def test_layers_that_have_not_changed_are_left_out(self, publisher: GlooPublisher, keeper: Keeper) -> None:
+    def test_layers_that_have_not_changed_are_left_out(self, publisher: BroadcastPublisher, keeper: Keeper) -> None:
         assert self.push(publisher, keeper, 1)["push/share"].value == 1
         measures = self.push(publisher, keeper, 2)
         assert self.sent(keeper) == [] and measures["push/share"].value == 0 and measures["verify/tensors"].value == 10
@@ -237,37 +241,39 @@ class TestDelta:
         assert self.sent(keeper) == ["embed.weight", "layers.1.a.weight", "layers.1.b.weight"]
 
     def test_a_large_layer_that_changes_at_its_end_is_gathered_again(
-        self, publisher: GlooPublisher, keeper: Keeper
+        self, publisher: BroadcastPublisher, keeper: Keeper
     ) -> None:
         self.push(publisher, keeper, 1)
         self.push(publisher, keeper, 2, layers_3_c=2.0)
         assert self.sent(keeper) == ["layers.3.a.weight", "layers.3.b.weight", "layers.3.c.weight"]
 
     @pytest.mark.parametrize("publisher", [{"delta": False}], indirect=True)
-    def test_without_it_everything_is_sent(self, publisher: GlooPublisher, keeper: Keeper) -> None:
+    def test_without_it_everything_is_sent(self, publisher: BroadcastPublisher, keeper: Keeper) -> None:
         assert [self.push(publisher, keeper, version)["push/share"].value for version in (1, 2)] == [1, 1]
 
-    def test_an_engine_that_cannot_keep_gets_everything(self, publisher: GlooPublisher, keeper: Keeper) -> None:
+    def test_an_engine_that_cannot_keep_gets_everything(self, publisher: BroadcastPublisher, keeper: Keeper) -> None:
         keeper.keeps = False
-        with closing(GlooPublisher(self.inventory, Keepers(keeper), 128, timeout_seconds=20)) as publisher:
+        with closing(BroadcastPublisher(self.inventory, Keepers(keeper), 128, timeout_seconds=20)) as publisher:
             assert [self.push(publisher, keeper, version)["push/share"].value for version in (1, 2)] == [1, 1]
 
     def test_an_engine_that_was_started_again_gets_everything(self) -> None:
         keepers = Keepers(Keeper("engine 0"), Keeper("engine 1"))
-        with closing(GlooPublisher(self.inventory, keepers, 128, timeout_seconds=20)) as publisher:
+        with closing(BroadcastPublisher(self.inventory, keepers, 128, timeout_seconds=20)) as publisher:
             self.push(publisher, keepers.keepers[0], 1)
             keepers.keepers = (keepers.keepers[0], Keeper("engine 1"))
             for version, share in ((2, 1), (3, 0)):
                 assert self.push(publisher, keepers.keepers[1], version)["push/share"].value == share
 
-    def test_after_a_push_that_broke_off_everything_is_sent(self, publisher: GlooPublisher, keeper: Keeper) -> None:
+    def test_after_a_push_that_broke_off_everything_is_sent(
+        self, publisher: BroadcastPublisher, keeper: Keeper
+    ) -> None:
         self.push(publisher, keeper, 1)
         with pytest.raises(EngineError, match="left out"):
             publisher.push([*self.weights.items()][1:], version=2)
         assert self.push(publisher, keeper, 3)["push/share"].value == 1
 
     def test_an_engine_with_other_weights_than_it_is_to_keep_is_caught(
-        self, publisher: GlooPublisher, keeper: Keeper
+        self, publisher: BroadcastPublisher, keeper: Keeper
     ) -> None:
         self.push(publisher, keeper, 1)
         keeper.arrivals = Arrivals(asdict(self.inventory))
@@ -282,7 +288,7 @@ class TestDelta:
             said.append(value)
             return value
 
-        with closing(GlooPublisher(self.inventory, Keepers(keeper), 128, says, timeout_seconds=20)) as leader:
+        with closing(BroadcastPublisher(self.inventory, Keepers(keeper), 128, says, timeout_seconds=20)) as leader:
             self.push(leader, keeper, 1)
             first = len(said)
             self.push(leader, keeper, 2, layers_3_c=2.0)
@@ -296,7 +302,9 @@ class TestDelta:
                     return iter(TestDelta.weights.items())
 
             words = iter(said[first:])
-            other = GlooPublisher(None, None, 128, lambda what, value, words=words: next(words), timeout_seconds=20)
+            other = BroadcastPublisher(
+                None, None, 128, lambda what, value, words=words: next(words), timeout_seconds=20
+            )
             other.push(Weights() if takes_part else None, version=2)
             assert list(words) == [] and len(passes) == (2 if takes_part else 0)
 
@@ -316,7 +324,7 @@ def test_a_bucket_is_made_while_the_one_before_is_on_its_way() -> None:
             happened.append(name)
             yield name, tensor
 
-    with closing(GlooPublisher(INVENTORY, Keepers(Slow("engine 0")), 32, timeout_seconds=20)) as publisher:
+    with closing(BroadcastPublisher(INVENTORY, Keepers(Slow("engine 0")), 32, timeout_seconds=20)) as publisher:
         publisher.push(weights(), version=1)
     order = happened.index
     # Buckets are w1 with w2, w3, w4, w5. The first tensor of one tells that the one before is full.
@@ -324,19 +332,44 @@ def test_a_bucket_is_made_while_the_one_before_is_on_its_way() -> None:
     assert order("end w1") < order("begin w3")
 
 
-def test_the_sender_has_two_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
-    flats: list[int] = []
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Group, int]]:
+    """Which memory is transmitted, and by which member of a group, the receivers among them."""
+    found: list[tuple[Group, int]] = []
 
-    def noting(group: Any, flat: torch.Tensor) -> Any:
-        flats.append(flat.data_ptr())
+    def noting(group: Group, flat: torch.Tensor) -> Any:
+        found.append((group, flat.data_ptr()))
         return transmit(group, flat)
 
-    monkeypatch.setattr(gloo, "transmit", noting)
-    keepers = Keepers(Keeper("engine 0"))
-    with closing(GlooPublisher(INVENTORY, keepers, 32, timeout_seconds=20, delta=False)) as publisher:
+    transmit = Group.transmit
+    monkeypatch.setattr(Group, "transmit", noting)
+    return found
+
+
+def test_the_sender_has_two_buckets(sent: list[tuple[Group, int]]) -> None:
+    keepers = Keepers(keeper := Keeper("engine 0"))
+    with closing(BroadcastPublisher(INVENTORY, keepers, 32, timeout_seconds=20, delta=False)) as publisher:
         for version in (1, 2):
             publisher.push(WEIGHTS.items(), version)
+    flats = [pointer for group, pointer in sent if group is not keeper.group]
     assert len(flats) == 8 and len(set(flats)) == 2
+
+
+def test_large_tensors_are_sent_from_where_they_are(sent: list[tuple[Group, int]]) -> None:
+    weights = {
+        "small": torch.ones(5),
+        "large": torch.arange(1 << 18, dtype=torch.float32),
+        "turned": torch.arange(1 << 18, dtype=torch.float32).view(512, 512).T,
+        "last": torch.ones(3, 2),
+    }
+    keepers, inventory = Keepers(keeper := Keeper("engine 0")), Inventory(**describe(list(weights.items())))
+    with closing(BroadcastPublisher(inventory, keepers, 4 << 20, timeout_seconds=20)) as publisher:
+        publisher.push(weights.items(), 1)
+    assert all(torch.equal(keeper.held[1][name], tensor) for name, tensor in weights.items())
+    flats = [pointer for group, pointer in sent if group is not keeper.group]
+    where = [name for pointer in flats for name, tensor in weights.items() if tensor.data_ptr() == pointer]
+    # The one that is not contiguous is a piece of its own, too, but of a room.
+    assert len(flats) == 4 and where == ["large"]
 
 
 def test_all_ranks_wait_for_the_leader_before_they_gather_the_same_weights() -> None:
@@ -353,7 +386,7 @@ def test_all_ranks_wait_for_the_leader_before_they_gather_the_same_weights() -> 
             happened.append(what)
             return "end"
 
-        publisher = GlooPublisher(INVENTORY, receivers, 64, says, timeout_seconds=20)
+        publisher = BroadcastPublisher(INVENTORY, receivers, 64, says, timeout_seconds=20)
         publisher.push(weights(), version=1)
         publisher.close()
     together = ["weights", "w1", "w2", "w3", "w4", "weights", "w5", "weights"]

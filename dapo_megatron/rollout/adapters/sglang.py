@@ -71,8 +71,10 @@ class Adapter(EngineAdapter):
                 f"engine.tensor_parallel({size}): on CPU, engine.kind=sglang runs in one process; set "
                 f"engine.tensor_parallel=1, or engine.kind=vllm"
             )
-        if config.weights.transport == "disk":
-            raise ConfigError("weights.transport=disk: engine.kind=sglang takes weights over gloo; set it to gloo")
+        if (transport := config.weights.transport) != "gloo":
+            raise ConfigError(
+                f"weights.transport={transport}: engine.kind=sglang takes weights over gloo; set it to gloo"
+            )
         if config.rollout.top_p < 1:
             raise ConfigError(
                 f"rollout.top_p({config.rollout.top_p:g}): with engine.kind=sglang, log-probs are those before top-p "

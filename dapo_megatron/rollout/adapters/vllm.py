@@ -33,6 +33,9 @@ WORKER_EXTENSION = "dapo_megatron.weights.workers.vllm.WorkerExtension"
 ENDPOINT = "dapo_megatron.rollout.endpoints.vllm.Endpoint"
 """Named, not imported: vLLM imports it in its server."""
 
+_UPDATE = ("tensors", "checksums", "kept", "room", "starts", "folder")
+"""What workers are told of a bucket, or of a whole push (`WeightReceiver.receive`)."""
+
 _PACKAGE, _CPU_ATTENTION = "vllm", "v1/attention/backends/cpu_attn.py"
 
 _BATCHED_TOKENS = 8192
@@ -94,7 +97,7 @@ class Adapter(EngineAdapter):
             "--tokens-only",
             *("--worker-extension-cls", WORKER_EXTENSION),
             *("--middleware", ENDPOINT),
-            *("--weight-transfer-config", f'{{"backend": "{config.weights.transport}"}}'),
+            *("--weight-transfer-config", f'{{"backend": "dapo-{config.weights.transport}"}}'),
             "--disable-log-stats",
             "--disable-uvicorn-access-log",
         ]
@@ -168,7 +171,7 @@ class VllmEngine(HttpEngine):
 
     async def receive(self, info: dict[str, Any]) -> None:
         # Its workers know the rest from the inventory.
-        bucket = {key: info[key] for key in ("tensors", "checksums", "kept", "folder") if key in info}
+        bucket = {key: info[key] for key in _UPDATE if key in info}
         await self._transfer.call("POST", "/update_weights", {"update_info": bucket})
 
     async def finish_transfer(self, version: int) -> None:

@@ -50,7 +50,7 @@ class Endpoint(Middleware):
         return About(
             kind="vllm",
             dtype=str(model.dtype).removeprefix("torch."),
-            transport=client.vllm_config.weight_transfer_config.backend,
+            transport=client.vllm_config.weight_transfer_config.backend.removeprefix("dapo-"),
             workers=client.vllm_config.parallel_config.world_size,
             sequence_tokens=model.max_model_len,
             model=sizes_of(model.hf_config),

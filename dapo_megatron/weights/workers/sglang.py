@@ -18,7 +18,8 @@ from sglang.srt.model_executor import model_runner
 from sglang.srt.model_executor.model_runner_components.weight_updater import WeightUpdater
 
 from dapo_megatron.weights.buckets import Named
-from dapo_megatron.weights.gloo import join_group, transmit
+from dapo_megatron.weights.group import join_group
+from dapo_megatron.weights.inbox import FromGroup
 from dapo_megatron.weights.verify import Arrivals, TransferError
 
 _JOINED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
@@ -27,7 +28,7 @@ _JOINED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_pr
 
 @dataclass(frozen=True)
 class _Transfer:
-    group: Any
+    source: FromGroup
     arrivals: Arrivals
 
 
@@ -50,7 +51,7 @@ class GlooWeightUpdater(WeightUpdater):
             group = join_group(master_address, master_port, rank, world_size, more["timeout_seconds"])
         except RuntimeError as error:
             return False, f"rank {rank} of {world_size} did not join the group: {error}"
-        self._model_update_group[group_name] = _Transfer(group, Arrivals(more["inventory"]))
+        self._model_update_group[group_name] = _Transfer(FromGroup(group), Arrivals(more["inventory"]))
         return True, f"rank {rank} of {world_size} has joined the group"
 
     def begin_weight_update(self) -> None:
@@ -62,7 +63,7 @@ class GlooWeightUpdater(WeightUpdater):
         """`load_format`: {"tensors", "checksums"} of the bucket (`WeightReceiver.receive`)."""
         bucket, transfer = json.loads(load_format), self._model_update_group[group_name]
         flat = transfer.arrivals.allocate(bucket["tensors"])
-        transmit(transfer.group, flat).wait()
+        transfer.source.fetch(flat, transfer.arrivals.sizes(bucket["tensors"]), {})()
         return transfer.arrivals.unpack(flat, bucket["tensors"], bucket["checksums"])
 
     def compare_loaded(self) -> None:

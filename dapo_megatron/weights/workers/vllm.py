@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -16,15 +17,16 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.platforms import current_platform
 
-from dapo_megatron.weights.buckets import Named
-from dapo_megatron.weights.gloo import join_group
-from dapo_megatron.weights.inbox import Inbox
+from dapo_megatron.weights.buckets import HOST, Named
+from dapo_megatron.weights.group import Group, join_group
+from dapo_megatron.weights.handles import open_own
+from dapo_megatron.weights.inbox import FromGroup, FromRooms, Inbox, Source
 from dapo_megatron.weights.verify import Arrivals
 from dapo_megatron.weights.versions import read_version
 
 
 @dataclass
-class GlooInit(WeightTransferInitInfo):
+class GroupInit(WeightTransferInitInfo):
     host: str
     port: int
     rank_offset: int
@@ -36,12 +38,21 @@ class GlooInit(WeightTransferInitInfo):
 
 
 @dataclass
-class GlooUpdate(WeightTransferUpdateInfo):
+class RoomsInit(WeightTransferInitInfo):
+    rooms: list[list[dict[str, Any]]]
+    """Of each rank, the handles of its rooms (`handles.Handle`'s fields)."""
+    inventory: dict[str, Any]
+
+
+@dataclass
+class BucketUpdate(WeightTransferUpdateInfo):
     """One bucket, as `WeightReceiver.receive` has it. Names, dtypes and shapes are known from the inventory."""
 
     tensors: list[int]
     checksums: list[int] | None
     kept: bool
+    room: int | None = None
+    starts: list[int] | None = None
 
 
 @dataclass
@@ -112,29 +123,28 @@ class Transfer(WeightTransferEngine[Any, Any]):
     def shutdown(self) -> None: ...
 
 
-class GlooWeightTransfer(Transfer):
-    """Receives tensors from a group (`weights.gloo`)."""
+class BucketTransfer(Transfer):
+    """Receives tensors in buckets, the next one of which comes while one is loaded."""
 
-    init_info_cls = GlooInit
-    update_info_cls = GlooUpdate
+    update_info_cls = BucketUpdate
 
-    def init_transfer_engine(self, init_info: GlooInit) -> None:
-        parallel = self.parallel_config
-        rank = init_info.rank_offset + parallel.data_parallel_index * parallel.world_size + parallel.rank
-        group = join_group(init_info.host, init_info.port, rank, init_info.world_size, init_info.timeout_seconds)
-        self._arrivals = Arrivals(init_info.inventory)
-        self._inbox: Inbox | None = Inbox(group, self._arrivals, self._load)
+    _inbox: Inbox | None = None
+
+    def _open(self, source: Source, inventory: dict[str, Any], device: torch.device) -> None:
+        self._arrivals = Arrivals(inventory, device)
+        self._inbox = Inbox(source, self._arrivals, self._load)
 
     def start_weight_update(self) -> None:
         assert self._inbox
         super().start_weight_update()
         self._inbox.begin()
 
-    def receive_weights(self, update_info: GlooUpdate, *_: Any) -> None:
+    def receive_weights(self, update_info: BucketUpdate, *_: Any) -> None:
         assert self._inbox
         if not update_info.kept:
             self._begin_loading()
-        self._inbox.receive(update_info.tensors, update_info.checksums, update_info.kept)
+        place = {"room": update_info.room, "starts": update_info.starts}
+        self._inbox.receive(update_info.tensors, update_info.checksums, update_info.kept, place)
 
     def finish_weight_update(self) -> None:
         assert self._inbox
@@ -143,6 +153,50 @@ class GlooWeightTransfer(Transfer):
 
     def shutdown(self) -> None:
         self._inbox = None
+
+
+class GroupWeightTransfer(BucketTransfer):
+    """Receives tensors from a group (`weights.broadcast`)."""
+
+    init_info_cls = GroupInit
+
+    _group: Group | None = None
+
+    def init_transfer_engine(self, init_info: GroupInit) -> None:
+        self.shutdown()
+        parallel = self.parallel_config
+        rank = init_info.rank_offset + parallel.data_parallel_index * parallel.world_size + parallel.rank
+        device = self._receiving_device()
+        self._group = join_group(
+            init_info.host, init_info.port, rank, init_info.world_size, init_info.timeout_seconds, device=device
+        )
+        self._open(FromGroup(self._group), init_info.inventory, device)
+
+    def shutdown(self) -> None:
+        super().shutdown()
+        if self._group:
+            self._group.abandon()
+        self._group = None
+
+    def _receiving_device(self) -> torch.device:
+        return HOST
+
+
+class NcclWeightTransfer(GroupWeightTransfer):
+    """Receives them on the GPU."""
+
+    def _receiving_device(self) -> torch.device:
+        return self.device
+
+
+class IpcWeightTransfer(BucketTransfer):
+    """Copies tensors from the rank on the same GPU (`weights.ipc`)."""
+
+    init_info_cls = RoomsInit
+
+    def init_transfer_engine(self, init_info: RoomsInit) -> None:
+        source = FromRooms(open_own(init_info.rooms, self.device))
+        self._open(source, init_info.inventory, self.device)
 
 
 class DiskWeightTransfer(Transfer):
@@ -162,8 +216,14 @@ class DiskWeightTransfer(Transfer):
         read_version(Path(update_info.folder), self._arrivals, by_name, self._load)
 
 
-WeightTransferEngineFactory.register_engine("gloo", GlooWeightTransfer)
-WeightTransferEngineFactory.register_engine("disk", DiskWeightTransfer)
+# vLLM has transports of its own by some of these names, which verify nothing; its IPC wants pickles.
+for transport, engine in {
+    "gloo": GroupWeightTransfer,
+    "nccl": NcclWeightTransfer,
+    "ipc": IpcWeightTransfer,
+    "disk": DiskWeightTransfer,
+}.items():
+    WeightTransferEngineFactory.register_engine(f"dapo-{transport}", engine)
 if current_platform.is_cpu():
     from dapo_megatron.weights.workers.vllm_cpu import keep_rows_apart
 

@@ -72,18 +72,23 @@ def test_nothing_abstract_is_left_for_vllm_25(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sys.modules, NAME, module)
     spec.loader.exec_module(module)
     assert {name: engine.__abstractmethods__ for name, engine in registry.engines.items()} == {
-        "gloo": frozenset(),
-        "disk": frozenset(),
+        f"dapo-{transport}": frozenset() for transport in ("gloo", "nccl", "ipc", "disk")
     }
     assert all(engine() for engine in registry.engines.values())
 
 
 def test_nothing_abstract_is_left_for_the_vllm_that_is_installed() -> None:
     pytest.importorskip("vllm")
-    from dapo_megatron.weights.workers.vllm import DiskWeightTransfer, GlooWeightTransfer, WeightTransferEngine
+    from dapo_megatron.weights.workers import vllm
+    from dapo_megatron.weights.workers.vllm import WeightTransferEngine
 
     wanted: frozenset[str] = WeightTransferEngine.__abstractmethods__  # type: ignore[attr-defined]
     assert "receive_weights" in wanted
-    for transfer in (GlooWeightTransfer, DiskWeightTransfer):
+    for transfer in (
+        vllm.GroupWeightTransfer,
+        vllm.NcclWeightTransfer,
+        vllm.IpcWeightTransfer,
+        vllm.DiskWeightTransfer,
+    ):
         left: frozenset[str] = transfer.__abstractmethods__  # type: ignore[attr-defined]
         assert left == frozenset()

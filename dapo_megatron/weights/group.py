@@ -1,0 +1,163 @@
+"""The process group through which buckets travel, of the leader (rank 0) and all workers of all engines: over gloo from
+host memory to host memory, or over NCCL from GPU to GPU.
+
+It has a store of its own and has nothing to do with torch.distributed's default group.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.cuda import nccl
+from torch.distributed import distributed_c10d as c10d
+
+from dapo_megatron.routes import find_route
+from dapo_megatron.weights.buckets import HOST
+
+_POLL_SECONDS = 0.0005
+_ERROR_HANDLING = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
+
+
+class Group:
+    """Rank 0 sends, the others receive.
+
+    Args:
+        processes: torch's process group.
+        device: where what travels lies, on this rank.
+        timeout_seconds: limit on a transmission.
+
+    Raises:
+        RuntimeError: from `wait` and `sent`, where a transmission fails or takes too long.
+    """
+
+    def __init__(self, processes: Any, device: torch.device, timeout_seconds: float) -> None:
+        self._processes, self.device, self._timeout = processes, device, timeout_seconds
+
+    def transmit(self, flat: Tensor) -> c10d.Work:
+        """Start sending or receiving; all members make the same calls.
+
+        Args:
+            flat: contiguous, on `device`. It must stay as it is until the transmission is over.
+        """
+        options = c10d.BroadcastOptions()
+        options.rootRank = 0
+        return self._processes.broadcast([flat], options)
+
+    def wait(self, works: Sequence[c10d.Work]) -> None:
+        """Block until transmissions are over."""
+        deadline = time.monotonic() + self._timeout
+        for work in works:
+            if self.device == HOST:
+                work.wait()
+                continue
+            while not work.is_completed() and time.monotonic() < deadline:
+                time.sleep(_POLL_SECONDS)
+            self._settle(work)
+
+    async def sent(self, works: Sequence[c10d.Work]) -> None:
+        """Return when transmissions are over. Waiting on them would keep an engine's error from being heard."""
+        deadline = time.monotonic() + self._timeout
+        while not all(work.is_completed() for work in works) and time.monotonic() < deadline:
+            await asyncio.sleep(_POLL_SECONDS)
+        for work in works:
+            self._settle(work)
+
+    def abandon(self) -> None:
+        """Leave the group without the others. NCCL's kernels, which wait for them, end; gloo ends by itself."""
+        if self.device != HOST:
+            self._processes.abort()
+
+    def _settle(self, work: c10d.Work) -> None:
+        if self.device == HOST:
+            work.wait(timedelta(milliseconds=1))
+            return
+        if not work.is_completed():
+            self.abandon()
+            raise RuntimeError(f"NCCL has not moved a bucket within {self._timeout:g} s (weights.push_seconds)")
+        if error := work.exception():
+            self.abandon()
+            raise RuntimeError(f"NCCL: {error}")
+        work.wait()  # whatever this process computes next comes after it
+
+
+def join_group(
+    host: str,
+    port: int,
+    rank: int,
+    world_size: int,
+    timeout_seconds: float,
+    listener: int | None = None,
+    device: torch.device = HOST,
+) -> Group:
+    """The transfer group, once all `world_size` members are in it.
+
+    Args:
+        listener: a listening socket's descriptor, which rank 0 brings.
+        device: of this member: on the host, the group is one of gloo, otherwise of NCCL.
+
+    Raises:
+        RuntimeError: where not all come within the time-out, or they have different versions of NCCL.
+    """
+    timeout = timedelta(seconds=timeout_seconds)
+    store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
+        host, port, is_master=rank == 0, wait_for_workers=False, timeout=timeout, master_listen_fd=listener
+    )
+    if device == HOST:
+        return Group(_over_gloo(store, host, rank, world_size, timeout), device, timeout_seconds)
+    _compare_versions(store, rank)
+    group = Group(_over_nccl(store, rank, world_size, timeout), device, timeout_seconds)
+    # NCCL connects when it is first used.
+    group.wait([group.transmit(torch.zeros(1, dtype=torch.uint8, device=device))])
+    return group
+
+
+def _over_gloo(store: Any, host: str, rank: int, world_size: int, timeout: timedelta) -> Any:
+    options = c10d.ProcessGroupGloo._Options()  # pyright: ignore[reportAttributeAccessIssue]
+    # By default gloo resolves the machine's own name, which many containers and laptops cannot. On its way to the
+    # leader, a member has an address that the others reach, too.
+    options._devices = [c10d.ProcessGroupGloo.create_device(hostname=find_route(host).local)]
+    options._timeout = timeout
+    return c10d.ProcessGroupGloo(c10d.PrefixStore("weights", store), rank, world_size, options)
+
+
+def _over_nccl(store: Any, rank: int, world_size: int, timeout: timedelta) -> Any:
+    options = c10d.ProcessGroupNCCL.Options()
+    options._timeout = timeout  # pyright: ignore[reportAttributeAccessIssue]
+    with _errors_are_ours():
+        return c10d.ProcessGroupNCCL(c10d.PrefixStore("weights", store), rank, world_size, options)
+
+
+@contextmanager
+def _errors_are_ours() -> Iterator[None]:
+    """Have a group of NCCL that is made inside leave it to us what becomes of an error. Otherwise its watchdog ends
+    this process where a member is gone; but an engine that fails is started again.
+    """
+    before = os.environ.get(_ERROR_HANDLING)
+    os.environ[_ERROR_HANDLING] = "0"
+    try:
+        yield
+    finally:
+        del os.environ[_ERROR_HANDLING]
+        if before is not None:
+            os.environ[_ERROR_HANDLING] = before
+
+
+def _compare_versions(store: Any, rank: int) -> None:
+    """Refuse members with another NCCL than rank 0's, which may wait for each other in vain."""
+    own = ".".join(map(str, nccl.version()))
+    if rank == 0:
+        store.set("nccl", own)
+    elif (leaders := store.get("nccl").decode()) != own:
+        raise RuntimeError(
+            f"NCCL {own} here, and NCCL {leaders} in the trainer: both need the same; install the same torch on both "
+            f"sides, or set weights.transport=gloo"
+        )

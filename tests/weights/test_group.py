@@ -1,0 +1,129 @@
+"""What a group of NCCL does besides NCCL: when it waits, gives up, and whom it lets in. Torch's part is played."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from typing import Any
+
+import pytest
+import torch
+from torch.cuda import nccl as nccl_module
+
+from dapo_megatron.weights import group
+from dapo_megatron.weights.group import Group, join_group
+
+GPU = torch.device("cuda", 0)
+
+
+class Work:
+    def __init__(self, *, ends: bool = True, error: str = "") -> None:
+        self._ends, self._error = ends, error
+        self.waited = 0
+
+    def is_completed(self) -> bool:
+        return self._ends or bool(self._error)
+
+    def exception(self) -> Exception | None:
+        return RuntimeError(self._error) if self._error else None
+
+    def wait(self) -> None:
+        assert self.is_completed(), "torch would wait with a limit of its own"
+        self.waited += 1
+
+
+class Processes:
+    """Torch's process group."""
+
+    def __init__(self) -> None:
+        self.sent: list[Any] = []
+        self.aborted = 0
+
+    def broadcast(self, tensors: list[Any], options: Any) -> Work:
+        assert options.rootRank == 0 and options.asyncOp  # otherwise torch gives nothing to wait for
+        self.sent += tensors
+        return Work()
+
+    def abort(self) -> None:
+        self.aborted += 1
+
+
+def finish(kind: str, nccl: Group, works: list[Any]) -> None:
+    if kind == "wait":
+        nccl.wait(works)
+    else:
+        asyncio.run(nccl.sent(works))
+
+
+@pytest.mark.parametrize("kind", ["wait", "sent"])
+def test_what_this_process_computes_next_comes_after_the_bucket(kind: str) -> None:
+    works, processes = [Work(), Work()], Processes()
+    finish(kind, Group(processes, GPU, 1.0), works)
+    assert [work.waited for work in works] == [1, 1] and not processes.aborted
+
+
+@pytest.mark.parametrize("kind", ["wait", "sent"])
+@pytest.mark.parametrize(
+    ("work", "says"),
+    [
+        (Work(ends=False), r"NCCL has not moved a bucket within 0.2 s \(weights.push_seconds\)"),
+        (Work(error="remote process exited"), "NCCL: remote process exited"),
+    ],
+    ids=["hangs", "fails"],
+)
+def test_a_transmission_that_does_not_end_is_aborted(kind: str, work: Work, says: str) -> None:
+    processes, began = Processes(), time.monotonic()
+    with pytest.raises(RuntimeError, match=says):
+        finish(kind, Group(processes, GPU, 0.2), [work])
+    assert processes.aborted == 1 and time.monotonic() - began < 2
+
+
+class Store(dict[str, bytes]):
+    def set(self, key: str, value: str) -> None:
+        self[key] = value.encode()
+
+
+@pytest.fixture
+def nccl(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Torch with NCCL; what its group is made with."""
+    made: dict[str, Any] = {"store": Store(), "version": (2, 28, 9)}
+
+    class Options:
+        _timeout: Any = None
+
+    class Nccl(Processes):
+        def __init__(self, store: Any, rank: int, size: int, options: Options) -> None:
+            super().__init__()
+            handling = os.environ.get(group._ERROR_HANDLING)
+            made.update(processes=self, rank=rank, size=size, timeout=options._timeout, handling=handling)
+
+    Nccl.Options = Options  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setattr(group.dist, "TCPStore", lambda *_, **__: made["store"])
+    monkeypatch.setattr(group.c10d, "PrefixStore", lambda prefix, store: store)
+    monkeypatch.setattr(group.c10d, "ProcessGroupNCCL", Nccl, raising=False)
+    monkeypatch.setattr(nccl_module, "version", lambda: made["version"])
+    monkeypatch.setattr(torch, "zeros", lambda *_, **more: more["device"])
+    return made
+
+
+@pytest.mark.parametrize("before", [None, "3"])
+def test_members_meet_when_they_join_and_errors_are_left_to_us(
+    nccl: dict[str, Any], before: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if before:
+        monkeypatch.setenv(group._ERROR_HANDLING, before)
+    else:
+        monkeypatch.delenv(group._ERROR_HANDLING, raising=False)
+    joined = join_group("127.0.0.1", 1, 0, 3, 7.0, None, GPU)
+    assert (joined.device, nccl["rank"], nccl["size"], nccl["timeout"].total_seconds()) == (GPU, 0, 3, 7.0)
+    assert nccl["processes"].sent == [GPU]  # the first transmission connects them
+    assert nccl["handling"] == "0" and os.environ.get(group._ERROR_HANDLING) == before
+
+
+def test_a_member_with_another_nccl_is_refused(nccl: dict[str, Any]) -> None:
+    join_group("127.0.0.1", 1, 0, 3, 7.0, None, GPU)
+    join_group("127.0.0.1", 1, 1, 3, 7.0, None, GPU)
+    nccl["version"] = (2, 27, 5)
+    with pytest.raises(RuntimeError, match=r"NCCL 2.27.5 here, and NCCL 2.28.9 in the trainer.*transport=gloo"):
+        join_group("127.0.0.1", 1, 2, 3, 7.0, None, GPU)
