@@ -115,7 +115,7 @@ def load(folder: Path, text: str = MINIMAL, *overrides: str) -> Config:
             ["train.logprob_tokens=65536", "parallel.pp=2", "parallel.vpp=2"],
             "with parallel.vpp(2) they must stay a multiple of pp(2)",
         ),
-        (["data.template=Solve this."], "data: template must hold {problem}"),
+        (["data.template=Solve this."], "data.template: must hold {problem}"),
         (["reward.right=-1"], "reward: right (-1.0) must be more than wrong (-1.0)"),
         (["launch.heartbeat_port=0"], "launch.heartbeat_port = 0: input should be greater than or equal to 1"),
         (["launch.heartbeat_port=65536"], "launch.heartbeat_port = 65536: input should be less than or equal to 65535"),
