@@ -24,7 +24,7 @@ from dapo_megatron.errors import ConfigError, DapoError
 from dapo_megatron.signals import INTERRUPTED, Insistence, heeded, raise_when_interrupted
 
 if TYPE_CHECKING:
-    from dapo_megatron.eval_command import Told
+    from dapo_megatron.eval.report import Told
 
 _SAME_SECONDS = 1.5
 """Within which the same signal is the same request: longer than for a rank, to which these are passed on."""
@@ -269,7 +269,7 @@ def _check(config: Config, ranks: int) -> str:
 
     checked, parallel = preflight(config, ranks), config.parallel
     return (
-        f"{len(checked.train):,} prompts, {len(checked.held_out):,} held out; {ranks} ranks = tp({parallel.tp}) x "
+        f"{len(checked.train):,} prompts, {sum(map(len, checked.held_out.values())):,} held out; {ranks} ranks = tp({parallel.tp}) x "
         f"pp({parallel.pp}) x cp({parallel.cp}) x dp({parallel.data_parallel(ranks)})"
     )
 
@@ -328,14 +328,13 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         return arguments.usage_error("give a CONFIG, or --compare A B, or --responses FILE: one of them")
     if arguments.config is None and (arguments.model or arguments.out):
         return arguments.usage_error("--model and --out go with a CONFIG")
-    from dapo_megatron.eval_command import compare_outputs, grade_file
     from dapo_megatron.obs.terminal import printable
 
     if arguments.config is not None:
         told = _measure(arguments)
         print(printable(told.table), file=sys.stderr, flush=True)
     else:
-        told = grade_file(arguments.responses) if arguments.responses else compare_outputs(*arguments.compare)
+        told = _graded(arguments.responses) if arguments.responses else _compared(*arguments.compare)
         if not arguments.json:
             tell(printable(told.table))
             return 0
@@ -355,6 +354,18 @@ def _measure(arguments: argparse.Namespace) -> Told:
     for warning in checked.warnings:
         _say(f"warning: {warning}")
     return evaluate_model(config, checked, arguments.out or output_folder(config), _say)
+
+
+def _graded(path: Path) -> Told:
+    from dapo_megatron.responses import grade_file
+
+    return grade_file(path)
+
+
+def _compared(first: Path, second: Path) -> Told:
+    from dapo_megatron.eval.compare import compare_folders
+
+    return compare_folders(first, second)
 
 
 def _engines(arguments: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""What `dapo-megatron eval` does: measure a model, compare two evaluations, grade responses that are there."""
+"""Measures a model on held-out prompts: `dapo-megatron eval CONFIG`."""
 
 from __future__ import annotations
 
@@ -10,46 +10,26 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dapo_megatron.checkpoint import folder as checkpoints
 from dapo_megatron.config import Config, HeldOut, RewardConfig
-from dapo_megatron.data.sources import read_rows as read_json_rows
 from dapo_megatron.data.tokenizer import decoder
-from dapo_megatron.errors import ConfigError
-from dapo_megatron.eval.record import (
-    RESULTS,
-    TABLE,
-    Graded,
-    Record,
-    Row,
-    Settings,
-    digests,
-    read_rows,
-    read_settings,
-)
-from dapo_megatron.eval.report import compare, comparison_table, grades_by_rule, set_results, table
+from dapo_megatron.errors import ConfigError, DapoError
+from dapo_megatron.eval.record import TABLE, Graded, Record, Row, Settings, digests
+from dapo_megatron.eval.report import Told, grades_by_rule, set_results, table
 from dapo_megatron.hf_folder import lacks_safetensors, tensor_files
 from dapo_megatron.obs.lock import FolderLock
 from dapo_megatron.obs.run_folder import versions
-from dapo_megatron.preflight import Checked, check_grading
+from dapo_megatron.preflight import Checked
 from dapo_megatron.reward.math import ALWAYS_GRADED, Rule
 from dapo_megatron.reward.pool import GradingPool
 from dapo_megatron.rollout.collect import sample_groups
 from dapo_megatron.rollout.engine import Responder, Sampling, request_seed
 from dapo_megatron.rollout.engines import Engines
 from dapo_megatron.types import Completion, Decode, Group, Prompt
-
-
-@dataclass(frozen=True, slots=True)
-class Told:
-    """What a command has to say."""
-
-    results: dict[str, Any]
-    """For programs: plain values."""
-    table: str
-    """For people."""
 
 
 def find_model(path: Path) -> Path:
@@ -106,7 +86,8 @@ def settings_of(config: Config, checked: Checked) -> Settings:
     """Return what decides on the result of an evaluation, with names for what weights and prompts hold."""
     sets: dict[str, Any] = {}
     for name, its in config.held_out.items():
-        how = {"samples": its.samples, "temperature": its.temperature, "top_p": its.top_p, "rules": list(rules_of(its))}
+        how = {"samples": its.samples, "temperature": its.temperature, "top_p": its.top_p}
+        how |= {"rules": sorted(rules_of(its))}
         sets |= {f"{name}.{key}": value for key, value in {**digests(checked.held_out[name]), **how}.items()}
     decisive = {
         "model": _digest(config.model.path),
@@ -147,96 +128,94 @@ def evaluate_model(
     """
     held_out = config.held_out
     settings = settings_of(config, checked)
-    with _writable(folder), ExitStack() as stack:
-        folder.mkdir(parents=True, exist_ok=True)
-        stack.enter_context(closing(FolderLock(folder)))
-        record = Record(folder, settings, {name: its.samples for name, its in held_out.items()})
+    with ExitStack() as stack:
+        with _writable(folder, ConfigError):
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(closing(FolderLock(folder)))
+            record = Record(folder, settings, {name: its.samples for name, its in held_out.items()})
+        for line in _other_versions(record.origin["versions"], settings.origin["versions"]):
+            say(f"warning: {line}")
         left = {name: record.missing(name, checked.held_out[name]) for name in held_out}
         for name, its in held_out.items():
-            done, number = len(checked.held_out[name]) - len(left[name]), len(checked.held_out[name])
-            there = f"; {done:,} prompts are done already" if done else ""
+            number = len(checked.held_out[name])
+            there = f"; {done:,} prompts are done already" if (done := number - len(left[name])) else ""
             say(f"{name}: {number:,} prompts x {its.samples} responses{there}")
-        if any(left.values()):
-            say(f"starting engines; responses and {TABLE} go to {folder}, with the engines' logs")
-            decode = decoder(checked.tokenizer)
-            rules = {rule: None for its in held_out.values() for rule in rules_of(its)}
-            pools = {rule: stack.enter_context(closing(_pool(rule, config.reward))) for rule in rules}
-            engines = stack.enter_context(closing(start(config, folder)))
-            engines.wait_ready()
-            for name, its in held_out.items():
-                work = sample_missing(
-                    engines,
-                    left[name],
-                    checked,
-                    its,
-                    config,
-                    decode,
-                    lambda rows, name=name: record.add(name, rows),
-                    pools,
-                )
-                engines.sample(work)
-        rows = {name: record.finish(name, checked.held_out[name]) for name in held_out}
-        told = _tell(rows, held_out, settings)
-        record.conclude(told.results, told.table + "\n")
+        with _writable(folder, DapoError):
+            if any(left.values()):
+                say(f"starting engines; responses and {TABLE} go to {folder}, with the engines' logs")
+                rules = {rule for its in held_out.values() for rule in rules_of(its)}
+                pools = {rule: stack.enter_context(closing(_pool(rule, config.reward))) for rule in sorted(rules)}
+                sampler = Sampler(config, checked, decoder(checked.tokenizer), pools)
+                engines = stack.enter_context(closing(start(config, folder)))
+                engines.wait_ready()
+                for name, its in held_out.items():
+                    engines.sample(sampler.sample(engines, its, left[name], partial(record.add, name)))
+            rows = {name: record.finish(name, checked.held_out[name]) for name in held_out}
+            told = _tell(rows, held_out, Settings(settings.decisive, record.origin))
+            record.conclude(told.results, told.table + "\n")
     return told
 
 
-async def sample_missing(
-    engines: Responder,
-    missing: Sequence[Prompt],
-    checked: Checked,
-    its: HeldOut,
-    config: Config,
-    decode: Decode,
-    keep: Callable[[Sequence[Row]], None],
-    pools: Mapping[Rule, GradingPool],
-) -> None:
-    """Sample and grade the responses to `missing`, with the seeds that they have in the whole set.
+@dataclass(frozen=True, slots=True)
+class Sampler:
+    """Samples and grades the responses to prompts of a set, with the seeds that they have in the whole set."""
 
-    Args:
-        keep: is given the rows of each prompt as soon as they are graded.
-        pools: rule -> what grades by it.
-    """
-    places = {prompt.uid: place for place, prompt in enumerate(checked.held_out[its.name])}
+    config: Config
+    checked: Checked
+    decode: Decode
+    pools: Mapping[Rule, GradingPool]
+    """Rule -> what grades by it."""
 
-    def seed(uid: str) -> int:
-        return request_seed(config.sampling_seed, "eval", places[uid], uid)
+    async def sample(
+        self, engines: Responder, its: HeldOut, missing: Sequence[Prompt], keep: Callable[[Sequence[Row]], None]
+    ) -> None:
+        """Have `keep` take the rows of each prompt, as soon as they are graded."""
+        places = {prompt.uid: place for place, prompt in enumerate(self.checked.held_out[its.name])}
 
-    async def grade(prompt: Prompt, completions: Sequence[Completion]) -> Group:
-        texts = await asyncio.to_thread(lambda: [decode(completion.token_ids) for completion in completions])
+        def seed(_: int, uid: str) -> int:
+            return request_seed(self.config.sampling_seed, "eval", places[uid], uid)
+
+        async def grade(prompt: Prompt, completions: Sequence[Completion]) -> Group:
+            rows = await self._rows(its, prompt, completions, seed(0, prompt.uid))
+            keep(rows)
+            own = [row.grades[its.rule] for row in rows]
+            extracted, correct = (tuple(grade.extracted for grade in own), tuple(grade.correct for grade in own))
+            return Group(prompt, tuple(completions), extracted, correct, tuple(map(float, correct)))
+
+        cap = self.config.rollout.max_response_tokens
+        sampling = Sampling(its.temperature, its.top_p, cap, self.checked.stop_token_ids)
+        await sample_groups(engines, missing, grade, sampling, its.samples, seed)
+
+    async def _rows(self, its: HeldOut, prompt: Prompt, completions: Sequence[Completion], seed: int) -> list[Row]:
+        texts = await asyncio.to_thread(lambda: [self.decode(completion.token_ids) for completion in completions])
         items = [(text, prompt.answer) for text in texts]
-        grades = {rule: await pools[rule].grade(items) for rule in rules_of(its)}
-        punished = config.reward.truncated_is_wrong
-        rows = [
+        grades = {rule: await self.pools[rule].grade(items) for rule in rules_of(its)}
+        punished = self.config.reward.truncated_is_wrong
+        return [
             Row(
                 uid=prompt.uid,
                 sample=sample,
                 answer=prompt.answer,
-                seed=seed(prompt.uid),
+                seed=seed,
                 length=completion.length,
                 truncated=completion.truncated,
                 grades={
-                    rule: Graded(
-                        found[sample].correct and not (punished and completion.truncated),
-                        found[sample].extracted,
-                        found[sample].timed_out,
-                    )
+                    rule: Graded.of(found[sample], wrong=punished and completion.truncated)
                     for rule, found in grades.items()
                 },
-                text=texts[sample],
+                text=text,
                 token_ids=completion.token_ids.tolist(),
             )
-            for sample, completion in enumerate(completions)
+            for sample, (completion, text) in enumerate(zip(completions, texts, strict=True))
         ]
-        keep(rows)
-        own = [row.grades[its.rule] for row in rows]
-        correct = tuple(grade.correct for grade in own)
-        return Group(
-            prompt, tuple(completions), tuple(grade.extracted for grade in own), correct, tuple(map(float, correct))
-        )
 
-    sampling = Sampling(its.temperature, its.top_p, config.rollout.max_response_tokens, checked.stop_token_ids)
-    await sample_groups(engines, missing, grade, sampling, its.samples, lambda _, uid: seed(uid))
+
+def _other_versions(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    return [
+        f"begun with {name} {old.get(name)}, goes on with {new.get(name)}"
+        for name in {**old, **new}
+        if old.get(name) != new.get(name)
+    ]
 
 
 def _pool(rule: Rule, reward: RewardConfig) -> GradingPool:
@@ -255,104 +234,6 @@ def _tell(rows: Mapping[str, Sequence[Sequence[Row]]], held_out: Mapping[str, He
     }
     tables = [table(name, found) for name, found in results.items()]
     return Told({**settings.origin, "sets": results}, "\n\n".join(tables))
-
-
-def compare_outputs(first: Path, second: Path) -> Told:
-    """Compare two evaluations of the same problems, by a paired bootstrap over problems.
-
-    Raises:
-        ConfigError: where one is none or unfinished, or problems, samples or rules differ.
-    """
-    one, two = read_settings(first).decisive, read_settings(second).decisive
-    for folder in (first, second):
-        if not (folder / RESULTS).is_file():
-            raise ConfigError(f"the evaluation in {folder} is not finished ({RESULTS} is missing); start it again")
-    same = ["sets", "truncated_is_wrong", *(f"{name}.{key}" for name in one["sets"] for key in _TO_COMPARE)]
-    if problems := [f"  {key}: {one.get(key)} and {two.get(key)}" for key in same if one.get(key) != two.get(key)]:
-        raise ConfigError(
-            f"{first} and {second} cannot be compared problem by problem:\n"
-            + "\n".join(problems)
-            + "\nevaluate both with the same sets, samples and rules"
-        )
-    rows = [
-        {name: [*read_rows(folder / f"{name}.jsonl", one[f"{name}.samples"]).values()] for name in one["sets"]}
-        for folder in (first, second)
-    ]
-    compared = compare(*rows)
-    other = {
-        key: [one.get(key), two.get(key)]
-        for key in {**one, **two}
-        if one.get(key) != two.get(key) and not key.endswith(".prompts")
-    }
-    lines = [f"first   {first}", f"second  {second}", *(f"{key}: {a} and {b}" for key, (a, b) in other.items())]
-    return Told(
-        {"first": str(first), "second": str(second), "settings_differ": other, "sets": compared},
-        "\n".join([*lines, "", comparison_table(compared)]),
-    )
-
-
-_TO_COMPARE = ("problems", "samples", "rules")
-
-
-def grade_file(path: Path, reward: RewardConfig | None = None) -> Told:
-    """Grade responses that are there: rows of uid, answer and responses, a list of texts.
-
-    Raises:
-        ConfigError: naming row and field, where one is not as it has to be.
-    """
-    reward = reward or RewardConfig()
-    check_grading(*ALWAYS_GRADED)
-    given = list(_responses(path))
-    grades: dict[str, list[list[Graded]]] = {}
-    for rule in ALWAYS_GRADED:
-        with _pool(rule, reward) as pool:
-            items = [(text, answer) for _, answer, texts in given for text in texts]
-            found = iter(asyncio.run(pool.grade(items)))
-        grades[rule] = [[_graded(next(found)) for _ in texts] for _, _, texts in given]
-    results = set_results(grades)
-    one, other = ALWAYS_GRADED
-    differing = [
-        {"uid": uid, "sample": sample, "answer": answer, "text": texts[sample][-300:]}
-        | {rule: {"correct": g.correct, "extracted": g.extracted} for rule, g in ((one, a), (other, b))}
-        for (uid, answer, texts), ones, others in zip(given, grades[one], grades[other], strict=True)
-        for sample, (a, b) in enumerate(zip(ones, others, strict=True))
-        if a.correct != b.correct
-    ]
-    return Told({"responses": str(path), **results, "differing": differing}, table(path.name, results))
-
-
-def _graded(grade: Any) -> Graded:
-    return Graded(grade.correct, grade.extracted, grade.timed_out)
-
-
-def _responses(path: Path) -> Iterator[tuple[str, str, list[str]]]:
-    """Yield uid, answer and responses of every row."""
-    seen: dict[str, str] = {}
-    samples: tuple[int, str] | None = None
-    for place, row in read_json_rows(str(path)):
-
-        def refuse(field: str, expected: str, place: str = place, row: Mapping[str, Any] = row) -> ConfigError:
-            given = f"got {row[field]!r:.80}" if field in row else f"it is missing; the row has {', '.join(row)}"
-            return ConfigError(f"{place}: {field} must be {expected}; {given}")
-
-        uid, answer, texts = row.get("uid"), row.get("answer"), row.get("responses")
-        if not isinstance(uid, str) or not uid:
-            raise refuse("uid", "text")
-        if uid in seen:
-            raise ConfigError(
-                f"{place}: uid {uid!r} is there already, in {seen[uid]}; a row has all responses to a problem"
-            )
-        if not isinstance(answer, str) or not answer.strip():
-            raise refuse("answer", "text, the gold answer")
-        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-            raise refuse("responses", "a list of texts, at least one")
-        if samples and len(texts) != samples[0]:
-            raise ConfigError(
-                f"{place}: responses has {len(texts)} texts, and {samples[1]} has {samples[0]}: avg@k, pass@k and maj@k "
-                f"want as many for every problem"
-            )
-        seen[uid], samples = place, samples or (len(texts), place)
-        yield uid, answer, texts
 
 
 def _digest(folder: Path) -> str:
@@ -378,8 +259,8 @@ def _digest(folder: Path) -> str:
 
 
 @contextmanager
-def _writable(folder: Path) -> Iterator[None]:
+def _writable(folder: Path, kind: type[DapoError]) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ConfigError(f"cannot use {folder} for the evaluation: {error.strerror}: {error.filename}") from error
+        raise kind(f"cannot write the evaluation to {folder}: {error.strerror}: {error.filename}") from error

@@ -8,7 +8,7 @@ import pytest
 from pydantic import BaseModel
 
 from dapo_megatron import config_file
-from dapo_megatron.config import Config
+from dapo_megatron.config import HELD_OUT, Config, EvalSetConfig
 from dapo_megatron.config.algo import loss_sections
 from dapo_megatron.errors import ConfigError
 
@@ -261,12 +261,47 @@ def test_the_quick_start_is_valid() -> None:
 
 @pytest.mark.parametrize(("every", "steps"), [(0, []), (2, [2, 4])])
 def test_evaluation_is_due(tmp_path: Path, every: int, steps: list[int]) -> None:
-    evaluation = load(tmp_path, MINIMAL, "eval.data=x.jsonl", f"eval.every={every}").eval
-    assert [step for step in range(1, 6) if evaluation.due(step)] == steps
+    its = load(tmp_path, MINIMAL, "eval.data=x.jsonl", f"eval.every={every}").held_out[HELD_OUT]
+    assert [step for step in range(1, 6) if its.due(step)] == steps
+
+
+def test_sets_have_what_the_section_has_unless_they_say_otherwise(tmp_path: Path) -> None:
+    assert load(tmp_path, MINIMAL).held_out == {}
+    section = ["eval.samples=32", "eval.top_p=0.7", "eval.every=5", "data.template='{problem}?'"]
+    one = load(tmp_path, MINIMAL, *section, "eval.data=x.jsonl", "reward.rule=lenient").held_out
+    assert list(one) == [HELD_OUT]
+    its = one[HELD_OUT]
+    assert (its.source, its.samples, its.top_p, its.temperature, its.rule) == ("x.jsonl", 32, 0.7, 1.0, "lenient")
+    assert (its.data.template, its.metrics) == ("{problem}?", "eval/")
+
+    sets = (
+        "eval.sets={a: {data: a.jsonl}, b: {data: b.jsonl, every: 0, temperature: 0, samples: 1, answer_field: gold}}"
+    )
+    a, b = load(tmp_path, MINIMAL, *section, sets, "eval.rule=math_verify", "eval.sets.b.rule=dapo").held_out.values()
+    assert (a.name, a.metrics, a.every, a.samples, a.rule) == ("a", "eval/a/", 5, 32, "math_verify")
+    assert (b.every, b.samples, b.temperature, b.top_p, b.rule) == (0, 1, 0.0, 0.7, "dapo")
+    assert (b.data.answer_field, b.data.prompt_field, a.data.answer_field) == ("gold", "prompt", "answer")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["eval.data=x", "eval.sets={a: {data: a}}"], "eval: data is one set, and sets are several (a)"),
+        (["eval.sets={held-out: {data: a}}"], "eval: sets.held-out: this is what the set of data is called"),
+        (["eval.sets={a: {}}"], "eval.sets.a.data is missing"),
+        (["eval.sets={a: {data: a, sample: 3}}"], "unknown key eval.sets.a.sample; did you mean eval.sets.a.samples?"),
+        (["eval.sets={a: {data: a, template: x}}"], "eval.sets.a.template: must hold {problem}"),
+        (["eval.sets={a/b: {data: a}}"], "eval.sets.a/b"),
+    ],
+)
+def test_sets_that_cannot_be(tmp_path: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load(tmp_path, MINIMAL, *overrides)
+    assert message in str(error.value)
 
 
 def test_every_key_says_what_it_means() -> None:
-    sections = [*(info.annotation for info in Config.model_fields.values()), *loss_sections().values()]
+    sections = [*(info.annotation for info in Config.model_fields.values()), *loss_sections().values(), EvalSetConfig]
     silent = [
         f"{section.__name__}.{name}"
         for section in sections

@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
@@ -23,7 +23,7 @@ from dapo_megatron.errors import ConfigError
 from dapo_megatron.types import Prompt
 
 SETTINGS, RESULTS, TABLE = "settings.json", "results.json", "results.txt"
-_END = 300
+END = 300
 """Characters of a response that are shown where rules differ: what the published rule reads."""
 
 
@@ -39,6 +39,22 @@ class Graded:
     extracted: str | None
     """Untrusted: model output."""
     timed_out: bool = False
+
+    @classmethod
+    def of(cls, grade: Grade, *, wrong: bool = False) -> Graded:
+        """Take over what a rule found; `wrong` has the response count as wrong whatever its answer is."""
+        return cls(grade.correct and not wrong, grade.extracted, grade.timed_out)
+
+
+class Grade(Protocol):
+    """`reward.math.Grade`."""
+
+    @property
+    def correct(self) -> bool: ...
+    @property
+    def extracted(self) -> str | None: ...
+    @property
+    def timed_out(self) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +110,12 @@ class Record:
         self.folder, self._samples = folder, samples
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / SETTINGS
+        self.origin = settings.origin
+        """That of the first time, where it goes on."""
         if path.exists():
-            _check_same(folder, read_settings(folder), settings)
+            begun = read_settings(folder)
+            _check_same(folder, begun, settings)
+            self.origin = begun.origin
         elif any(folder.glob("*.jsonl")):
             raise ConfigError(f"{folder} holds no evaluation ({SETTINGS} is missing); choose another folder: --out DIR")
         else:
@@ -125,9 +145,9 @@ class Record:
         """
         ordered = [self._rows[name][prompt.uid] for prompt in prompts]
         _put(self._path(name), b"".join(map(_lines, ordered)).decode())
-        differing = [row for rows in ordered for row in rows if differ(row)]
-        shown = ({**asdict(row), "text": row.text[-_END:], "token_ids": None} for row in differing)
-        kept = ({key: value for key, value in row.items() if value is not None} for row in shown)
+        differing = [row for rows in ordered for row in rows if disagree(row.grades)]
+        shown = ({**asdict(row), "text": row.text[-END:]} for row in differing)
+        kept = ({key: value for key, value in row.items() if key != "token_ids"} for row in shown)
         _put(self.folder / f"{name}.differ.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
         return ordered
 
@@ -140,9 +160,9 @@ class Record:
         return self.folder / f"{name}.jsonl"
 
 
-def differ(row: Row) -> bool:
-    """Tell whether rules disagree on a response."""
-    return len({grade.correct for grade in row.grades.values()}) > 1
+def disagree(grades: Mapping[str, Graded]) -> bool:
+    """Tell whether rules disagree on a response; `grades`: rule -> grade."""
+    return len({grade.correct for grade in grades.values()}) > 1
 
 
 def digest(prompts: Sequence[Prompt], seen: Callable[[Prompt], Any]) -> str:
@@ -209,11 +229,13 @@ def _groups(path: Path, samples: int) -> Iterator[tuple[list[Row], int]]:
             if not line.endswith(b"\n"):
                 return
             try:
-                rows.append(_ROW.validate_json(line))
+                rows.append(_ROW.validate_python(json.loads(line)))
             except ValidationError as error:
                 issue = error.errors()[0]
                 where = ".".join(map(str, issue["loc"]))
                 raise ConfigError(f"{path}:{number} is no row of an evaluation: {where}: {issue['msg']}") from error
+            except ValueError as error:
+                raise ConfigError(f"{path}:{number} is not JSON: {error}") from error
             end += len(line)
             if rows[-1].uid != rows[0].uid or rows[-1].sample != len(rows) - 1:
                 raise ConfigError(
@@ -251,7 +273,7 @@ def _said(value: Any) -> str:
 
 
 def _lines(rows: Sequence[Row]) -> bytes:
-    return b"".join(_ROW.dump_json(row) + b"\n" for row in rows)
+    return "".join(json.dumps(asdict(row)) + "\n" for row in rows).encode()
 
 
 def _put(path: Path, text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
@@ -14,9 +15,19 @@ from dapo_megatron.eval.statistics import (
     interval_over_both,
     interval_over_samples,
     of_problems,
-    paired,
     quantiles,
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What a command has to say."""
+
+    results: dict[str, Any]
+    """For programs: plain values."""
+    table: str
+    """For people. Untrusted where names of files and problems are."""
+
 
 Grades = Sequence[Sequence[Graded]]
 """[P, K]: of each problem, what a rule made of its responses."""
@@ -83,43 +94,6 @@ def grades_by_rule(rows_PK: Sequence[Sequence[Row]]) -> dict[str, Grades]:
     return {rule: [[row.grades[rule] for row in rows] for rows in rows_PK] for rule in rows_PK[0][0].grades}
 
 
-def compare(
-    first: Mapping[str, Sequence[Sequence[Row]]], second: Mapping[str, Sequence[Sequence[Row]]]
-) -> dict[str, dict[str, dict[str, Any]]]:
-    """Compare two evaluations of the same problems.
-
-    Args:
-        first, second: set -> its rows [P, K].
-
-    Returns:
-        Set -> rule -> metric -> first, second, difference (second - first) and its interval over problems, paired.
-    """
-    return {
-        name: {
-            rule: _compare_rule(ones, grades_by_rule(second[name])[rule])
-            for rule, ones in grades_by_rule(first[name]).items()
-        }
-        for name in first
-    }
-
-
-def _compare_rule(ones: Grades, others: Grades) -> dict[str, Any]:
-    one, two = (
-        of_problems([[g.extracted for g in row] for row in grades], [[g.correct for g in row] for row in grades])
-        for grades in (ones, others)
-    )
-    compared = {}
-    for metric, values_P in one.items():
-        difference, interval = paired(values_P, two[metric])
-        compared[metric] = {
-            "first": float(np.mean(values_P)),
-            "second": float(np.mean(two[metric])),
-            "difference": difference,
-            "over_problems": interval,
-        }
-    return compared
-
-
 def table(name: str, found: Mapping[str, Any]) -> str:
     """Return the results of a set (`set_results`, with `temperature` and `top_p` where it was sampled) for people."""
     how = f", temperature {found['temperature']:g}, top-p {found['top_p']:g}" if "top_p" in found else ""
@@ -127,44 +101,34 @@ def table(name: str, found: Mapping[str, Any]) -> str:
     if "length" in found:
         at = found["length"]["quantiles"]
         lines.append(
-            f"  length {found['length']['mean']:,.1f} tokens in the mean; shortest {at['0.0']:,.0f}, 5% {at['0.05']:,.0f}, "
-            f"median {at['0.5']:,.0f}, 95% {at['0.95']:,.0f}, longest {at['1.0']:,.0f}; {found['truncated']:.1%} truncated"
+            f"  length {found['length']['mean']:,.1f} tokens in the mean; shortest {at['0.0']:,.0f}, 5% "
+            f"{at['0.05']:,.0f}, median {at['0.5']:,.0f}, 95% {at['0.95']:,.0f}, longest {at['1.0']:,.0f}; "
+            f"{found['truncated']:.1%} truncated"
         )
     rules = found["rules"]
     rows = [["", *(f"rule {rule}" for rule in rules)]]
     for metric, whole in next(iter(rules.values()))["metrics"].items():
         cells = [results["metrics"][metric] for results in rules.values()]
-        rows.append([metric, *(f"{cell['value']:7.2%}  {_interval(cell['over_problems'])}" for cell in cells)])
+        rows.append([metric, *(f"{cell['value']:7.2%}  {shown(cell['over_problems'])}" for cell in cells)])
         for key, words in list(INTERVALS.items())[1:]:
             if whole.get(key):
-                rows.append([f"  {words}", *(f"{'':7}  {_interval(cell[key])}" for cell in cells)])
+                rows.append([f"  {words}", *(f"{'':7}  {shown(cell[key])}" for cell in cells)])
     rows.append(["no answer", *(f"{results['no_answer']:7.2%}" for results in rules.values())])
     if any(results["timed_out"] for results in rules.values()):
         rows.append(["timed out", *(f"{results['timed_out']:7d}" for results in rules.values())])
-    lines += _columns(rows)
+    lines += columns(rows)
     for between, counts in found["differ"].items():
         lines.append(f"  {between} differ: " + ", ".join(f"right by {who} {count:,}" for who, count in counts.items()))
     return "\n".join(lines)
 
 
-def comparison_table(compared: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
-    """Return what `compare` gives for people."""
-    lines: list[str] = []
-    for name, rules in compared.items():
-        for rule, metrics in rules.items():
-            rows = [[f"{name}, rule {rule}", "first", "second", "second - first, 95% interval over problems"]]
-            for metric, cell in metrics.items():
-                difference = f"{cell['difference']:+8.2%}  {_interval(cell['over_problems'])}"
-                rows.append([metric, f"{cell['first']:7.2%}", f"{cell['second']:7.2%}", difference])
-            lines += [*_columns(rows), ""]
-    return "\n".join(lines).rstrip()
-
-
-def _interval(ends: tuple[float, float]) -> str:
+def shown(ends: tuple[float, float]) -> str:
+    """Return an interval for people."""
     return f"({ends[0]:.2%} to {ends[1]:.2%})"
 
 
-def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
+def columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return rows of cells as lines, cells beneath one another."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  " + "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
