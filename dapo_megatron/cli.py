@@ -268,8 +268,9 @@ def _check(config: Config, ranks: int) -> str:
     from dapo_megatron.preflight import preflight
 
     checked, parallel = preflight(config, ranks), config.parallel
+    held_out = sum(map(len, checked.held_out.values()))
     return (
-        f"{len(checked.train):,} prompts, {sum(map(len, checked.held_out.values())):,} held out; {ranks} ranks = tp({parallel.tp}) x "
+        f"{len(checked.train):,} prompts, {held_out:,} held out; {ranks} ranks = tp({parallel.tp}) x "
         f"pp({parallel.pp}) x cp({parallel.cp}) x dp({parallel.data_parallel(ranks)})"
     )
 

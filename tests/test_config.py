@@ -329,3 +329,17 @@ def test_off_is_a_word_where_it_is_one_of_the_choices(tmp_path: Path) -> None:
 def test_there_are_as_many_engines_as_urls(tmp_path: Path) -> None:
     there = load(tmp_path, MINIMAL, "engine.placement=external", "engine.urls=[http://a:1/,'http://[::1]:2']").engine
     assert (there.urls, there.count) == (["http://a:1", "http://[::1]:2"], 2)
+
+
+def test_the_evaluation_of_the_paper() -> None:
+    config = config_file.load(Path(__file__).parents[1] / "configs/eval_math.yaml")
+    sets = config.held_out
+    assert list(sets) == ["aime2024", "aime2024-p1", "aime2025", "amc2023", "math500", "gsm8k"]
+    hows = {name: (its.samples, its.temperature, its.top_p, its.rule) for name, its in sets.items()}
+    published = (32, 1.0, 0.7, "dapo")
+    assert hows["aime2024"] == hows["aime2025"] == hows["amc2023"] == published
+    assert hows["aime2024-p1"] == (32, 1.0, 1.0, "dapo") and sets["aime2024"].source == sets["aime2024-p1"].source
+    assert (hows["math500"], hows["gsm8k"]) == ((4, 1.0, 0.7, "lenient"), (4, 1.0, 0.7, "dapo"))
+    assert (config.rollout.max_response_tokens, config.data.max_prompt_tokens) == (20_480, 2048)
+    asks, reminds = "Solve the following math problem step by step. The last line", 'on its own line after "Answer:".'
+    assert all(its.data.template.startswith(asks) and its.data.template.endswith(reminds) for its in sets.values())

@@ -148,7 +148,7 @@ def test_truncated_is_wrong_for_every_rule(config: Config, tmp_path: Path) -> No
 
 def test_a_folder_that_cannot_be_made_is_refused(config: Config, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="cannot write the evaluation to .*file/out: Not a directory"):
+    with pytest.raises(ConfigError, match=r"cannot write the evaluation to .*file/out: Not a directory"):
         measure(config, tmp_path / "file/out", Fake())
 
 

@@ -68,5 +68,5 @@ def test_only_finished_evaluations_are_compared(tmp_path: Path) -> None:
     (tmp_path / "a/results.json").unlink()
     with pytest.raises(ConfigError, match="is not finished"):
         compare_folders(tmp_path / "a", tmp_path / "a")
-    with pytest.raises(ConfigError, match="holds no evaluation: settings.json is missing"):
+    with pytest.raises(ConfigError, match=r"holds no evaluation: settings.json is missing"):
         compare_folders(tmp_path, tmp_path / "a")
