@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 
@@ -113,6 +113,19 @@ class Leader:
             stop.saved = "saved after all steps; what is left is the last evaluation"
         else:
             self._summarise()
+
+    def best(self, steps: Collection[int]) -> int | None:
+        """Return which of the steps has the highest accuracy on the set of checkpoint.keep_best, the first of those
+        that are alike; None where none of them was evaluated.
+        """
+        results = dict(self.evaluations.value.get(self.config.checkpoint.keep_best or "", {}))
+        last = {"after": self.config.train.steps}
+        accuracies = {
+            last.get(when) or int(when.removeprefix("step ")): result.accuracy
+            for when, result in results.items()
+            if when != "before"
+        }
+        return max(sorted(accuracies.keys() & set(steps)), key=accuracies.__getitem__, default=None)
 
     def _evaluate(self, when: str, stop: Stop, due: Callable[[HeldOut], bool]) -> None:
         """Measure accuracy on the sets of held-out prompts that are due, unless the run is to stop."""

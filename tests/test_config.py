@@ -331,6 +331,29 @@ def test_there_are_as_many_engines_as_urls(tmp_path: Path) -> None:
     assert (there.urls, there.count) == (["http://a:1", "http://[::1]:2"], 2)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["eval.every=10"], None),
+        (["eval.sets.aime.every=5"], None),
+        (["eval.sets={}"], "checkpoint.keep_best(aime) is no set of held-out prompts; there is none"),
+        (["eval.every=7"], "evaluated every 7 steps, and checkpoint.every is 5"),
+        (["eval.every=0"], "evaluated every 0 steps, and checkpoint.every is 5"),
+        (["eval.every=5", "checkpoint.every=0"], "and checkpoint.every is 0"),
+    ],
+)
+def test_the_best_checkpoint_is_one_that_is_evaluated(
+    tmp_path: Path, overrides: list[str], message: str | None
+) -> None:
+    settings = ["eval.sets={aime: {data: a}}", "checkpoint.keep_best=aime", "checkpoint.every=5", *overrides]
+    if message is None:
+        assert load(tmp_path, MINIMAL, *settings).checkpoint.keep_best == "aime"
+        return
+    with pytest.raises(ConfigError) as error:
+        load(tmp_path, MINIMAL, *settings)
+    assert message in str(error.value)
+
+
 def test_the_evaluation_of_the_paper() -> None:
     config = config_file.load(Path(__file__).parents[1] / "configs/eval_math.yaml")
     sets = config.held_out

@@ -73,3 +73,13 @@ def test_sets_are_evaluated_when_each_is_due_by_its_own_rule(tmp_path: Path, mon
     )
     first = [("before", *its) for its in (often, seldom, ends)]
     assert seen == [*first, ("step 1", *often), ("step 2", *often), ("step 2", *seldom)]
+
+
+def test_the_best_step_is_the_first_of_the_highest_accuracy_among_those_that_are_there() -> None:
+    config = SimpleNamespace(checkpoint=SimpleNamespace(keep_best="aime"), train=SimpleNamespace(steps=40))
+    accuracies = {"before": 0.9, "step 10": 0.5, "step 20": 0.5, "step 30": 0.7, "after": 0.6}
+    results = {when: replace(RESULT, accuracy=accuracy) for when, accuracy in accuracies.items()}
+    other = {"step 20": replace(RESULT, accuracy=1.0)}
+    leader: Any = SimpleNamespace(config=config, evaluations=Kept(Evaluations, {"aime": results, "math": other}))
+    bests = [Leader.best(leader, steps) for steps in ([10, 20, 30, 40], [10, 20, 25], [40, 10], [25], [])]
+    assert bests == [30, 10, 40, None, None]

@@ -99,6 +99,22 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _best_is_known(self) -> Config:
+        name, every, sets = self.checkpoint.keep_best, self.checkpoint.every, self.held_out
+        if name is None:
+            return self
+        if name not in sets:
+            there = ", ".join(sets) or "none: neither eval.data nor eval.sets"
+            raise ValueError(f"checkpoint.keep_best({name}) is no set of held-out prompts; there is {there}")
+        if not every or not sets[name].every or sets[name].every % every:
+            raise ValueError(
+                f"checkpoint.keep_best({name}) wants a checkpoint at every evaluation of {name}, but it is evaluated "
+                f"every {sets[name].every} steps, and checkpoint.every is {every}; make the first a multiple of the "
+                f"second, and neither 0"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _time_fits(self) -> Config:
         hours, saving = self.run.max_hours, self.checkpoint.signal_seconds
         if hours is not None and hours * 3600 <= saving:
