@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
-from pydantic import Field, StrictStr, TypeAdapter, ValidationError
+from pydantic import Field, StrictBool, StrictStr, TypeAdapter, ValidationError
 
 from dapo_megatron.config import RewardConfig
 from dapo_megatron.data.sources import read_rows
 from dapo_megatron.errors import ConfigError
-from dapo_megatron.eval.record import END, Graded, disagree
-from dapo_megatron.eval.report import Told, set_results, table
+from dapo_megatron.eval.record import END, Graded
+from dapo_megatron.eval.report import Grades, Told, columns, set_results, table
 from dapo_megatron.preflight import check_grading
-from dapo_megatron.reward.math import ALWAYS_GRADED
+from dapo_megatron.reward.math import Rule
 from dapo_megatron.reward.pool import GradingPool
 
 _Text = Annotated[StrictStr, Field(min_length=1)]
@@ -31,33 +31,71 @@ class Answered:
     """The gold answer."""
     responses: Annotated[list[StrictStr], Field(min_length=1)]
     """Untrusted: model output."""
+    labels: list[StrictBool] | None = None
+    """Which responses are right, where somebody has said so: rules are compared with it."""
 
 
 _ROW: TypeAdapter[Answered] = TypeAdapter(Answered)
 
 
 def grade_file(path: Path) -> Told:
-    """Grade all responses in a .jsonl (or .parquet) file by the rules that every evaluation has side by side.
+    """Grade all responses in a .jsonl (or .parquet) file by every rule.
 
     Raises:
         ConfigError: naming row and field, where one is not as it has to be.
     """
-    check_grading(*ALWAYS_GRADED)
+    rules: tuple[Rule, ...] = get_args(Rule)
+    check_grading(*rules)
     answered = read_answered(path)
-    grades = {rule: _grade(answered, rule) for rule in ALWAYS_GRADED}
+    grades = {rule: _grade(answered, rule) for rule in rules}
     results = set_results(grades)
-    differing = []
+    told = [table(path.name, results)]
+    if any(row.labels for row in answered):
+        results["against_labels"] = {rule: _against_labels(answered, found) for rule, found in grades.items()}
+        told += _columns_against(results["against_labels"])
+    differing = [
+        {
+            "uid": row.uid,
+            "sample": sample,
+            "answer": row.answer,
+            "label": label,
+            "grades": {
+                rule: {"correct": found.correct, "extracted": found.extracted} for rule, found in by_rule.items()
+            },
+            "text": row.responses[sample][-END:],
+        }
+        for row, sample, label, by_rule in _each(answered, grades)
+        if len({found.correct for found in by_rule.values()} | ({label} - {None})) > 1
+    ]
+    return Told({"responses": str(path), **results, "differing": differing}, "\n".join(told))
+
+
+def _each(
+    answered: Sequence[Answered], grades: Mapping[str, Grades]
+) -> Iterator[tuple[Answered, int, bool | None, dict[str, Graded]]]:
+    """Yield problem, place of the response, its label and rule -> grade, for every response."""
     for place, row in enumerate(answered):
-        for sample, text in enumerate(row.responses):
-            by_rule = {rule: found[place][sample] for rule, found in grades.items()}
-            if disagree(by_rule):
-                told = {
-                    rule: {"correct": found.correct, "extracted": found.extracted} for rule, found in by_rule.items()
-                }
-                differing.append(
-                    {"uid": row.uid, "sample": sample, "answer": row.answer, "grades": told, "text": text[-END:]}
-                )
-    return Told({"responses": str(path), **results, "differing": differing}, table(path.name, results))
+        for sample in range(len(row.responses)):
+            label = row.labels[sample] if row.labels else None
+            yield row, sample, label, {rule: found[place][sample] for rule, found in grades.items()}
+
+
+def _against_labels(answered: Sequence[Answered], grades: Grades) -> dict[str, int]:
+    pairs = [(label, found["rule"].correct) for *_, label, found in _each(answered, {"rule": grades})]
+    return {
+        "right": pairs.count((True, True)) + pairs.count((False, False)),
+        "accepted_wrongly": pairs.count((False, True)),
+        "rejected_wrongly": pairs.count((True, False)),
+    }
+
+
+def _columns_against(rules: Mapping[str, Mapping[str, int]]) -> list[str]:
+    rows = [["against the labels", "agree", "accepts, labelled wrong", "rejects, labelled right"]]
+    rows += [
+        [f"rule {rule}", f"{found['right']:,}", f"{found['accepted_wrongly']:,}", f"{found['rejected_wrongly']:,}"]
+        for rule, found in rules.items()
+    ]
+    return columns(rows)
 
 
 def read_answered(path: Path) -> list[Answered]:
@@ -75,6 +113,8 @@ def read_answered(path: Path) -> list[Answered]:
             field = ".".join(map(str, issue["loc"]))
             here = f"; the row has {', '.join(row) or 'nothing'}" if issue["type"].startswith("missing") else ""
             raise ConfigError(f"{place}: {field}: {issue['msg'].lower()}{here}") from error
+        if answered.labels is not None and len(answered.labels) != len(answered.responses):
+            raise ConfigError(f"{place}: labels: {len(answered.labels)} for {len(answered.responses)} responses")
         if answered.uid in found:
             raise ConfigError(
                 f"{place}: uid: {answered.uid!r} is there already; one row has all responses to a problem"
@@ -96,7 +136,7 @@ def _with_text(row: dict[str, object]) -> dict[str, object]:
     return {**row, "answer": str(answer)} if isinstance(answer, int) and not isinstance(answer, bool) else row
 
 
-def _grade(answered: Sequence[Answered], rule: str) -> list[list[Graded]]:
+def _grade(answered: Sequence[Answered], rule: Rule) -> list[list[Graded]]:
     reward = RewardConfig.model_validate({"rule": rule})
     items = [(text, row.answer) for row in answered for text in row.responses]
     with GradingPool(reward.rule, reward.workers, reward.timeout_seconds) as pool:

@@ -39,8 +39,21 @@ def test_responses_that_are_there_are_graded(tmp_path: Path, capsys: pytest.Capt
     assert values["lenient"]["avg@3"] == 0.5
     assert [(row["uid"], row["sample"]) for row in found["differing"]] == [("a", 1)]
     assert found["differing"][0]["grades"]["lenient"] == {"correct": True, "extracted": "34"}
+    assert "against_labels" not in found
     assert cli.main(["eval", "--responses", str(path)]) == 0
     assert "avg@3" in (shown := capsys.readouterr().out) and not shown.startswith("{")
+
+
+def test_rules_are_compared_with_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path, {**GIVEN[0], "labels": [True, True, True]}, {**GIVEN[1], "labels": [True, False, False]})
+    assert cli.main(["eval", "--responses", str(path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["against_labels"]["dapo"] == {"right": 2, "accepted_wrongly": 1, "rejected_wrongly": 3}
+    assert found["against_labels"]["lenient"] == {"right": 3, "accepted_wrongly": 1, "rejected_wrongly": 2}
+    places = [(row["uid"], row["sample"], row["label"]) for row in found["differing"]]
+    assert places == [("a", 1, True), ("a", 2, True), ("b", 0, True), ("b", 2, False)]
+    assert cli.main(["eval", "--responses", str(path)]) == 0
+    assert "rejects, labelled right" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -59,6 +72,8 @@ def test_responses_that_are_there_are_graded(tmp_path: Path, capsys: pytest.Capt
             "responses.jsonl:2: responses: 1 of them, and responses.jsonl:1 has",
         ),
         ([GIVEN[0], GIVEN[0]], "responses.jsonl:2: uid: 'a' is there already"),
+        ([{**GIVEN[0], "labels": [True]}], "responses.jsonl:1: labels: 1 for 3 responses"),
+        ([{**GIVEN[0], "labels": [1, 0, 0]}], "responses.jsonl:1: labels.0: input should be a valid boolean"),
         ([["a", "34"]], "responses.jsonl:1 must be a JSON object"),
     ],
 )
