@@ -243,7 +243,9 @@ def check_grading(*rules: Rule) -> None:
         ConfigError: for rules that import what is not installed.
     """
     needed = {package for rule in rules if (package := PACKAGES.get(rule))}
-    _check_packages(dict.fromkeys(needed, "pip install math-verify, or grade by the rule dapo alone"))
+    _check_packages(
+        dict.fromkeys(needed, "pip install math-verify; training does without, with reward.rule=dapo and no eval.rule")
+    )
 
 
 def _layer_packages(model: ModelConfig) -> dict[str, str]:

@@ -50,9 +50,10 @@ class Fake:
     async def generate(self, prompt: Prompt, sampling: Sampling, n: int) -> list[Completion]:
         self.asked.append((prompt.uid, sampling, n))
         assert sampling.seed is not None
-        await asyncio.sleep(sampling.seed % 7 / 1000)
         if len(self.asked) > self.lives:
+            await asyncio.sleep(0.3)
             raise EngineError("engine 0 died")
+        await asyncio.sleep(sampling.seed % 7 / 1000)
         texts = ("so 3. Answer: 3", "Answer: 3.", "it grows", "Answer: 2")
         return [
             written(texts[(sampling.seed + place) % 4], FinishReason.LENGTH if place == 1 else FinishReason.STOP)

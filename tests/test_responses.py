@@ -34,7 +34,7 @@ def test_responses_that_are_there_are_graded(tmp_path: Path, capsys: pytest.Capt
         "pass@1": third,
         "pass@2": pytest.approx(2 / 3),
         "pass@3": 1,
-        "maj@3": 0.5,
+        "maj@3": 0.25,
     }
     assert values["lenient"]["avg@3"] == 0.5
     assert [(row["uid"], row["sample"]) for row in found["differing"]] == [("a", 1)]

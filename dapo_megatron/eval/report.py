@@ -32,11 +32,7 @@ class Told:
 Grades = Sequence[Sequence[Graded]]
 """[P, K]: of each problem, what a rule made of its responses."""
 
-INTERVALS = {
-    "over_problems": "over problems",
-    "over_problems_and_samples": "over both",
-    "over_samples": "over samples",
-}
+_OTHER_INTERVALS = {"over_problems_and_samples": "problems and samples", "over_samples": "samples"}
 
 
 def rule_results(grades_PK: Grades) -> dict[str, Any]:
@@ -106,13 +102,13 @@ def table(name: str, found: Mapping[str, Any]) -> str:
             f"{found['truncated']:.1%} truncated"
         )
     rules = found["rules"]
-    rows = [["", *(f"rule {rule}" for rule in rules)]]
+    rows = [["", *(f"rule {rule}, 95% interval over problems" for rule in rules)]]
     for metric, whole in next(iter(rules.values()))["metrics"].items():
         cells = [results["metrics"][metric] for results in rules.values()]
         rows.append([metric, *(f"{cell['value']:7.2%}  {shown(cell['over_problems'])}" for cell in cells)])
-        for key, words in list(INTERVALS.items())[1:]:
+        for key, words in _OTHER_INTERVALS.items():
             if whole.get(key):
-                rows.append([f"  {words}", *(f"{'':7}  {shown(cell[key])}" for cell in cells)])
+                rows.append([f"  over {words}", *(f"{'':7}  {shown(cell[key])}" for cell in cells)])
     rows.append(["no answer", *(f"{results['no_answer']:7.2%}" for results in rules.values())])
     if any(results["timed_out"] for results in rules.values()):
         rows.append(["timed out", *(f"{results['timed_out']:7d}" for results in rules.values())])
