@@ -148,8 +148,8 @@ def evaluate_model(
                 sampler = Sampler(config, checked, decoder(checked.tokenizer), pools)
                 engines = stack.enter_context(closing(start(config, folder)))
                 engines.wait_ready()
-                for name, its in held_out.items():
-                    engines.sample(sampler.sample(engines, its, left[name], partial(record.add, name)))
+                for name, missing in left.items():
+                    engines.sample(sampler.sample(engines, held_out[name], missing, partial(record.add, name)))
             rows = {name: record.finish(name, checked.held_out[name]) for name in held_out}
             told = _tell(rows, held_out, Settings(settings.decisive, record.origin))
             record.conclude(told.results, told.table + "\n")
