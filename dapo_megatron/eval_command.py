@@ -143,8 +143,10 @@ def evaluate_model(
         with _writable(folder, DapoError):
             if any(left.values()):
                 say(f"starting engines; responses and {TABLE} go to {folder}, with the engines' logs")
-                rules = {rule for its in held_out.values() for rule in rules_of(its)}
-                pools = {rule: stack.enter_context(closing(_pool(rule, config.reward))) for rule in sorted(rules)}
+                rules: set[Rule] = {rule for its in held_out.values() for rule in rules_of(its)}
+                pools: dict[Rule, GradingPool] = {
+                    rule: stack.enter_context(closing(_pool(rule, config.reward))) for rule in sorted(rules)
+                }
                 sampler = Sampler(config, checked, decoder(checked.tokenizer), pools)
                 engines = stack.enter_context(closing(start(config, folder)))
                 engines.wait_ready()
