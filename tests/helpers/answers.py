@@ -70,6 +70,6 @@ def save_answering(folder: Path, layers: int = 2) -> Path:
 
 def write_problems(path: Path, answers: Iterable[int]) -> Path:
     """Writes a problem for each answer, as prepared data sets have them."""
-    rows = [{"problem": f"What is {answer} + {n} - {n}?", "answer": str(answer)} for n, answer in enumerate(answers)]
+    rows = [{"prompt": f"What is {answer} + {n} - {n}?", "answer": str(answer)} for n, answer in enumerate(answers)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
