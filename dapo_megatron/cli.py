@@ -8,17 +8,14 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import math
 import os
-import shutil
 import signal
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dapo_megatron import __version__, config_file
 from dapo_megatron.config import Config
@@ -27,8 +24,7 @@ from dapo_megatron.errors import ConfigError, DapoError
 from dapo_megatron.signals import INTERRUPTED, Insistence, heeded, raise_when_interrupted
 
 if TYPE_CHECKING:
-    from dapo_megatron.eval.evaluate import EvalResult
-    from dapo_megatron.preflight import Checked
+    from dapo_megatron.eval.report import Told
 
 _SAME_SECONDS = 1.5
 """Within which the same signal is the same request: longer than for a rank, to which these are passed on."""
@@ -42,7 +38,9 @@ examples:
   dapo-megatron train configs/quickstart_cpu.yaml
   dapo-megatron train configs/quickstart_cpu.yaml train.steps=50 run.name=longer optimizer.lr=1e-5
   dapo-megatron train --resume configs/quickstart_cpu.yaml    go on from the last checkpoint, or begin
-  dapo-megatron eval configs/quickstart_cpu.yaml eval.samples=4 model.path=runs/quickstart/hf
+  dapo-megatron eval configs/quickstart_cpu.yaml --model runs/quickstart eval.samples=4
+  dapo-megatron eval --compare runs/quickstart-eval/base runs/quickstart-eval/quickstart
+  dapo-megatron eval --responses responses.jsonl        grade what is there, by the published and the lenient rule
   dapo-megatron engines configs/quickstart_cpu.yaml engine.host=10.0.0.2    engines here, for a run elsewhere
   dapo-megatron check-reduction configs/quickstart_cpu.yaml    every layout gives the gradient of a single process
   dapo-megatron check-reduction configs/quickstart_cpu.yaml algo.loss_scope=prompt --layouts yours,tp2xcp2+sp
@@ -133,12 +131,37 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser(
         "eval",
         help="measure a model on held-out prompts",
-        description="Sample eval.samples responses to every prompt of eval.data with the model in model.path and grade "
-        "them. A table goes to standard error, JSON to standard output.",
+        description="Sample and grade responses to the held-out prompts of CONFIG (eval.data, or eval.sets) with the "
+        "model in model.path, in an output folder; started again, it goes on there. A table goes to standard error, "
+        "JSON to standard output. Or compare two such folders, or grade responses that are there: then a table goes "
+        "to standard output. docs/evaluation.md says what the numbers mean.",
+        epilog=EXIT_CODES,
+        formatter_class=raw,
         allow_abbrev=False,
     )
-    _add_config(evaluate)
-    evaluate.set_defaults(run=_evaluate)
+    _add_config(evaluate, optional=True)
+    evaluate.add_argument(
+        "--model",
+        metavar="DIR",
+        type=Path,
+        help="a Hugging Face checkpoint, or the folder of a run or of its checkpoint; default: model.path of CONFIG",
+    )
+    evaluate.add_argument("--out", metavar="DIR", type=Path, help="the output folder; default: run.dir/NAME-eval/MODEL")
+    evaluate.add_argument(
+        "--compare",
+        metavar=("A", "B"),
+        nargs=2,
+        type=Path,
+        help="compare two output folders, problem by problem; needs no CONFIG",
+    )
+    evaluate.add_argument(
+        "--responses",
+        metavar="FILE",
+        type=Path,
+        help='grade the responses in a .jsonl file, rows {"uid", "answer", "responses": [text, ...]}; needs no CONFIG',
+    )
+    evaluate.add_argument("--json", action="store_true", help="JSON instead of a table, to standard output")
+    evaluate.set_defaults(run=_evaluate, usage_error=evaluate.error)
 
     engines = commands.add_parser(
         "engines",
@@ -245,8 +268,9 @@ def _check(config: Config, ranks: int) -> str:
     from dapo_megatron.preflight import preflight
 
     checked, parallel = preflight(config, ranks), config.parallel
+    held_out = sum(map(len, checked.held_out.values()))
     return (
-        f"{len(checked.train):,} prompts, {len(checked.held_out):,} held out; {ranks} ranks = tp({parallel.tp}) x "
+        f"{len(checked.train):,} prompts, {held_out:,} held out; {ranks} ranks = tp({parallel.tp}) x "
         f"pp({parallel.pp}) x cp({parallel.cp}) x dp({parallel.data_parallel(ranks)})"
     )
 
@@ -300,21 +324,49 @@ def _launch(ranks: int, module: Sequence[str]) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
+    given = [arguments.config is not None, arguments.compare is not None, arguments.responses is not None]
+    if sum(given) != 1:
+        return arguments.usage_error("give a CONFIG, or --compare A B, or --responses FILE: one of them")
+    if arguments.config is None and (arguments.model or arguments.out):
+        return arguments.usage_error("--model and --out go with a CONFIG")
+    from dapo_megatron.obs.terminal import printable
+
+    if arguments.config is not None:
+        told = _measure(arguments)
+        print(printable(told.table), file=sys.stderr, flush=True)
+    else:
+        told = _graded(arguments.responses) if arguments.responses else _compared(*arguments.compare)
+        if not arguments.json:
+            tell(printable(told.table))
+            return 0
+    tell(json.dumps(told.results, indent=1, allow_nan=False))
+    return 0
+
+
+def _measure(arguments: argparse.Namespace) -> Told:
+    from dapo_megatron.eval_command import evaluate_model, find_model, output_folder
     from dapo_megatron.preflight import preflight_eval
 
-    config = config_file.load(arguments.config, arguments.overrides)
+    overrides = list(arguments.overrides)
+    if arguments.model:
+        overrides.append(f"model.path={json.dumps(str(find_model(arguments.model)))}")
+    config = config_file.load(arguments.config, overrides)
     checked = preflight_eval(config)
     for warning in checked.warnings:
         _say(f"warning: {warning}")
-    _say(f"{len(checked.held_out):,} prompts x {config.eval.samples} responses; starting engines ...")
-    with _kept_on_failure("dapo-megatron-eval-") as folder:
-        result = _measure(config, checked, folder)
-    row = _plain(result)
-    for name, value in row.items():
-        if name != "examples":
-            print(f"{name:>16}  {value}", file=sys.stderr)
-    tell(json.dumps(row, indent=1, allow_nan=False))
-    return 0
+    return evaluate_model(config, checked, arguments.out or output_folder(config), _say)
+
+
+def _graded(path: Path) -> Told:
+    from dapo_megatron.responses import grade_file
+
+    return grade_file(path)
+
+
+def _compared(first: Path, second: Path) -> Told:
+    from dapo_megatron.eval.compare import compare_folders
+
+    return compare_folders(first, second)
 
 
 def _engines(arguments: argparse.Namespace) -> int:
@@ -323,59 +375,6 @@ def _engines(arguments: argparse.Namespace) -> int:
     here = ["engine.placement=split", "engine.urls=[]"]  # the others are for the run
     serve(config_file.load(arguments.config, [*arguments.overrides, *here]), tell, _say)
     return 0
-
-
-@contextmanager
-def _kept_on_failure(prefix: str) -> Iterator[Path]:
-    """A temporary folder for logs. It stays, and its place is told, where something fails after they were begun."""
-    folder = Path(tempfile.mkdtemp(prefix=prefix))
-    keep = False
-    try:
-        yield folder
-    except Exception:
-        keep = any(folder.iterdir())
-        if keep:
-            _say(f"the logs of the engines are kept in {folder}")
-        raise
-    finally:
-        if not keep:
-            shutil.rmtree(folder)
-
-
-def _measure(config: Config, checked: Checked, folder: Path) -> EvalResult:
-    from contextlib import ExitStack, closing
-
-    from dapo_megatron.data.tokenizer import decoder
-    from dapo_megatron.eval.evaluate import evaluate
-    from dapo_megatron.reward.judge import Judge
-    from dapo_megatron.rollout.engines import Engines
-
-    max_tokens, ends, decode = config.rollout.max_response_tokens, checked.stop_token_ids, decoder(checked.tokenizer)
-    with ExitStack() as stack:
-        judge = stack.enter_context(closing(Judge(config.reward, max_tokens, decode)))
-        engines = stack.enter_context(closing(Engines(config, folder, ranks=0)))
-        engines.wait_ready()
-        work = evaluate(
-            engines,
-            checked.held_out,
-            judge,
-            decode,
-            config.eval,
-            seed=config.sampling_seed,
-            max_tokens=max_tokens,
-            stop_token_ids=ends,
-        )
-        return engines.sample(work)
-
-
-def _plain(result: EvalResult) -> dict[str, Any]:
-    """For JSON, which has no word for nan: null stands for it."""
-    from dataclasses import asdict
-
-    return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in asdict(result).items()
-    }
 
 
 def _check_reduction(arguments: argparse.Namespace) -> int:

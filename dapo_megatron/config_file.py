@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
@@ -191,13 +191,17 @@ def _unknown_key(location: list[str]) -> str:
 
 def _fields(parents: Sequence[str]) -> dict[str, Any]:
     """Return key -> type in the section at `parents`; empty for the section of a loss that is not known by name."""
-    section: type[Section] = Config
+    kind: Any = Config
     for parent in parents:
-        annotation = section.key_types().get(parent)
+        if get_origin(kind) is dict:  # of sections, by names that are the user's
+            kind = get_args(kind)[1]
+            continue
+        annotation = kind.key_types().get(parent)
         if annotation is None:
             return {}
-        section = next(kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type))
-    return section.key_types()
+        kinds = (annotation, *get_args(annotation))
+        kind = next(kind for kind in kinds if isinstance(kind, type) or get_origin(kind) is dict)
+    return {} if get_origin(kind) is dict else kind.key_types()
 
 
 def _all_keys(section: type[Section] = Config, prefix: str = "") -> dict[str, str]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 
 from dapo_megatron.actor.architecture import attention_tokens
-from dapo_megatron.config import Config
+from dapo_megatron.config import HELD_OUT, Config, HeldOut
 from dapo_megatron.data.stream import PromptStream
 from dapo_megatron.data.tokenizer import decoder
 from dapo_megatron.eval.evaluate import EvalResult, evaluate
@@ -23,6 +23,8 @@ from dapo_megatron.rollout.engines import Engines
 from dapo_megatron.state import Kept, Stateful
 from dapo_megatron.stop import Stop, StopRequested
 from dapo_megatron.types import Group, TrainSample, UpdateResult
+
+Evaluations = dict[str, dict[str, EvalResult]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +54,17 @@ class Leader:
         self.prompts = PromptStream(checked.train, config.train.seed)
         self.carried: Kept[tuple[Group, ...]] = Kept(tuple[Group, ...], ())
         """Mixed groups that the step before did not need."""
-        self.evaluations: Kept[dict[str, EvalResult]] = Kept(dict[str, EvalResult], {})
-        """When ("before", "step 3", "after") -> result, so far."""
+        self.evaluations: Kept[Evaluations] = Kept(Evaluations, {})
+        """Set -> when ("before", "step 3", "after") -> result, so far."""
         self._decode = decoder(checked.tokenizer)
         with ExitStack() as stack:
-            judge = Judge(config.reward, config.rollout.max_response_tokens, self._decode)
-            self.judge = stack.enter_context(closing(judge))
+            self._judges: dict[str, Judge] = {}
+            """Rule -> who judges by it."""
+            for rule in dict.fromkeys([config.reward.rule, *(its.rule for its in config.held_out.values())]):
+                reward = config.reward.model_copy(update={"rule": rule})
+                judge = Judge(reward, config.rollout.max_response_tokens, self._decode)
+                self._judges[rule] = stack.enter_context(closing(judge))
+            self.judge = self._judges[config.reward.rule]
             at_once = config.samples_after(checked.steps_done)
             self.engines = stack.enter_context(closing(Engines(config, config.run.folder, at_once=at_once)))
             self._open = stack.pop_all()
@@ -96,51 +103,67 @@ class Leader:
         self._obs.step(step, metrics, batch.rollout.groups)
 
     def evaluate_due(self, step: int, stop: Stop) -> None:
-        """Evaluate where that is due after `step` steps, and has not been done before a restart."""
-        when = f"step {step}" if step else "before"
-        if (not step or self.config.eval.due(step)) and when not in self.evaluations.value:
-            self._evaluate(when, stop)
+        """Evaluate on the sets that are due after `step` steps, where that was not done before a restart."""
+        self._evaluate(f"step {step}" if step else "before", stop, lambda its: not step or its.due(step))
 
     def finish(self, stop: Stop) -> None:
         """Evaluate what all steps have made, and write summary.json; a run that is to stop before is not over."""
-        self._evaluate("after", stop)
-        if stop.reason and self._held_out and "after" not in self.evaluations.value:
+        self._evaluate("after", stop, lambda its: True)
+        if stop.reason and any("after" not in self.evaluations.value.get(name, {}) for name in self.config.held_out):
             stop.saved = "saved after all steps; what is left is the last evaluation"
         else:
             self._summarise()
 
-    def _evaluate(self, when: str, stop: Stop) -> None:
-        """Measure accuracy on the held-out prompts, where the config has any, unless the run is to stop."""
-        if not self._held_out:
-            return
-        result: EvalResult | None = None
-        with suppress(StopRequested), stop.interruptible(), self._obs.phase(f"evaluating ({when})"):
-            result = self.engines.sample(
-                evaluate(
-                    self.engines,
-                    self._held_out,
-                    self.judge,
-                    self._decode,
-                    self.config.eval,
-                    seed=self.config.sampling_seed,
-                    max_tokens=self.sampling.max_tokens,
-                    stop_token_ids=self.sampling.stop_token_ids,
+    def best(self, steps: Collection[int]) -> int | None:
+        """Return which of the steps has the highest accuracy on the set of checkpoint.keep_best, the first of those
+        that are alike; None where none of them was evaluated.
+        """
+        results = dict(self.evaluations.value.get(self.config.checkpoint.keep_best or "", {}))
+        last = {"after": self.config.train.steps}
+        accuracies = {
+            last.get(when) or int(when.removeprefix("step ")): result.accuracy
+            for when, result in results.items()
+            if when != "before"
+        }
+        return max(sorted(accuracies.keys() & set(steps)), key=accuracies.__getitem__, default=None)
+
+    def _evaluate(self, when: str, stop: Stop, due: Callable[[HeldOut], bool]) -> None:
+        """Measure accuracy on the sets of held-out prompts that are due, unless the run is to stop."""
+        for name, its in self.config.held_out.items():
+            if not due(its) or when in self.evaluations.value.get(name, {}):
+                continue
+            result: EvalResult | None = None
+            what = f"evaluating ({when})" if name == HELD_OUT else f"evaluating {name} ({when})"
+            with suppress(StopRequested), stop.interruptible(), self._obs.phase(what):
+                result = self.engines.sample(
+                    evaluate(
+                        self.engines,
+                        self._held_out[name],
+                        self._judges[its.rule],
+                        self._decode,
+                        its,
+                        seed=self.config.sampling_seed,
+                        max_tokens=self.sampling.max_tokens,
+                        stop_token_ids=self.sampling.stop_token_ids,
+                    )
                 )
-            )
-        if result:
-            self.evaluations.value[when] = result
-            self._obs.evaluation(when, result)
+            if result is None:
+                return
+            self.evaluations.value.setdefault(name, {})[when] = result
+            self._obs.evaluation(when, its, result)
 
     def _summarise(self) -> None:
-        """Write summary.json: the held-out accuracy and length before and after, where there is held-out data."""
+        """Write summary.json: the held-out accuracy and length before and after, of each set."""
         summary: dict[str, float | int | str] = {
             "seed": self.config.train.seed,
             "steps": self.config.train.steps,
         }
-        for name, when in (("base", "before"), ("final", "after")):
-            if result := self.evaluations.value.get(when):
-                summary[f"{name}_accuracy"] = result.accuracy
-                summary[f"{name}_length"] = result.mean_length
+        for name, results in self.evaluations.value.items():
+            prefix = "" if name == HELD_OUT else f"{name}/"
+            for which, when in (("base", "before"), ("final", "after")):
+                if result := results.get(when):
+                    summary[f"{prefix}{which}_accuracy"] = result.accuracy
+                    summary[f"{prefix}{which}_length"] = result.mean_length
         self._obs.summary(summary, self.evaluations.value)
 
     def close(self) -> None:

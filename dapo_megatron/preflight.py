@@ -21,7 +21,7 @@ import numpy as np
 
 from dapo_megatron.actor.architecture import check_is_text_model, check_trains, uses_transformer_engine
 from dapo_megatron.checkpoint import folder as checkpoints
-from dapo_megatron.config import Config, EngineConfig, EvalConfig, ModelConfig, OptimizerConfig, RewardConfig, RunConfig
+from dapo_megatron.config import Config, EngineConfig, ModelConfig, OptimizerConfig, RewardConfig, RunConfig
 from dapo_megatron.data.prompts import load_prompts
 from dapo_megatron.data.stream import PromptStream
 from dapo_megatron.data.tokenizer import decoder, end_token_ids, load_tokenizer
@@ -30,7 +30,7 @@ from dapo_megatron.hf_folder import read_hf_config, tensor_files
 from dapo_megatron.obs.run_folder import check_run_folder
 from dapo_megatron.obs.sinks import check_sinks
 from dapo_megatron.reward.format import TAGS
-from dapo_megatron.reward.math import PACKAGES
+from dapo_megatron.reward.math import ALWAYS_GRADED, PACKAGES, Rule
 from dapo_megatron.rollout.adapter import adapter_for
 from dapo_megatron.rollout.place import check_gpus
 from dapo_megatron.rollout.plan import plan
@@ -59,8 +59,8 @@ class Checked:
     """The tokenizer's end token and those of the config."""
     train: Sequence[Prompt]
     """Empty for an evaluation."""
-    held_out: Sequence[Prompt]
-    """Empty where eval.data is null."""
+    held_out: Mapping[str, Sequence[Prompt]]
+    """Prompts of each set of `Config.held_out`, by its name."""
     warnings: tuple[str, ...]
     """What works, but should be known to the person who runs it."""
     steps_done: int = 0
@@ -91,7 +91,8 @@ def preflight(config: Config, world_size: int, local_ranks: int | None = None) -
     check_gpus(config.engine, ranks_here)
     who_is_where = plan(config, ranks_here)
     check_sinks(config.run)
-    checked = _read(config, hf_config, config.data.train)
+    checked = _read(config, hf_config, [*_exposure(config.engine), *_idle(config)], train=config.data.train)
+    _check_format(config.reward, checked.tokenizer)
     return replace(checked, steps_done=_check_goes_on(config, checked.train), plan=who_is_where)
 
 
@@ -117,21 +118,25 @@ def _check_goes_on(config: Config, train: Sequence[Prompt]) -> int:
 
 
 def preflight_eval(config: Config) -> Checked:
-    """Check what it takes to sample and grade eval.data, and nothing that only training needs.
+    """Check what it takes to sample and grade held-out prompts, and nothing that only training needs.
 
     Raises:
-        ConfigError: as `preflight`, and where there is no eval.data.
+        ConfigError: as `preflight`, and where there are no held-out prompts.
     """
-    if config.eval.data is None:
-        raise ConfigError("eval.data is null: there is nothing to evaluate on; set eval.data=FILE")
+    if not config.held_out:
+        raise ConfigError(
+            "eval.data is null, and there are no eval.sets: there is nothing to evaluate on; set eval.data=FILE"
+        )
     if config.engine.urls:
         raise ConfigError(
             "engine.urls: an evaluation sends no weights, and engines that run already may have others than "
             "model.path; let it start its own: engine.placement=split engine.urls=[]"
         )
-    hf_config = _check_sampling(config)
+    check_grading(*ALWAYS_GRADED, *(its.rule for its in config.held_out.values()))
+    _check_temperatures(config)
+    hf_config = _check_engines(config)
     check_gpus(config.engine, ranks=0)
-    return _read(config, hf_config, train=None)
+    return _read(config, hf_config, _exposure(config.engine))
 
 
 def preflight_engines(config: Config) -> tuple[str, ...]:
@@ -161,8 +166,8 @@ def preflight_engines(config: Config) -> tuple[str, ...]:
 
 def _check_sampling(config: Config) -> Any:
     """Whether engines can serve the model and responses can be graded; returns the model's configuration."""
-    _check_packages(_grading_packages(config.reward))
-    _check_eval(config.eval)
+    check_grading(config.reward.rule, *(its.rule for its in config.held_out.values()))
+    _check_temperatures(config)
     return _check_engines(config)
 
 
@@ -182,20 +187,31 @@ def _check_engines(config: Config) -> Any:
     return hf_config
 
 
-def _read(config: Config, hf_config: Any, train: str | None) -> Checked:
+def _read(config: Config, hf_config: Any, warnings: Iterable[str], train: str | None = None) -> Checked:
     tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
     ends = end_token_ids(tokenizer, config.rollout.stop_token_ids)
-    _check_format(config.reward, tokenizer)
     _check_vocabulary("the end tokens hold", ends, hf_config)
-    warnings = [*_exposure(config.engine), *_idle(config)]
-
-    def prompts(source: str | None) -> list[Prompt]:
-        return load_prompts(config.data, tokenizer, source, warnings.append) if source else []
-
-    checked = Checked(hf_config, tokenizer, ends, prompts(train), prompts(config.eval.data), tuple(warnings))
-    for prompt in (*checked.train, *checked.held_out):
+    told = list(warnings)
+    prompts = load_prompts(config.data, tokenizer, train, told.append) if train else []
+    held_out = {
+        name: load_prompts(its.data, tokenizer, its.source, told.append) for name, its in config.held_out.items()
+    }
+    for prompt in (prompt for several in (prompts, *held_out.values()) for prompt in several):
         _check_vocabulary(f"{prompt.uid} holds", prompt.token_ids, hf_config)
-    return checked
+    told += _repeated(config, held_out)
+    return Checked(hf_config, tokenizer, ends, prompts, held_out, tuple(told))
+
+
+def _repeated(config: Config, held_out: Mapping[str, Sequence[Prompt]]) -> Iterable[str]:
+    """A warning for each set that has problems more than once."""
+    for name, prompts in held_out.items():
+        different = len({(prompt.token_ids, prompt.answer) for prompt in prompts})
+        if different < len(prompts):
+            yield (
+                f"{config.held_out[name].source} (set {name}) has {different:,} different problems in {len(prompts):,} "
+                f"rows, and each row counts as a problem of its own: intervals over problems will be too narrow, and "
+                f"pass@k too low. Keep one row of each, and ask for several responses with samples"
+            )
 
 
 def _check_format(reward: RewardConfig, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -221,10 +237,15 @@ def _idle(config: Config) -> Iterable[str]:
         yield f"algo.{section} is set, but algo.loss is {config.algo.loss}: its settings do nothing"
 
 
-def _grading_packages(reward: RewardConfig) -> dict[str, str]:
-    """What grading imports: package -> how to come by it."""
-    package = PACKAGES.get(reward.rule)
-    return {package: "pip install math-verify, or set reward.rule=dapo"} if package else {}
+def check_grading(*rules: Rule) -> None:
+    """
+    Raises:
+        ConfigError: for rules that import what is not installed.
+    """
+    needed = {package for rule in rules if (package := PACKAGES.get(rule))}
+    _check_packages(
+        dict.fromkeys(needed, "pip install math-verify; training does without, with reward.rule=dapo and no eval.rule")
+    )
 
 
 def _layer_packages(model: ModelConfig) -> dict[str, str]:
@@ -295,12 +316,13 @@ def _installed(package: str) -> bool:
     return any(Path(place, *rest).is_dir() for place in spec.submodule_search_locations or ())
 
 
-def _check_eval(config: EvalConfig) -> None:
-    if config.data is not None and config.temperature == 0 and config.samples > 1:
-        raise ConfigError(
-            f"eval.samples({config.samples}) at eval.temperature=0 would be the same response {config.samples} times; "
-            f"set eval.samples=1 or a temperature above 0"
-        )
+def _check_temperatures(config: Config) -> None:
+    for name, its in config.held_out.items():
+        if its.temperature == 0 and its.samples > 1:
+            raise ConfigError(
+                f"eval, set {name}: samples({its.samples}) at temperature=0 would be the same response {its.samples} "
+                f"times; set samples=1 or a temperature above 0"
+            )
 
 
 def _exposure(engine: EngineConfig) -> Iterable[str]:

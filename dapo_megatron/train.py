@@ -78,6 +78,7 @@ def train(
         with parts.supply.on_demand(stop):
             if leader:
                 leader.evaluate_due(step, stop)
+                parts.checkpoints.point_to_best()
         with actor.away(obs.phase), obs.phase("rollout"):
             with parts.supply.on_demand(stop):
                 batch = make_batch(leader, topo.dp, step, stop) if leader else None
@@ -127,6 +128,7 @@ def train(
     with parts.supply.on_demand(stop) if parts.supply else nullcontext():
         if leader:
             leader.finish(stop)
+            parts.checkpoints.point_to_best()
 
 
 def start(
@@ -147,7 +149,8 @@ def start(
         reference = build(trainable=False) if config.algo.kl.coef > 0 else None
     skipped = SkippedUpdates(config, topo, obs, peers.after_leader)
     state = RunState(leader.state if leader else None, skipped_in_a_row=skipped.in_a_row)
-    checkpoints = Checkpoints(config, topo, actor, hf, state, peers.after_leader, peers.together, obs.message)
+    best = leader.best if leader else lambda steps: None
+    checkpoints = Checkpoints(config, topo, actor, hf, state, peers.after_leader, peers.together, obs.message, best)
     with obs.phase("restoring"):
         checkpoints.restore()
     supply = None

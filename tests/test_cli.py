@@ -1,10 +1,8 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -20,10 +18,9 @@ import yaml
 
 from dapo_megatron import __version__, cli, config_file
 from dapo_megatron.config import Config
-from dapo_megatron.errors import EngineError
-from dapo_megatron.eval.evaluate import EvalResult, Example
+from dapo_megatron.eval.report import Told
 from dapo_megatron.preflight import Checked
-from tests.helpers.checkpoint import values, write_prompts
+from tests.helpers.checkpoint import values, write_checkpoint, write_prompts
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -154,20 +151,6 @@ def test_the_config_decides_on_the_threads_of_the_ranks(
     assert (seen["OMP_WAIT_POLICY"], seen["KMP_BLOCKTIME"]) == ("PASSIVE", inherited.get("KMP_BLOCKTIME", "0"))
 
 
-RESULT = EvalResult(
-    prompts=1,
-    samples=2,
-    accuracy=0.5,
-    standard_error=math.nan,
-    interval=(0.5, 0.5),
-    pass_at_k={1: 0.5, 2: 1.0},
-    majority_at_k=0.5,
-    mean_length=2.0,
-    truncated=0.0,
-    examples=(Example("1+1=", "2", "2\ud800", "2", True),),
-)
-
-
 def refuse(constant: str) -> None:
     raise AssertionError(f"{constant} is not JSON")
 
@@ -199,26 +182,26 @@ def test_resume_begins_a_run_goes_on_with_it_and_tells_when_it_is_over(
     assert train(4) == 0 and len(launched) == 2
 
 
-def test_eval_prints_json_also_where_there_is_no_standard_error(
+def test_eval_prints_json_and_a_table_beside_it(
     config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folders: list[Path] = []
+    places: list[tuple[Path, Path]] = []
 
-    def measure(config: Config, checked: Checked, folder: Path) -> EvalResult:
-        assert [prompt.text for prompt in checked.held_out] == ["1+1="]
-        (folder / "engine0.log").write_text("fine\n")
-        folders.append(folder)
-        return RESULT
+    def evaluate(config: Config, checked: Checked, folder: Path, say: Callable[[str], None]) -> Told:
+        assert [prompt.text for prompt in checked.held_out["held-out"]] == ["1+1="]
+        places.append((config.model.path, folder))
+        return Told({"sets": {"held-out": 0.5}}, "held-out \x1b[2J 50%")
 
-    monkeypatch.setattr(cli, "_measure", measure)
+    monkeypatch.setattr("dapo_megatron.eval_command.evaluate_model", evaluate)
     (config.parent / "train.jsonl").unlink()
     assert cli.main(["eval", str(config)]) == 0
     shown = capsys.readouterr()
-    row = json.loads(shown.out, parse_constant=refuse)
-    assert (row["standard_error"], row["accuracy"], row["pass_at_k"]) == (None, 0.5, {"1": 0.5, "2": 1.0})
-    assert "1 prompts x 1 responses" in shown.err
-    assert not folders[0].exists()
-    assert "kept" not in shown.err
+    assert json.loads(shown.out, parse_constant=refuse) == {"sets": {"held-out": 0.5}}
+    assert "held-out \\x1b[2J 50%" in shown.err
+    other = write_checkpoint(config.parent / "run's/hf")
+    assert cli.main(["eval", str(config), "--model", str(other.parent), "--out", "x", "parallel.tp=8"]) == 0
+    runs = config.parent / "runs/test-eval"
+    assert places == [(config.parent / "model", runs / "model"), (other, Path("x"))]
 
 
 def test_the_log_of_an_engine_that_fails_in_an_evaluation_is_kept(
@@ -230,22 +213,8 @@ def test_the_log_of_an_engine_that_fails_in_an_evaluation_is_kept(
     errors = capsys.readouterr().err
     assert "engine 0 ended with exit status 3" in errors
     assert "\x1b" not in errors
-    (place,) = re.findall(r"logs of the engines are kept in (\S+)", errors)
+    (place,) = re.findall(r"go to (\S+), with the engines' logs", errors)
     assert (Path(place) / "engine0.log").read_text() == "out of \x1b[2J memory\n"
-    shutil.rmtree(place)
-
-
-def test_an_evaluation_that_starts_nothing_leaves_nothing(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = config.parent / "temporary"
-    folder.mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(folder))
-
-    def fail(*_: object) -> EvalResult:
-        raise EngineError("no")
-
-    monkeypatch.setattr(cli, "_measure", fail)
-    assert cli.main(["eval", str(config)]) == 1
-    assert not list(folder.iterdir())
 
 
 def test_eval_without_data_is_refused(config: Path) -> None:

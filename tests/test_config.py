@@ -8,7 +8,7 @@ import pytest
 from pydantic import BaseModel
 
 from dapo_megatron import config_file
-from dapo_megatron.config import Config
+from dapo_megatron.config import HELD_OUT, Config, EvalSetConfig
 from dapo_megatron.config.algo import loss_sections
 from dapo_megatron.errors import ConfigError
 
@@ -115,7 +115,7 @@ def load(folder: Path, text: str = MINIMAL, *overrides: str) -> Config:
             ["train.logprob_tokens=65536", "parallel.pp=2", "parallel.vpp=2"],
             "with parallel.vpp(2) they must stay a multiple of pp(2)",
         ),
-        (["data.template=Solve this."], "data: template must hold {problem}"),
+        (["data.template=Solve this."], "data.template: must hold {problem}"),
         (["reward.right=-1"], "reward: right (-1.0) must be more than wrong (-1.0)"),
         (["launch.heartbeat_port=0"], "launch.heartbeat_port = 0: input should be greater than or equal to 1"),
         (["launch.heartbeat_port=65536"], "launch.heartbeat_port = 65536: input should be less than or equal to 65535"),
@@ -290,12 +290,47 @@ def test_the_quick_start_is_valid() -> None:
 
 @pytest.mark.parametrize(("every", "steps"), [(0, []), (2, [2, 4])])
 def test_evaluation_is_due(tmp_path: Path, every: int, steps: list[int]) -> None:
-    evaluation = load(tmp_path, MINIMAL, "eval.data=x.jsonl", f"eval.every={every}").eval
-    assert [step for step in range(1, 6) if evaluation.due(step)] == steps
+    its = load(tmp_path, MINIMAL, "eval.data=x.jsonl", f"eval.every={every}").held_out[HELD_OUT]
+    assert [step for step in range(1, 6) if its.due(step)] == steps
+
+
+def test_sets_have_what_the_section_has_unless_they_say_otherwise(tmp_path: Path) -> None:
+    assert load(tmp_path, MINIMAL).held_out == {}
+    section = ["eval.samples=32", "eval.top_p=0.7", "eval.every=5", "data.template='{problem}?'"]
+    one = load(tmp_path, MINIMAL, *section, "eval.data=x.jsonl", "reward.rule=lenient").held_out
+    assert list(one) == [HELD_OUT]
+    its = one[HELD_OUT]
+    assert (its.source, its.samples, its.top_p, its.temperature, its.rule) == ("x.jsonl", 32, 0.7, 1.0, "lenient")
+    assert (its.data.template, its.metrics) == ("{problem}?", "eval/")
+
+    sets = (
+        "eval.sets={a: {data: a.jsonl}, b: {data: b.jsonl, every: 0, temperature: 0, samples: 1, answer_field: gold}}"
+    )
+    a, b = load(tmp_path, MINIMAL, *section, sets, "eval.rule=math_verify", "eval.sets.b.rule=dapo").held_out.values()
+    assert (a.name, a.metrics, a.every, a.samples, a.rule) == ("a", "eval/a/", 5, 32, "math_verify")
+    assert (b.every, b.samples, b.temperature, b.top_p, b.rule) == (0, 1, 0.0, 0.7, "dapo")
+    assert (b.data.answer_field, b.data.prompt_field, a.data.answer_field) == ("gold", "prompt", "answer")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["eval.data=x", "eval.sets={a: {data: a}}"], "eval: data is one set, and sets are several (a)"),
+        (["eval.sets={held-out: {data: a}}"], "eval: sets.held-out: this is what the set of data is called"),
+        (["eval.sets={a: {}}"], "eval.sets.a.data is missing"),
+        (["eval.sets={a: {data: a, sample: 3}}"], "unknown key eval.sets.a.sample; did you mean eval.sets.a.samples?"),
+        (["eval.sets={a: {data: a, template: x}}"], "eval.sets.a.template: must hold {problem}"),
+        (["eval.sets={a/b: {data: a}}"], "eval.sets.a/b"),
+    ],
+)
+def test_sets_that_cannot_be(tmp_path: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load(tmp_path, MINIMAL, *overrides)
+    assert message in str(error.value)
 
 
 def test_every_key_says_what_it_means() -> None:
-    sections = [*(info.annotation for info in Config.model_fields.values()), *loss_sections().values()]
+    sections = [*(info.annotation for info in Config.model_fields.values()), *loss_sections().values(), EvalSetConfig]
     silent = [
         f"{section.__name__}.{name}"
         for section in sections
@@ -323,3 +358,40 @@ def test_off_is_a_word_where_it_is_one_of_the_choices(tmp_path: Path) -> None:
 def test_there_are_as_many_engines_as_urls(tmp_path: Path) -> None:
     there = load(tmp_path, MINIMAL, "engine.placement=external", "engine.urls=[http://a:1/,'http://[::1]:2']").engine
     assert (there.urls, there.count) == (["http://a:1", "http://[::1]:2"], 2)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["eval.every=10"], None),
+        (["eval.sets.aime.every=5"], None),
+        (["eval.sets={}"], "checkpoint.keep_best(aime) is no set of held-out prompts; there is none"),
+        (["eval.every=7"], "evaluated every 7 steps, and checkpoint.every is 5"),
+        (["eval.every=0"], "evaluated every 0 steps, and checkpoint.every is 5"),
+        (["eval.every=5", "checkpoint.every=0"], "and checkpoint.every is 0"),
+    ],
+)
+def test_the_best_checkpoint_is_one_that_is_evaluated(
+    tmp_path: Path, overrides: list[str], message: str | None
+) -> None:
+    settings = ["eval.sets={aime: {data: a}}", "checkpoint.keep_best=aime", "checkpoint.every=5", *overrides]
+    if message is None:
+        assert load(tmp_path, MINIMAL, *settings).checkpoint.keep_best == "aime"
+        return
+    with pytest.raises(ConfigError) as error:
+        load(tmp_path, MINIMAL, *settings)
+    assert message in str(error.value)
+
+
+def test_the_evaluation_of_the_paper() -> None:
+    config = config_file.load(Path(__file__).parents[1] / "configs/eval_math.yaml")
+    sets = config.held_out
+    assert list(sets) == ["aime2024", "aime2024-p1", "aime2025", "amc2023", "math500", "gsm8k"]
+    hows = {name: (its.samples, its.temperature, its.top_p, its.rule) for name, its in sets.items()}
+    published = (32, 1.0, 0.7, "dapo")
+    assert hows["aime2024"] == hows["aime2025"] == hows["amc2023"] == published
+    assert hows["aime2024-p1"] == (32, 1.0, 1.0, "dapo") and sets["aime2024"].source == sets["aime2024-p1"].source
+    assert (hows["math500"], hows["gsm8k"]) == ((4, 1.0, 0.7, "lenient"), (4, 1.0, 0.7, "dapo"))
+    assert (config.rollout.max_response_tokens, config.data.max_prompt_tokens) == (20_480, 2048)
+    asks, reminds = "Solve the following math problem step by step. The last line", 'on its own line after "Answer:".'
+    assert all(its.data.template.startswith(asks) and its.data.template.endswith(reminds) for its in sets.values())

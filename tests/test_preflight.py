@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from dapo_megatron import config_file
-from dapo_megatron.config import Config
+from dapo_megatron.config import HELD_OUT, Config
 from dapo_megatron.data.stream import PromptStream
 from dapo_megatron.errors import ConfigError
 from dapo_megatron.obs.run_folder import open_run_folder
@@ -38,7 +38,7 @@ def refused(config: Config, world_size: int = 1, check: Callable[..., Checked] =
 def test_a_run_that_can_work(tmp_path: Path) -> None:
     checked = preflight(changed(tmp_path), 2)
     assert [prompt.text for prompt in checked.train] == ["1+2=", "2+2="]
-    assert [(prompt.text, len(prompt.token_ids)) for prompt in checked.held_out] == [("1+1=", 4)]
+    assert [(prompt.text, len(prompt.token_ids)) for prompt in checked.held_out[HELD_OUT]] == [("1+1=", 4)]
     assert (checked.stop_token_ids, checked.warnings) == ((0,), ())
     assert checked.train[0].token_ids == tuple(checked.tokenizer("1+2=")["input_ids"])
     assert not (tmp_path / "runs").exists()
@@ -50,7 +50,29 @@ def test_an_evaluation_needs_nothing_that_only_training_does(tmp_path: Path, mon
     (tmp_path / "train.jsonl").unlink()
     config.run.folder.mkdir(parents=True)
     checked = preflight_eval(config)
-    assert (list(checked.train), [prompt.text for prompt in checked.held_out]) == ([], ["1+1="])
+    assert (list(checked.train), [prompt.text for prompt in checked.held_out[HELD_OUT]]) == ([], ["1+1="])
+
+
+def test_several_held_out_sets_are_read_as_each_says(tmp_path: Path) -> None:
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"question": "2+2", "answer": 4}\n' * 2)
+    sets = {
+        "plain": {"data": str(write_prompts(tmp_path / "plain.jsonl", "1+1="))},
+        "other": {"data": str(other), "prompt_field": "question", "template": "{problem}="},
+    }
+    config = changed(tmp_path, eval={"data": None, "sets": sets})
+    for checked in (preflight(config, 1), preflight_eval(config)):
+        texts = {name: [prompt.text for prompt in prompts] for name, prompts in checked.held_out.items()}
+        assert texts == {"plain": ["1+1="], "other": ["2+2=", "2+2="]}
+        (warning,) = checked.warnings
+        assert "other.jsonl (set other) has 1 different problems in 2 rows" in warning
+
+
+def test_rules_of_held_out_sets_need_their_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dapo_megatron.preflight.find_spec", without("math_verify"))
+    assert preflight(changed(tmp_path / "a"), 1).train
+    assert "math_verify is not installed" in refused(changed(tmp_path / "b", eval={"rule": "lenient"}))
+    assert "math_verify is not installed" in refused(changed(tmp_path / "c"), check=preflight_eval)
 
 
 def test_engines_that_run_already_need_a_token_and_nothing_installed(
@@ -72,7 +94,7 @@ def test_engines_that_run_already_need_a_token_and_nothing_installed(
     [
         ({"eval": {"data": None}}, "eval.data is null"),
         ({"eval": {"data": "nowhere.jsonl"}}, "nowhere.jsonl: there is no such file"),
-        ({"eval": {"temperature": 0.0, "samples": 4}}, r"eval.samples\(4\) at eval.temperature=0"),
+        ({"eval": {"temperature": 0.0, "samples": 4}}, r"eval, set held-out: samples\(4\) at temperature=0"),
         ({"model": {"path": "nowhere"}}, "model.path nowhere is not a folder"),
         ({"engine": {"tensor_parallel": 3}}, r"engine.tensor_parallel\(3\)"),
         ({"data": {"max_prompt_tokens": 3}}, r"1 of 1 prompts .*heldout.jsonl are longer"),
@@ -233,7 +255,7 @@ def test_it_imports_no_heavy_library(tmp_path: Path) -> None:
             r"\(8\) \+ .*\(60\) = 68 is more than the model's max_position_embeddings\(64\)",
         ),
         ({"data": {"max_prompt_tokens": 3}}, 1, r"2 of 2 prompts .* longer than data.max_prompt_tokens\(3\)"),
-        ({"eval": {"temperature": 0.0, "samples": 4}}, 1, r"eval.samples\(4\) at eval.temperature=0"),
+        ({"eval": {"temperature": 0.0, "samples": 4}}, 1, r"eval, set held-out: samples\(4\) at temperature=0"),
         ({"engine": {"port": 65_535, "count": 2}}, 1, r"65535\) \+ engine.count\(2\) - 1 = 65536"),
         ({"run": {"wandb_project": "x"}}, 1, r"wandb is not installed, .*\[wandb\].*run.wandb_project=null"),
         ({"rollout": {"stop_token_ids": [99]}}, 1, r"\[99\] are not among the tokenizer's \d+ tokens"),

@@ -58,8 +58,10 @@ def run(monkeypatch: pytest.MonkeyPatch, folder: Path, on_leader: bool, steps: t
 
         def finish(self) -> None: ...
 
+        def point_to_best(self) -> None: ...
+
     engines = SimpleNamespace(wait_ready=noting("engines ready"))
-    leader = SimpleNamespace(engines=engines, close=noting("closed"), finish=noting("finished"), state={})
+    leader = SimpleNamespace(engines=engines, close=noting("closed"), finish=noting("finished"), state={}, best=None)
     hf = SimpleNamespace(save=noting("hf"), inventory=None, write_side_files=None)
     monkeypatch.setattr(train, "Leader", lambda *_: leader)
     monkeypatch.setattr(train, "HfCheckpoint", lambda *_, **__: hf)

@@ -10,11 +10,11 @@ import shutil
 import socket
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from threading import Event, Thread
+from threading import Event, Lock, Thread
 from typing import Any, Protocol
 
 import torch
@@ -92,6 +92,8 @@ class Checkpoints:
         after_leader: what the others wait with for work that only the leader does.
         together: what all wait with for the last of them.
         tell: on the leader, shows a line to the person who runs this.
+        best: on the leader, of steps that have a checkpoint, the one to keep for good; None without any. It is called
+            on another thread as well.
     """
 
     def __init__(
@@ -104,11 +106,13 @@ class Checkpoints:
         after_leader: Callable[[str], object] = lambda what: None,
         together: Callable[[str], object] = lambda what: None,
         tell: Callable[[str], None] = lambda text: None,
+        best: Callable[[Collection[int]], int | None] = lambda steps: None,
     ) -> None:
         self._config, self._settings = config, config.checkpoint
         self._root = config.run.folder / "checkpoints"
         self._ranks, self._trained, self._exporter, self._state = ranks, trained, exporter, state
-        self._after_leader, self._together, self._tell = after_leader, together, tell
+        self._after_leader, self._together, self._tell, self._best = after_leader, together, tell, best
+        self._pointing = Lock()
         # The writers' own: the main threads go on with collectives of theirs meanwhile.
         self._writers: Any = dist.new_group(backend="gloo", timeout=_WRITING)
         # Who has written, for the leader to name those who have not.
@@ -208,6 +212,21 @@ class Checkpoints:
         while not self._news.empty():
             self._tell(self._news.get())
 
+    def point_to_best(self) -> int | None:
+        """On the leader, have `best` name the best checkpoint, where one is to be kept, and return its step.
+
+        Not collective. What cannot be written is told by `news`.
+        """
+        if self._settings.keep_best is None:
+            return None
+        with self._pointing:
+            best = self._best(folders.complete_steps(self._root).keys())
+            try:
+                folders.point(self._root, folders.BEST, step=best)
+            except OSError as error:
+                self._news.put(f"warning: {self._root / folders.BEST} could not be written: {error}")
+        return best
+
     def finish(self) -> str | None:
         """Wait until the last checkpoint is written. Returns, on all ranks, why it could not be."""
         self._wait()
@@ -305,7 +324,9 @@ class Checkpoints:
         self._failed, self.last = None, f"the last checkpoint is {self._root / f'step-{step}'}"
         self._news.put(f"checkpoint step-{step}: {size:,} bytes in {time.monotonic() - started:.1f} s")
         try:
-            folders.prune(self._root, keep_last=self._settings.keep_last, keep_every=self._settings.keep_every)
+            best = self.point_to_best()
+            keep_last, keep_every = self._settings.keep_last, self._settings.keep_every
+            folders.prune(self._root, keep_last=keep_last, keep_every=keep_every, best=best)
         except OSError as error:
             self._news.put(f"warning: {self._root}: an old checkpoint could not be deleted: {error}")
 

@@ -1,6 +1,7 @@
 """The folder `checkpoints` of a run: one folder a checkpoint, whole or not there, and a pointer to the latest.
 
     checkpoints/latest                     the text "step-40"
+    checkpoints/best                       the text "step-20", with checkpoint.keep_best
     checkpoints/step-40/manifest.json      what is in it: step, layout, and each file's size and SHA-256
     checkpoints/.step-50.1c0f.unfinished/  being written, or left by a run that was killed meanwhile
     checkpoints/step-60.aside/             of a run that went on from an earlier one; not looked at any more
@@ -27,7 +28,7 @@ from pydantic import TypeAdapter, ValidationError
 from dapo_megatron import disk
 from dapo_megatron.errors import DapoError
 
-LATEST = "latest"
+LATEST, BEST = "latest", "best"
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d+)")
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -131,14 +132,22 @@ def complete(unfinished: Path, manifest: Manifest) -> Path:
     _delete(final)
     unfinished.rename(final)
     disk.sync(root)
-    _point(root, final)
+    point(root, LATEST, step=manifest.step)
     return final
 
 
-def _point(root: Path, checkpoint: Path) -> None:
-    unfinished = root / f".{LATEST}.unfinished"
-    disk.write(unfinished, f"{checkpoint.name}\n".encode())
-    unfinished.replace(root / LATEST)
+def point(root: Path, pointer: str, *, step: int | None) -> None:
+    """Have `LATEST` or `BEST` name the checkpoint of a step; None takes it away.
+
+    Raises:
+        OSError: where that cannot be written.
+    """
+    if step is None:
+        (root / pointer).unlink(missing_ok=True)
+        return
+    unfinished = root / f".{pointer}.unfinished"
+    disk.write(unfinished, f"step-{step}\n".encode())
+    unfinished.replace(root / pointer)
     disk.sync(root)
 
 
@@ -147,7 +156,7 @@ def candidates(root: Path) -> tuple[list[Path], str | None]:
 
     The best is the one that `latest` names, then those of fewer steps. Where it names none that is there: all, by step.
     """
-    steps = _steps(root)
+    steps = complete_steps(root)
     ordered = [steps[step] for step in sorted(steps, reverse=True)]
     pointer = root / LATEST
     if not pointer.is_file():
@@ -206,7 +215,7 @@ def supersede(root: Path, step: int) -> list[Path]:
         What they are called now.
     """
     moved = []
-    for folder in _steps(root).values():
+    for folder in complete_steps(root).values():
         if (step_of(folder) or 0) > step:
             aside, number = folder.with_name(f"{folder.name}.aside"), 1
             while aside.exists():
@@ -215,19 +224,20 @@ def supersede(root: Path, step: int) -> list[Path]:
     return moved
 
 
-def prune(root: Path, *, keep_last: int, keep_every: int | None) -> None:
-    """Delete all checkpoints but the last ones, and those whose step is a multiple of `keep_every`.
+def prune(root: Path, *, keep_last: int, keep_every: int | None, best: int | None = None) -> None:
+    """Delete all checkpoints but the last ones, those whose step is a multiple of `keep_every`, and that of `best`.
 
     Raises:
         OSError: where one cannot be deleted.
     """
-    steps = _steps(root)
+    steps = complete_steps(root)
     for step in sorted(steps)[:-keep_last]:
-        if keep_every is None or step % keep_every:
+        if step != best and (keep_every is None or step % keep_every):
             _delete(steps[step])
 
 
-def _steps(root: Path) -> dict[int, Path]:
+def complete_steps(root: Path) -> dict[int, Path]:
+    """Return step -> folder of every checkpoint that is complete."""
     return {step: folder for folder in root.glob("step-*") if (step := step_of(folder)) is not None}
 
 

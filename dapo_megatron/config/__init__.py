@@ -11,13 +11,15 @@ from pydantic import Field, model_validator
 
 from dapo_megatron.config.algo import AlgoConfig, CorrectionConfig, KlConfig, OptimizerConfig, TrainConfig
 from dapo_megatron.config.checkpoint import CheckpointConfig
+from dapo_megatron.config.evaluation import HELD_OUT, EvalConfig, EvalSetConfig, HeldOut
 from dapo_megatron.config.model import LaunchConfig, MemoryConfig, ModelConfig, ParallelConfig
 from dapo_megatron.config.reward import OverlongConfig, RewardConfig
 from dapo_megatron.config.rollout import DataConfig, EngineConfig, RolloutConfig, WeightsConfig
-from dapo_megatron.config.run import EvalConfig, RunConfig
+from dapo_megatron.config.run import RunConfig
 from dapo_megatron.config.section import Section
 
 __all__ = [
+    "HELD_OUT",
     "AlgoConfig",
     "CheckpointConfig",
     "Config",
@@ -25,6 +27,8 @@ __all__ = [
     "DataConfig",
     "EngineConfig",
     "EvalConfig",
+    "EvalSetConfig",
+    "HeldOut",
     "KlConfig",
     "LaunchConfig",
     "MemoryConfig",
@@ -76,7 +80,12 @@ class Config(Section):
 
     def samples_after(self, steps: int) -> bool:
         """Return whether a run that has done so many steps still needs engines: for a rollout or an evaluation."""
-        return steps < self.train.steps or self.eval.data is not None
+        return steps < self.train.steps or bool(self.held_out)
+
+    @property
+    def held_out(self) -> dict[str, HeldOut]:
+        """The sets of held-out prompts by their names; that of eval.data is called `HELD_OUT`."""
+        return self.eval.held_out(self.data, self.reward.rule)
 
     @model_validator(mode="after")
     def _optimizer_fits(self) -> Config:
@@ -86,6 +95,22 @@ class Config(Section):
             raise ValueError(
                 f"optimizer.precision_aware keeps what bfloat16 weights lack, but model.dtype is {self.model.dtype}; "
                 f"leave it off"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _best_is_known(self) -> Config:
+        name, every, sets = self.checkpoint.keep_best, self.checkpoint.every, self.held_out
+        if name is None:
+            return self
+        if name not in sets:
+            there = ", ".join(sets) or "none: neither eval.data nor eval.sets"
+            raise ValueError(f"checkpoint.keep_best({name}) is no set of held-out prompts; there is {there}")
+        if not every or not sets[name].every or sets[name].every % every:
+            raise ValueError(
+                f"checkpoint.keep_best({name}) wants a checkpoint at every evaluation of {name}, but it is evaluated "
+                f"every {sets[name].every} steps, and checkpoint.every is {every}; make the first a multiple of the "
+                f"second, and neither 0"
             )
         return self
 

@@ -14,6 +14,9 @@ class CheckpointConfig(Section):
     """Checkpoints to keep; older ones are deleted once a new one is complete."""
     keep_every: PositiveInt | None = None
     """Keep those for good whose step is a multiple of this."""
+    keep_best: str | None = None
+    """Set of held-out prompts (of eval.sets, or held-out, that of eval.data) by which the best checkpoint is kept for
+    good: that with the highest accuracy so far, and the earlier of two alike. The file checkpoints/best names it."""
     asynchronous: bool = True
     """Write while the next step runs; the ranks only wait until their state is copied to host memory."""
     export_hf: bool = False

@@ -19,6 +19,15 @@ from dapo_megatron.config.section import (
 )
 
 
+def _with_place(template: str) -> str:
+    if "{problem}" not in template:
+        raise ValueError(f"must hold {{problem}} where the question goes; got {template!r}")
+    return template
+
+
+Template = Annotated[str, AfterValidator(_with_place)]
+
+
 class DataConfig(Section):
     train: FilePattern
     """Prompts to train on: a .jsonl or .parquet file, or hub:OWNER/NAME[/SPLIT] on the Hugging Face hub."""
@@ -26,7 +35,7 @@ class DataConfig(Section):
     """Where a row keeps its question; dots reach into nested objects. Of chat messages, the last user turn."""
     answer_field: str = "answer"
     """Where a row keeps the gold answer; dots reach into nested objects (reward_model.ground_truth)."""
-    template: str = "{problem}"
+    template: Template = "{problem}"
     """Text around the question, which replaces {problem}."""
     chat_template: bool = False
     """Wrap the result as one user turn in the tokenizer's chat template."""
@@ -34,12 +43,6 @@ class DataConfig(Section):
     """Limit on the tokens of a prompt."""
     long_prompts: Literal["refuse", "drop"] = "refuse"
     """What to do with a longer prompt: stop before the run starts, or leave it out and say how many were."""
-
-    @model_validator(mode="after")
-    def _template_has_a_place(self) -> DataConfig:
-        if "{problem}" not in self.template:
-            raise ValueError(f"template must hold {{problem}} where the question goes; got {self.template!r}")
-        return self
 
 
 class RolloutConfig(Section):

@@ -1,4 +1,4 @@
-"""The sections of what is measured and kept."""
+"""The section of what is kept of a run."""
 
 from __future__ import annotations
 
@@ -7,32 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from dapo_megatron.config.section import (
-    FilePath,
-    FilePattern,
-    Fraction,
-    NonNegativeInt,
-    PositiveInt,
-    Section,
-    Temperature,
-)
-
-
-class EvalConfig(Section):
-    data: FilePattern | None = None
-    """Held-out prompts, read like data.train; null leaves evaluation out."""
-    every: NonNegativeInt = 0
-    """Rollout steps between evaluations; 0 evaluates only before the first step and after the last."""
-    samples: PositiveInt = 1
-    """Responses per prompt; the accuracy is their mean."""
-    temperature: Temperature = 1.0
-    """Sampling temperature; 0 is greedy, and what lies between 0 and 0.01 is not to be had."""
-    top_p: Fraction = 1.0
-    """Nucleus sampling; 1 is off. The paper's evaluation used 0.7."""
-
-    def due(self, step: int) -> bool:
-        """Return whether to evaluate after `step` steps are done."""
-        return self.data is not None and self.every > 0 and step % self.every == 0
+from dapo_megatron.config.section import FilePath, NonNegativeInt, Section
 
 
 class RunConfig(Section):

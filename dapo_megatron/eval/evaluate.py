@@ -8,8 +8,8 @@ from functools import partial
 
 import numpy as np
 
-from dapo_megatron.config import EvalConfig
-from dapo_megatron.eval.statistics import accuracy, bootstrap_interval, majority, pass_at_k, standard_error
+from dapo_megatron.config import HeldOut
+from dapo_megatron.eval.statistics import accuracy, bootstrap_interval, majority, pass_at_k, powers, standard_error
 from dapo_megatron.rollout.collect import Grader, sample_groups
 from dapo_megatron.rollout.engine import Responder, Sampling, request_seed
 from dapo_megatron.types import Decode, Group, Prompt
@@ -61,13 +61,13 @@ async def evaluate(
     prompts: Sequence[Prompt],
     judge: Grader,
     decode: Decode,
-    config: EvalConfig,
+    how: HeldOut,
     *,
     seed: int,
     max_tokens: int,
     stop_token_ids: tuple[int, ...],
 ) -> EvalResult:
-    """Sample `config.samples` responses to every prompt and grade them.
+    """Sample `how.samples` responses to every prompt and grade them.
 
     Every evaluation has the same seeds: what differs between two is the policy.
 
@@ -78,9 +78,9 @@ async def evaluate(
         RolloutError: where the engine aborted a response.
         EngineError: when an engine fails.
     """
-    sampling = Sampling(config.temperature, config.top_p, max_tokens, stop_token_ids)
+    sampling = Sampling(how.temperature, how.top_p, max_tokens, stop_token_ids)
     seeds = partial(request_seed, seed, "eval")
-    return summarise(await sample_groups(engines, prompts, judge, sampling, config.samples, seeds), decode)
+    return summarise(await sample_groups(engines, prompts, judge, sampling, how.samples, seeds), decode)
 
 
 def summarise(groups: Sequence[Group], decode: Decode) -> EvalResult:
@@ -88,14 +88,13 @@ def summarise(groups: Sequence[Group], decode: Decode) -> EvalResult:
     correct_PK = [group.correct for group in groups]
     samples = len(correct_PK[0])
     completions = [completion for group in groups for completion in group.completions]
-    powers = [2**power for power in range(samples.bit_length())]
     return EvalResult(
         prompts=len(groups),
         samples=samples,
         accuracy=accuracy(correct_PK),
         standard_error=standard_error(correct_PK),
         interval=bootstrap_interval(correct_PK),
-        pass_at_k={k: pass_at_k(correct_PK, k) for k in sorted({*powers, samples})},
+        pass_at_k={k: pass_at_k(correct_PK, k) for k in powers(samples)},
         majority_at_k=majority([group.extracted for group in groups], correct_PK),
         mean_length=float(np.mean([completion.length for completion in completions])),
         truncated=float(np.mean([completion.truncated for completion in completions])),

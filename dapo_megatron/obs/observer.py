@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from pydantic import TypeAdapter
 from rich.text import Text
 
-from dapo_megatron.config import Config
+from dapo_megatron.config import HELD_OUT, Config, HeldOut
 from dapo_megatron.errors import ConfigError
 from dapo_megatron.obs.display import open_display
 from dapo_megatron.obs.memory import PeakMemory
@@ -54,7 +54,17 @@ class Evaluation(Protocol):
     @property
     def truncated(self) -> float: ...
     @property
+    def samples(self) -> int: ...
+    @property
+    def pass_at_k(self) -> Mapping[int, float]: ...
+    @property
+    def majority_at_k(self) -> float: ...
+    @property
     def examples(self) -> Sequence[Example]: ...
+
+
+Evaluations = Mapping[str, Mapping[str, Evaluation]]
+"""Set of held-out prompts -> when -> what it came to."""
 
 
 class Observer(Stateful, Protocol):
@@ -77,8 +87,8 @@ class Observer(Stateful, Protocol):
         """Step number `step`, counted from 0, is done; it trained on `groups`."""
         ...
 
-    def evaluation(self, when: str, result: Evaluation) -> None:
-        """Held-out prompts were measured; `when` is "before", "after", or whatever is to be shown."""
+    def evaluation(self, when: str, its: HeldOut, result: Evaluation) -> None:
+        """A set of held-out prompts was measured; `when` is "before", "after", or whatever is to be shown."""
         ...
 
     def message(self, text: str) -> None: ...
@@ -87,11 +97,11 @@ class Observer(Stateful, Protocol):
         """Show what `waits` says, "" for nothing, in phases that take long. It is called on another thread."""
         ...
 
-    def summary(self, values: Mapping[str, float | int | str], evaluations: Mapping[str, Evaluation]) -> None:
+    def summary(self, values: Mapping[str, float | int | str], evaluations: Evaluations) -> None:
         """The run is over; `values` go to summary.json, with its lives and the seconds that it took.
 
         Args:
-            evaluations: when -> result. Those of "before" and "after" are shown once more, with examples.
+            evaluations: set -> when -> result. Those of "before" and "after" are shown once more, with examples.
         """
         ...
 
@@ -116,13 +126,13 @@ class NullObserver:
 
     def step(self, step: int, metrics: Mapping[str, float], groups: Sequence[Group]) -> None: ...
 
-    def evaluation(self, when: str, result: Evaluation) -> None: ...
+    def evaluation(self, when: str, its: HeldOut, result: Evaluation) -> None: ...
 
     def message(self, text: str) -> None: ...
 
     def ask_what_is_waited_for(self, waits: Callable[[], str]) -> None: ...
 
-    def summary(self, values: Mapping[str, float | int | str], evaluations: Mapping[str, Evaluation]) -> None: ...
+    def summary(self, values: Mapping[str, float | int | str], evaluations: Evaluations) -> None: ...
 
     def close(self) -> None: ...
 
@@ -263,19 +273,20 @@ class RunObserver:
             self._rollouts.write(self._done, groups)
         self._display.step(self._done, row)
 
-    def evaluation(self, when: str, result: Evaluation) -> None:
+    def evaluation(self, when: str, its: HeldOut, result: Evaluation) -> None:
         low, high = result.interval
-        self._log(
-            {
-                "eval/accuracy": result.accuracy,
-                "eval/accuracy_low": low,
-                "eval/accuracy_high": high,
-                "eval/response_length": result.mean_length,
-                "eval/truncated": result.truncated,
-                "eval/seconds": self._eval_seconds,
-            }
-        )
-        self.message(f"held-out, {when}: {_result(result)}")
+        values = {
+            "accuracy": result.accuracy,
+            "accuracy_low": low,
+            "accuracy_high": high,
+            "pass_at_k": result.pass_at_k[result.samples],
+            "majority_at_k": result.majority_at_k,
+            "response_length": result.mean_length,
+            "truncated": result.truncated,
+            "seconds": self._eval_seconds,
+        }
+        self._log({f"{its.metrics}{name}": value for name, value in values.items()})
+        self.message(f"{its.name}, {when}: {_result(result)}")
 
     def message(self, text: str) -> None:
         self._output.note(printable(text))
@@ -285,7 +296,7 @@ class RunObserver:
         self._waits = waits
         self._display.ask_what_is_waited_for(waits)
 
-    def summary(self, values: Mapping[str, float | int | str], evaluations: Mapping[str, Evaluation]) -> None:
+    def summary(self, values: Mapping[str, float | int | str], evaluations: Evaluations) -> None:
         with self._writing_summary("write it"):
             seconds = {
                 "seconds": self._seconds_so_far(),
@@ -293,15 +304,16 @@ class RunObserver:
                 **self._folder.lives,
             }
             self._folder.summarise({**{name: round(value, 1) for name, value in seconds.items()}, **values})
-        both = {when: evaluations[when] for when in ("before", "after") if when in evaluations}
+        whens = ("before", "after")
+        ends = [(name, when, its[when]) for name, its in evaluations.items() for when in whens if when in its]
         text = Text()
-        for when, result in both.items():
-            text.append(f"\n{when} training\n", style="bold")
+        for name, when, result in ends:
+            text.append(f"\n{'' if name == HELD_OUT else f'{name}, '}{when} training\n", style="bold")
             for example in result.examples:
                 text.append_text(_shown(example))
-        for when, result in both.items():
-            text.append(f"\nheld-out, {when}: {_result(result)}", style="bold")
-        if both:
+        for name, when, result in ends:
+            text.append(f"\n{name}, {when}: {_result(result)}", style="bold")
+        if ends:
             self._output.note(text.plain)
             self._display.show(text)
         self.message(f"summary: {self._folder.path / 'summary.json'}")

@@ -11,6 +11,9 @@ Rule = Literal["dapo", "lenient", "math_verify"]
 PACKAGES: dict[Rule, str] = {"lenient": "math_verify", "math_verify": "math_verify"}
 """A rule that is named here imports this package."""
 
+ALWAYS_GRADED: tuple[Rule, ...] = ("dapo", "lenient")
+"""By these `dapo-megatron eval` grades every response, side by side: as published, and forgiving of notation."""
+
 WINDOW = 8192
 """No rule reads more than this many characters from the end of a response, so that grading takes bounded time."""
 

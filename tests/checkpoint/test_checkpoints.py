@@ -258,6 +258,28 @@ def test_a_full_disk_is_told_and_the_next_one_is_saved(tmp_path: Path, model: Pa
     assert sorted(path.name for path in root.iterdir()) == ["latest", "step-1", "step-3"]
 
 
+def with_a_best(checkpoints: Any, update: Any, messages: list[str]) -> Any:
+    """The first step is the best while it is alone, then the second."""
+    checkpoints._settings = checkpoints._settings.model_copy(update={"keep_best": "aime"})
+    checkpoints._best = lambda steps: min(steps, key=lambda step: abs(step - 2), default=None)
+    pointed = []
+    for step in (1, 2, 3, 4, 5):
+        update(step)
+        checkpoints.save(step)
+        checkpoints._wait()
+        pointed.append(checkpoints.point_to_best())
+    checkpoints.finish()
+    return pointed
+
+
+def test_the_best_checkpoint_is_kept_besides_the_last(tmp_path: Path, model: Path) -> None:
+    ranks = run_distributed(partial(run, keep_last=1), 1, model, tmp_path, {}, "float32", with_a_best)
+    root = tmp_path / "run/checkpoints"
+    assert ranks[0][0] == [1, 2, 2, 2, 2]
+    assert sorted(path.name for path in root.iterdir()) == ["best", "latest", "step-2", "step-5"]
+    assert (root / "best").read_text() == "step-2\n"
+
+
 def cannot_read(checkpoints: Any, update: Any, messages: list[str]) -> Any:
     def stale(path: Path) -> Any:
         raise OSError(116, "Stale file handle")

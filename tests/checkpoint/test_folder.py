@@ -97,8 +97,20 @@ def test_the_last_ones_and_every_so_many_stay(tmp_path: Path) -> None:
         make(tmp_path, step)
     folders.prune(tmp_path, keep_last=2, keep_every=10)
     assert names(tmp_path) == ["latest", "step-10", "step-20", "step-25", "step-30"]
+    folders.prune(tmp_path, keep_last=1, keep_every=None, best=20)
+    assert names(tmp_path) == ["latest", "step-20", "step-30"]
     folders.prune(tmp_path, keep_last=1, keep_every=None)
     assert names(tmp_path) == ["latest", "step-30"]
+
+
+def test_the_pointer_to_the_best_can_go_back(tmp_path: Path) -> None:
+    make(tmp_path, 5)
+    for step in (5, 10):
+        folders.point(tmp_path, folders.BEST, step=step)
+        assert (tmp_path / "best").read_text() == f"step-{step}\n"
+    for _ in range(2):
+        folders.point(tmp_path, folders.BEST, step=None)
+        assert names(tmp_path) == ["latest", "step-5"]
 
 
 def test_what_a_killed_run_left_is_cleared_and_written_anew(tmp_path: Path) -> None:

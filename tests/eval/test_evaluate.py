@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from dapo_megatron.config import EvalConfig
+from dapo_megatron.config import HELD_OUT, DataConfig, EvalConfig
 from dapo_megatron.errors import EngineError, RolloutError
 from dapo_megatron.eval.evaluate import EvalResult, evaluate
 from dapo_megatron.rollout.engine import Sampling, request_seed
@@ -39,7 +39,8 @@ async def judge(prompt: Prompt, completions: Sequence[Completion]) -> Group:
 
 def measure(engine: Scripted, seed: int = 0, **settings: float) -> EvalResult:
     config = EvalConfig.model_validate({"data": "x", **settings})
-    return asyncio.run(evaluate(engine, PROMPTS, judge, read, config, seed=seed, max_tokens=8, stop_token_ids=(0,)))
+    how = config.held_out(DataConfig(train="x"), "dapo")[HELD_OUT]
+    return asyncio.run(evaluate(engine, PROMPTS, judge, read, how, seed=seed, max_tokens=8, stop_token_ids=(0,)))
 
 
 def test_evaluate() -> None:

@@ -29,7 +29,7 @@ PLACES = {
     "writing": "dapo_megatron.checkpoint.shards:Shards.write",
     "finishing": "dapo_megatron.checkpoint.shards:Shards.finish",
     "naming": "dapo_megatron.checkpoint.folder:complete",
-    "pointing": "dapo_megatron.checkpoint.folder:_point",
+    "pointing": "dapo_megatron.checkpoint.folder:point",
     "pruning": "dapo_megatron.checkpoint.folder:prune",
     "restoring": "dapo_megatron.checkpoint.checkpoints:read_shards",
 }

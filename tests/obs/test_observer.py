@@ -5,15 +5,17 @@ import logging
 import os
 import resource
 import time
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from dapo_megatron import config_file
-from dapo_megatron.config import Config
+from dapo_megatron.config import HELD_OUT, Config, DataConfig, HeldOut
 from dapo_megatron.eval.evaluate import EvalResult, Example
 from dapo_megatron.obs import observer as observer_module
+from dapo_megatron.obs.metrics import METRICS
 from dapo_megatron.obs.observer import NullObserver, RunObserver
 from dapo_megatron.types import FinishReason, Group, Prompt, VersionSpan
 from tests.helpers.completions import read, written
@@ -44,6 +46,8 @@ RESULT = EvalResult(
     examples=(Example("1+2=", "3", EVIL, "3", True),),
 )
 
+HELD = HeldOut(HELD_OUT, "heldout.jsonl", DataConfig(train="x"), 0, 1, 1.0, 1.0, "dapo")
+
 
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
@@ -61,7 +65,7 @@ def test_a_run(config: Config, tmp_path: Path, capfd: pytest.CaptureFixture[str]
     started = time.monotonic()
     with observer.phase("starting engines"):
         time.sleep(0.2)
-    observer.evaluation("before", RESULT)
+    observer.evaluation("before", HELD, RESULT)
     for step in range(2):
         with observer.phase("rollout"):
             time.sleep(0.02)
@@ -71,8 +75,8 @@ def test_a_run(config: Config, tmp_path: Path, capfd: pytest.CaptureFixture[str]
         observer.step(step, {"accuracy": 0.5 + step}, [GROUP, GROUP])
     ended = time.monotonic()
     after = replace(RESULT, accuracy=0.75)
-    observer.evaluation("after", after)
-    observer.summary({"final_accuracy": 0.75, "seed": 0}, {"before": RESULT, "after": after})
+    observer.evaluation("after", HELD, after)
+    observer.summary({"final_accuracy": 0.75, "seed": 0}, {HELD_OUT: {"before": RESULT, "after": after}})
     observer.close()
 
     before, first, second, after = rows(folder / "metrics.jsonl")
@@ -208,7 +212,7 @@ def test_other_ranks_show_and_write_nothing(tmp_path: Path, capfd: pytest.Captur
     with observer.phase("rollout"):
         observer.message("hello")
     observer.step(0, {}, [GROUP])
-    observer.evaluation("before", RESULT)
+    observer.evaluation("before", HELD, RESULT)
     observer.summary({}, {})
     observer.close()
     assert capfd.readouterr() == ("", "")
@@ -254,3 +258,19 @@ def test_a_phase_that_takes_long_says_what_it_waits_for(
     for text in (shown, log):
         assert ("rollout, for 0 s, waits for engine 0 with 3 prompts" in text) == bool(waits)
         assert "\x1b" not in text and "publish, for" not in text
+
+
+def test_sets_with_names_have_metrics_of_their_own(
+    config: Config, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    aime = replace(HELD, name="aime")
+    with closing(RunObserver(config, read)) as observer:
+        observer.evaluation("before", aime, replace(RESULT, samples=4, pass_at_k={1: 0.25, 4: 0.5}, majority_at_k=0.3))
+        observer.summary({}, {"aime": {"before": RESULT}})
+    (row,) = rows(tmp_path / "test/metrics.jsonl")
+    names = ("accuracy", "accuracy_low", "accuracy_high", "pass_at_k", "majority_at_k", "response_length", "truncated")
+    assert [row[f"eval/aime/{name}"] for name in names] == [0.25, 0.125, 0.375, 0.5, 0.3, 12.5, 0.0]
+    assert {f"eval/{name}" for name in names} < set(METRICS)
+    assert not any(name.startswith("eval/") and not name.startswith("eval/aime/") for name in row)
+    shown = capfd.readouterr().out
+    assert "aime, before: accuracy 25.0%" in shown and "aime, before training\n" in shown

@@ -14,12 +14,12 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dapo_megatron import config_file
-from dapo_megatron.config import Config
+from dapo_megatron.config import HELD_OUT, Config
 from dapo_megatron.errors import ConfigError
 from dapo_megatron.obs.observer import RunObserver
 from dapo_megatron.obs.place import Lines, Place, go_back, sizes
 from tests.helpers.completions import read
-from tests.obs.test_observer import GROUP, RESULT, rows
+from tests.obs.test_observer import GROUP, HELD, RESULT, rows
 
 STEPS, EVERY = 6, 2
 EVENTS = 2 + STEPS + 2
@@ -59,13 +59,13 @@ def all_events(observer: RunObserver, checkpoint: Path) -> Iterator[Callable[[],
         if (number + 1) % EVERY == 0:
             checkpoint.write_text(json.dumps(observer.state_dict()))
 
-    yield lambda: observer.evaluation("before", RESULT)
+    yield lambda: observer.evaluation("before", HELD, RESULT)
     for number in range(STEPS):
         yield lambda number=number: step(number)
         if number + 1 == STEPS // 2:
-            yield lambda: observer.evaluation("half", replace(RESULT, accuracy=0.5))
-    yield lambda: observer.evaluation("after", replace(RESULT, accuracy=0.75))
-    yield lambda: observer.summary({"steps": STEPS}, {"before": RESULT})
+            yield lambda: observer.evaluation("half", HELD, replace(RESULT, accuracy=0.5))
+    yield lambda: observer.evaluation("after", HELD, replace(RESULT, accuracy=0.75))
+    yield lambda: observer.summary({"steps": STEPS}, {HELD_OUT: {"before": RESULT}})
 
 
 def record(folder: Path) -> dict[str, Any]:
@@ -177,7 +177,7 @@ def test_before_a_run_goes_on_its_record_stays_and_takes_nothing(tmp_path: Path)
         observer.message("engines start")
         with observer.phase("starting engines"):
             pass
-        for attempt in (lambda: observer.step(0, {}, []), lambda: observer.evaluation("before", RESULT)):
+        for attempt in (lambda: observer.step(0, {}, []), lambda: observer.evaluation("before", HELD, RESULT)):
             with pytest.raises(AssertionError, match="nothing is recorded before"):
                 attempt()
     assert record(tmp_path / "test") == before
