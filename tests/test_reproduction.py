@@ -22,7 +22,7 @@ TINY = [
     *("model.dtype=float32", "launch.processes=2", "parallel.tp=2", "engine.count=1", "engine.tensor_parallel=1"),
     *("rollout.prompts=8", "rollout.responses=8", "rollout.generation_batch=8", "rollout.max_response_tokens=48"),
     *("reward.overlong.cache=16", "reward.workers=1", "train.mini_batch=16", "train.micro_batch_tokens=4096"),
-    *("optimizer.lr=2e-2", "run.tensorboard=false", "checkpoint.every=1", "eval.every=2"),
+    *("optimizer.lr=2e-2", "run.tensorboard=false", "checkpoint.every=1", "eval.every=1"),
 ]
 """A rate at which a tiny model learns in three steps of the recipe's warm-up that the answer is always 1."""
 
@@ -71,7 +71,8 @@ def test_from_published_rows_to_a_comparison_of_checkpoints(tmp_path: Path) -> N
     command("tools/hf_to_megatron.py", model, tmp_path / "megatron", "--tp", 2, "--verify")
     command("tools/megatron_to_hf.py", tmp_path / "megatron", base, "--verify")
 
-    given = [f"data.train={data}/train.parquet", f"eval.data={data}/aime-2024.parquet", stop_tokens()]
+    sets = [f"eval.sets.{name}.data={data}/aime-2024.parquet" for name in ("aime2024", "aime2024-p1")]
+    given = [f"data.train={data}/train.parquet", *sets, stop_tokens()]
     config = [RECIPE, *TINY, *given, f"model.path={base}", f"run.dir={tmp_path}", "run.name=run"]
     train = ["-m", "dapo_megatron", "train"]
     command(*train, *config, "train.steps=2")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "configs/qwen2.5_32b_aime.yaml"
-LINE = re.compile(r"( *)(\w+):(?: +([^#\s][^#]*?))?(?: +# (.*))?")
+LINE = re.compile(r"( *)([\w-]+):(?: +([^#\s][^#]*?))?(?: +# (.*))?")
 SOURCES = re.compile(r"(?:paper ([^;]+?))?(?:; |$)?(?:code (.+))?")
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e-?\d+)?")
 SWITCH = {"true": "on", "false": "off", "none": "off"}
@@ -91,8 +91,8 @@ def table(values: list[Value]) -> str:
     for value in values:
         if not (value.paper or value.code or value.remark):
             continue
-        cells = (f"`{value.key}`", value.text, value.paper or "–", value.code or "–", value.remark.replace("|", r"\|"))
-        rows.append(f"| {' | '.join(cells)} |".replace("|  |", "| |"))
+        cells = (f"`{value.key}`", value.text, value.paper or "", value.code or "", value.remark.replace("|", r"\|"))
+        rows.append("|".join(["", *(f" {cell} " if cell else " " for cell in cells), ""]))
     return "\n".join(rows) + "\n"
 
 
