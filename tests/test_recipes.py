@@ -14,17 +14,19 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.fake_memory import CARD, RESERVE
 from dapo_megatron import config_file
 from dapo_megatron.actor.topology import Topology
 from dapo_megatron.config import Config
 from dapo_megatron.preflight import preflight
+from dapo_megatron.rollout.place import place
 from dapo_megatron.train import learning_rate
 from dapo_megatron.types import Completion, FinishReason, MiniBatch, Prompt
 from tests.helpers import recipe
 from tests.helpers.answers import END, save_answering, stop_tokens, tokenizer, write_problems
 from tests.helpers.checkpoint import write_checkpoint
 from tests.helpers.completions import completion
-from tests.helpers.fake_costs import SIZES
+from tests.helpers.fake_costs import SIZES, fake, without_gpus
 from tests.helpers.mini_run import Step, mini_run
 
 CONFIGS = recipe.ROOT / "configs"
@@ -143,6 +145,39 @@ def test_every_check_before_a_run_is_passed(name: str, tmp_path: Path) -> None:
     assert checked.train[0].text.startswith("<|im_start|>user\n") and "What is 0 + 0 - 0?" in checked.train[0].text
     assert checked.train[0].text.endswith("<|im_start|>assistant\n")
     assert not checked.warnings
+
+
+def numbers(size: dict[str, Any]) -> tuple[float, int]:
+    """Of a model: its parameters, but for biases and norms, and what a token has in the KV cache."""
+    hidden, layers = size["hidden_size"], size["num_hidden_layers"]
+    keys = hidden // size["num_attention_heads"] * size["num_key_value_heads"]
+    layer = 2 * hidden * (hidden + keys) + 3 * hidden * size["intermediate_size"]
+    embeddings = (1 if size["tie_word_embeddings"] else 2) * size["vocab_size"] * hidden
+    return layers * layer + embeddings, layers * 2 * keys
+
+
+@pytest.mark.parametrize("name", [PUBLISHED, "qwen2.5_7b_math", "qwen2.5_0.5b_gsm8k"])
+def test_what_stays_on_a_gpu_of_80_gb_fits_beside_the_engines_longest_sequence(name: str) -> None:
+    """vLLM starts only where its cache holds one."""
+    config, ranks = load(name), RANKS.get(name, 128)
+    parallel, engine = config.parallel, config.engine
+    parameters, cached = numbers(MODELS[name])
+    share = place(config, 0, 8000, ranks=min(ranks, 8)).memory_fraction * CARD
+    cache = share - 2 * parameters / engine.tensor_parallel
+    assert cache > 4 * 2 * cached / engine.tensor_parallel * config.max_sequence_tokens
+    replicas = parallel.data_parallel(ranks)
+    state = parameters / parallel.tp * (2 + 4 + 12 / replicas)
+    assert state + share + RESERVE < CARD
+    if name == PUBLISHED:
+        assert (replicas, round(parameters / 1e9, 1), round(state / 2**30)) == (16, 32.8, 26)
+
+
+@pytest.mark.long
+def test_a_rank_of_32b_has_what_the_recipe_says() -> None:
+    config = load(PUBLISHED)
+    with without_gpus():
+        cost = fake("32B", config, 128, 0, (4_096,) * (config.train.micro_batch_tokens // 4_096))
+    assert round(cost.peak_bytes / 2**30) == 31
 
 
 SMALL = [
