@@ -243,7 +243,7 @@ def _add_config(parser: argparse.ArgumentParser, *, optional: bool = False) -> N
 
 def _config(arguments: argparse.Namespace) -> int:
     if arguments.schema:
-        tell(json.dumps(Config.model_json_schema(), indent=1))
+        tell(json.dumps(config_file.schema(), indent=1))
         return 0
     path: Path | None = arguments.config
     if path is None:

@@ -1,11 +1,14 @@
 """Reads a configuration: YAML, then `section.key=value` overrides, then the checks of `config`.
 
+A file may say `base: OTHER.yaml`, relative to its own folder: then it holds only what it has different from that one.
+
 Every failure is a `ConfigError` that names the key, what was given and what would be right.
 """
 
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,8 +26,32 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Read `path` and apply `overrides`, each of the form `section.key=value` with a YAML value.
 
     Raises:
-        ConfigError: for a file that is not there or not YAML, an unknown key, a wrong type, sizes that do not fit.
+        ConfigError: for a file that is not there or not YAML, a `base` that leads back to the file, an unknown key, a
+            wrong type, sizes that do not fit.
     """
+    values = _read(path)
+    for override in overrides:
+        _apply(values, override)
+    return parse(values)
+
+
+def schema() -> dict[str, Any]:
+    """Return the JSON schema of a configuration file."""
+    whole = Config.model_json_schema()
+    whole["anyOf"] = [{"required": ["base"]}, {"required": whole.pop("required")}]
+    described = "File, relative to this one's folder, whose values hold where this one has none of its own."
+    whole["properties"] = {"base": {"type": "string", "description": described}, **whole["properties"]}
+    return whole
+
+
+def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Return the values of a file, laid over those of its `base`.
+
+    Args:
+        above: the files that have led to this one.
+    """
+    if path in above:
+        raise ConfigError(f"base leads back to where it began: {' -> '.join(map(str, (*above, path)))}")
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -36,9 +63,20 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{path} is empty: expected sections such as model: and data:")
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected sections such as model: and data:, got {type(values).__name__}")
-    for override in overrides:
-        _apply(values, override)
-    return parse(values)
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: base = {base!r}; give the name of a file, relative to {path.parent}")
+    return _over(_read(Path(os.path.normpath(path.parent / base)), (*above, path)), values)
+
+
+def _over(under: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Lay `values` over those of a base: sections key by key, anything else as a whole."""
+    for key, value in values.items():
+        below = under.get(key)
+        under[key] = _over(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return under
 
 
 def parse(values: Mapping[str, Any]) -> Config:

@@ -237,11 +237,40 @@ def test_defaults_are_the_published_run(tmp_path: Path) -> None:
 
 
 def test_the_schema_explains_keys_and_refuses_others() -> None:
-    schema: dict[str, Any] = Config.model_json_schema()
+    schema = config_file.schema()
     algo = schema["$defs"]["AlgoConfig"]
     assert algo["additionalProperties"] is False
     assert "clip-higher" in algo["properties"]["dapo"]["properties"]["clip_high"]["description"]
-    assert schema["required"] == ["model", "data"]
+    assert schema["anyOf"] == [{"required": ["base"]}, {"required": ["model", "data"]}]
+    assert set(schema["properties"]) == {"base", *Config.model_fields} and schema["additionalProperties"] is False
+
+
+def test_a_file_says_what_it_has_different_from_its_base(tmp_path: Path) -> None:
+    (tmp_path / "bases").mkdir()
+    (tmp_path / "bases/first.yaml").write_text(MINIMAL + "eval: {data: held.jsonl}\nreward: {overlong: {cache: 8}}\n")
+    (tmp_path / "bases/second.yaml").write_text("base: first.yaml\nrollout: {stop_token_ids: [1, 2], top_p: 0.5}\n")
+    text = "base: bases/second.yaml\nrollout: {stop_token_ids: [3]}\nreward: {overlong: {weight: 2}}\nrun: {name: x}\n"
+    config = load(tmp_path, text, "rollout.top_p=0.7")
+    assert (str(config.model.path), config.eval.data, config.run.name) == ("some/model", "held.jsonl", "x")
+    assert (config.rollout.stop_token_ids, config.rollout.top_p) == ([3], 0.7)
+    assert (config.reward.overlong.cache, config.reward.overlong.weight) == (8, 2.0)
+    assert config_file.parse(config.model_dump(mode="json")) == config, "what a run keeps needs no base"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("base: 3", "config.yaml: base = 3; give the name of a file, relative to"),
+        ("base: nowhere.yaml", "nowhere.yaml: No such file"),
+        ("base: ../{folder}/config.yaml", "base leads back to where it began: "),
+        ("base: over.yaml", "unknown key modle; did you mean model?"),
+    ],
+)
+def test_bases_that_cannot_work(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "over.yaml").write_text(MINIMAL + "modle: {path: x}\n")
+    with pytest.raises(ConfigError) as error:
+        load(tmp_path, text.format(folder=tmp_path.name))
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize(("world", "copies"), [(4, 1), (8, 2), (12, 3)])
