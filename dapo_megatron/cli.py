@@ -79,7 +79,7 @@ def answered(run: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)
     except BrokenPipeError:  # the reader of our output has seen enough; what was left to say, such as FAIL, is unsaid
-        _drop_output()
+        _drop(1)
         return 128 + signal.SIGPIPE
 
 
@@ -94,13 +94,13 @@ def tell(text: str) -> None:
     except BrokenPipeError:
         raise
     except OSError as error:
-        _drop_output()
+        _drop(1)
         raise DapoError(f"cannot write to standard output: {error.strerror}") from error
 
 
-def _drop_output() -> None:
-    """Have what is still to be written to standard output, at the end of the process too, go nowhere."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+def _drop(descriptor: int) -> None:
+    """Have what is still to be written to standard output (1) or error (2), also at the process's end, go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -261,10 +261,10 @@ def _train(arguments: argparse.Namespace) -> int:
     overrides = [*arguments.overrides, *(["run.existing=resume"] if arguments.resume else [])]
     config = config_file.load(arguments.config, overrides)
     if over := nothing_to_do(config):
-        print("\n".join(f"dapo-megatron: {line}" for line in over), flush=True)
+        tell("\n".join(f"dapo-megatron: {line}" for line in over))
         return 0
     ranks = config.launch.processes
-    print(f"dapo-megatron: {_check(config, ranks)}", flush=True)
+    tell(f"dapo-megatron: {_check(config, ranks)}")
     _set_threads(config.launch.threads)
     return _launch(ranks, ["dapo_megatron.train", str(arguments.config), *overrides])
 
@@ -378,7 +378,7 @@ def _compared(first: Path, second: Path) -> Told:
 def _engines(arguments: argparse.Namespace) -> int:
     from dapo_megatron.serve import serve
 
-    here = ["engine.placement=split", "engine.urls=[]"]  # the others are for the run
+    here = ["engine.placement=split", "engine.urls=[]", "engine.kinds=[]"]  # the others are for the run
     serve(config_file.load(arguments.config, [*arguments.overrides, *here]), tell, _say)
     return 0
 
@@ -408,4 +408,7 @@ def _fail(message: str, code: int) -> int:
 def _say(message: str) -> None:
     from dapo_megatron.obs.terminal import printable
 
-    print(f"dapo-megatron: {printable(message)}", file=sys.stderr, flush=True)
+    try:
+        print(f"dapo-megatron: {printable(message)}", file=sys.stderr, flush=True)
+    except OSError:  # on a full disk, the exit code is all that can be told
+        _drop(2)

@@ -99,6 +99,8 @@ def dump(config: Config) -> str:
 def _yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, _Loader)
+    except _NoTextError as error:
+        raise ConfigError(f"{where}, {error.place}: {error.problem}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{where} is not YAML: {_in_a_line(error)}") from error
 
@@ -113,12 +115,26 @@ def _in_a_line(error: yaml.YAMLError) -> str:
     )
 
 
+class _NoTextError(yaml.MarkedYAMLError):
+    """A key that YAML does not read as text."""
+
+    def __init__(self, key: Any, node: yaml.Node) -> None:
+        mark, written = node.start_mark, (isinstance(node, yaml.ScalarNode) and node.value) or key
+        self.place = f"line {mark.line + 1}, column {mark.column + 1}"
+        super().__init__(
+            problem=f"{written} is no key: YAML reads it as {type(key).__name__}, and keys are text such as model",
+            problem_mark=mark,
+        )
+
+
 class _Loader(yaml.SafeLoader):
-    """Reads 1e-6 as a number, which YAML 1.1 takes for text, and refuses a key that is there twice."""
+    """Reads 1e-6 as a number, which YAML 1.1 takes for text, and refuses a key that is no text or there twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for index, key in enumerate(keys):
+            if not isinstance(key, str):
+                raise _NoTextError(key, node.value[index][0])
             if key in keys[:index]:
                 raise yaml.MarkedYAMLError(
                     problem=f"{key!r} is there twice; the second would replace the first",

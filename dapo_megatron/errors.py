@@ -29,6 +29,10 @@ class WeightsError(EngineError):
     """A rollout engine samples with other weights than it was sent. It would do so again."""
 
 
+class StorageError(EngineError):
+    """Weights cannot be written where engines would read them: no engine is at fault, and all keep what they have."""
+
+
 class RolloutError(DapoError):
     """The rollout could not be filled, for example because too few groups were mixed."""
 

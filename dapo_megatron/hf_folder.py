@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -67,6 +68,27 @@ def read_hf_config(path: Path, *, trust_remote_code: bool = False) -> Any:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # a broken config.json raises whatever the parser beneath it has
         raise ConfigError(f"cannot read {path / 'config.json'}: {error}") from error
+
+
+def count_numbers(path: Path) -> int:
+    """Return how many numbers the tensors of the checkpoint have together, without reading them.
+
+    Raises:
+        ConfigError: as `tensor_files`.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    names: dict[Path, list[str]] = {}
+    for name, file in tensor_files(path).items():
+        names.setdefault(file, []).append(name)
+    total = 0
+    try:
+        for file, inside in names.items():
+            with safe_open(file, framework="numpy") as opened:
+                total += sum(math.prod(opened.get_slice(name).get_shape()) for name in inside)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"model.path: cannot read the weights in {path}: {error}") from error
+    return total
 
 
 def lacks_safetensors(folder: Path) -> str | None:

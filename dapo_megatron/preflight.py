@@ -26,7 +26,8 @@ from dapo_megatron.data.prompts import load_prompts
 from dapo_megatron.data.stream import PromptStream
 from dapo_megatron.data.tokenizer import decoder, end_token_ids, load_tokenizer
 from dapo_megatron.errors import ConfigError
-from dapo_megatron.hf_folder import read_hf_config, tensor_files
+from dapo_megatron.hf_folder import count_numbers, read_hf_config, tensor_files
+from dapo_megatron.obs.lock import check_free, wait_until_free
 from dapo_megatron.obs.run_folder import check_run_folder
 from dapo_megatron.obs.sinks import check_sinks
 from dapo_megatron.reward.format import TAGS
@@ -39,6 +40,7 @@ from dapo_megatron.rollout.token import need_token
 from dapo_megatron.rollout.transport import check_transport
 from dapo_megatron.types import Prompt
 from dapo_megatron.units import size
+from dapo_megatron.weights.version_folders import all_versions, newest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,6 +49,7 @@ _EXTRAS = "pip install -e '.[cpu]' in the checkout; with CUDA, as requirements/g
 _TRANSFORMER_ENGINE = "see requirements/gpu.txt, or set model.layers=torch, which is slower"
 _MISSING = "import sys, importlib.util as u; print(*(name for name in sys.argv[1:] if u.find_spec(name) is None))"
 """Python that prints those of its arguments that are not installed."""
+_ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +89,9 @@ def preflight(config: Config, world_size: int, local_ranks: int | None = None) -
     hf_config = _check_sampling(config)
     check_trains(hf_config, config.parallel)
     _check_recompute(config, hf_config.num_hidden_layers)
-    _check_disk(config)
-    _check_weights_folder(config)
+    policy_bytes = count_numbers(config.model.path) * _ITEM_BYTES[config.model.dtype]
+    _check_disk(config, policy_bytes)
+    _check_weights_folder(config, policy_bytes)
     ranks_here = world_size if local_ranks is None else local_ranks
     check_transport(config, world_size, ranks_here)
     check_gpus(config.engine, ranks_here)
@@ -176,16 +180,18 @@ def _check_sampling(config: Config) -> Any:
 
 def _check_engines(config: Config) -> Any:
     """Whether engines can serve the model; returns the model's configuration."""
-    adapter = adapter_for(config)
+    adapters = [adapter_for(config, kind) for kind in sorted(set(config.engine.kinds or [config.engine.kind]))]
     if config.engine.urls:
         need_token(config)
     else:
-        _check_engine_packages(adapter.packages, config.engine.python)
+        for adapter in adapters:
+            _check_engine_packages(adapter.packages, config.engine.python)
         check_ports(config.engine)
     hf_config = read_hf_config(config.model.path, trust_remote_code=config.model.trust_remote_code)
     check_is_text_model(hf_config)
     tensor_files(config.model.path)
-    adapter.check(hf_config)
+    for adapter in adapters:
+        adapter.check(hf_config)
     _check_context(hf_config, config)
     return hf_config
 
@@ -346,20 +352,23 @@ def _addresses(host: str) -> set[str]:
     return {str(info[4][0]) for info in socket.getaddrinfo(host, None)}
 
 
-def _check_disk(config: Config) -> None:
+def _check_disk(config: Config, policy_bytes: int) -> None:
     """Refuse a run whose policy would not fit on the disk when it is over."""
     parent = next(parent for parent in config.run.folder.absolute().parents if parent.exists())
-    needed = sum(file.stat().st_size for file in config.model.path.glob("*.safetensors"))
     free = shutil.disk_usage(parent).free
-    if config.run.save_hf and free < needed:
+    if config.run.save_hf and free < policy_bytes:
         raise ConfigError(
-            f"run.dir: {parent} has {size(free)} free, and the trained policy takes about {size(needed)}, as "
-            "model.path does; free some, choose another run.dir, or set run.save_hf=false"
+            f"run.dir: {parent} has {size(free)} free, and the trained policy takes {size(policy_bytes)} in "
+            f"{config.model.dtype}; free some, choose another run.dir, or set run.save_hf=false"
         )
 
 
-def _check_weights_folder(config: Config) -> None:
-    """Refuse a folder in which two versions of the weights do not fit, or nothing can be written."""
+def _check_weights_folder(config: Config, policy_bytes: int) -> None:
+    """Refuse a folder in which two versions of the weights do not fit, nothing can be written, or another run writes.
+
+    What is there is removed before the first version is written, but for the newest, which stays until engines have
+    loaded that one.
+    """
     if config.weights.transport != "disk":
         return
     folder = config.weights_folder.absolute()
@@ -371,14 +380,26 @@ def _check_weights_folder(config: Config) -> None:
     parent = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise ConfigError(f"weights.folder: {folder} cannot be written: {parent} is no folder that this user may write")
-    stored = sum(file.stat().st_size for file in config.model.path.glob("*.safetensors"))
-    needed, free = 2 * stored, shutil.disk_usage(parent).free
-    if free < needed:
+    check_lock = wait_until_free if config.run.existing == "resume" else check_free
+    try:
+        check_lock(folder)
+        free, last = shutil.disk_usage(parent).free, newest(folder)
+        earlier, kept = sum(map(_bytes_in, all_versions(folder))), _bytes_in(last) if last else 0
+    except OSError as error:
+        raise ConfigError(f"weights.folder: cannot look at {folder}: {error}") from error
+    needed = policy_bytes + max(policy_bytes, kept)
+    if free + earlier < needed:
+        there = f", {size(earlier)} more in versions that are there already" if earlier else ""
+        two = f"{size(kept)} (the newest there) + " if kept > policy_bytes else "2 x "
         raise ConfigError(
-            f"weights.folder: {parent} has {size(free)} free, and two versions of the weights take about 2 x "
-            f"{size(stored)} = {size(needed)}, as model.path does; free some, choose another weights.folder, or "
-            f"weights.transport=gloo"
+            f"weights.folder: {parent} has {size(free)} free{there}, and two versions of the weights take {two}"
+            f"{size(policy_bytes)} = {size(needed)} in {config.model.dtype}; free some, choose another weights.folder, "
+            f"or weights.transport=gloo"
         )
+
+
+def _bytes_in(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def _check_context(hf_config: Any, config: Config) -> None:

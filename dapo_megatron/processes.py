@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import io
 import os
 import signal
 import sys
 from contextlib import suppress
-from typing import NoReturn
+from typing import Any, NoReturn
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
@@ -23,6 +24,28 @@ def adopt_orphans() -> None:
     """Become the parent of descendants whose own parent dies, instead of init. Linux only; else nothing."""
     if sys.platform == "linux":
         _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def outlive_output() -> None:
+    """From now on, what standard output and error do not take is lost, and no error of whoever prints.
+
+    A disk may be full, or a terminal gone, and any library prints.
+    """
+    streams = []
+    for descriptor, stream in ((1, sys.stdout), (2, sys.stderr)):
+        with suppress(OSError, ValueError):
+            stream.flush()
+        raw = io.BufferedWriter(_Losing(descriptor, "w", closefd=False))
+        streams.append(io.TextIOWrapper(raw, stream.encoding, errors="backslashreplace", line_buffering=True))
+    sys.stdout, sys.stderr = streams
+
+
+class _Losing(io.FileIO):
+    def write(self, content: Any, /) -> int:
+        try:
+            return super().write(content)
+        except OSError:
+            return memoryview(content).nbytes
 
 
 def leave(exit_code: int) -> NoReturn:

@@ -34,7 +34,7 @@ from dapo_megatron.obs.observer import NullObserver, Observer, RunObserver
 from dapo_megatron.obs.run_folder import nothing_to_do
 from dapo_megatron.obs.terminal import printable
 from dapo_megatron.preflight import Checked, preflight
-from dapo_megatron.processes import end_with_parent, leave
+from dapo_megatron.processes import end_with_parent, leave, outlive_output
 from dapo_megatron.signals import Insistence, heeded, listen
 from dapo_megatron.stop import REQUEUE, Stop, StopRequested
 from dapo_megatron.train import train
@@ -55,6 +55,7 @@ watchdog ends a process about a minute after the limit, with words of its own; r
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run under torchrun. Returns 0, or ends the process: with 2 for input that cannot work, 1 for a failure."""
+    outlive_output()
     path, *overrides = sys.argv[1:] if argv is None else argv
     return _Rank().run(Path(path), overrides)
 

@@ -36,8 +36,9 @@ def serve(config: Config, tell: Callable[[str], None], say: Callable[[str], None
     token = keep_token(config)
     for number in {signal.SIGTERM, signal.SIGHUP} & {*heeded()}:
         signal.signal(number, lambda number, _: sys.exit(128 + number))
-    # Several machines may share the folder.
-    folder = engines_folder(config) / socket.gethostname()
+    # Several machines may share the folder, and a machine may have more than one of these commands.
+    which = f"port{config.engine.port}" if config.engine.port else f"process{os.getpid()}"
+    folder = engines_folder(config) / f"{socket.gethostname()}-{which}"
     say(f"starting engines of {config.model.path}; their logs are in {folder}")
     with closing(Engines(config, folder, ranks=0, token=token)) as engines:
         engines.wait_ready()

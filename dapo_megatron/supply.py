@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from dapo_megatron.actor.actor import Actor
-from dapo_megatron.errors import EngineError, WeightsError
+from dapo_megatron.errors import EngineError, StorageError, WeightsError
 from dapo_megatron.heartbeat import Peers
 from dapo_megatron.measures import Measures
 from dapo_megatron.rollout.engines import Engines
@@ -14,28 +15,31 @@ from dapo_megatron.stop import Stop
 from dapo_megatron.weights.hf import HfCheckpoint
 from dapo_megatron.weights.publish import Publisher
 
+log = logging.getLogger(__name__)
+
 
 class Supply:
     """Every rank has one and makes the same calls.
 
     Args:
         engines: on the leader; None elsewhere.
+        stop: asked on the leader, where weights cannot be written: what is trained can be saved.
     """
 
     def __init__(
-        self, publisher: Publisher, actor: Actor, hf: HfCheckpoint, peers: Peers, engines: Engines | None
+        self, publisher: Publisher, actor: Actor, hf: HfCheckpoint, peers: Peers, engines: Engines | None, stop: Stop
     ) -> None:
         self._publisher, self._actor, self._hf, self._peers = publisher, actor, hf, peers
-        self._engines, self._version = engines, 0
+        self._engines, self._version, self._stop = engines, 0, stop
 
     def push(self, version: int) -> Measures:
         """Put the actor's weights to use in all engines that are there, as `version`. Collective.
 
         Where one fails meanwhile, does not keep up, or gets something else than was sent, all are to be started again,
-        and get the weights `on_demand`.
+        and get the weights `on_demand`. Where the weights cannot be written, as on a full disk, the run is to stop.
 
         Returns:
-            On the leader, what was verified.
+            On the leader, what was verified; nothing, where the push did not succeed.
 
         Raises:
             WeightsError: on the leader, where an engine samples with other weights all the same.
@@ -49,6 +53,9 @@ class Supply:
             verified = self._publisher.push(self._hf.export(chunks) if self._hf.gathers else None, version)
         except WeightsError:
             raise
+        except StorageError as error:
+            log.warning("%s; the run saves what is done and ends", error)
+            self._stop.ask(f"error: {error}", error.exit_code)
         except EngineError as error:
             if not self._engines:
                 raise

@@ -18,6 +18,7 @@ from dapo_megatron.config import Config, OptimizerConfig, ParallelConfig
 from dapo_megatron.errors import DapoError, EngineError
 from dapo_megatron.heartbeat import Peers
 from dapo_megatron.leader import Batch, Leader
+from dapo_megatron.obs.lock import hold
 from dapo_megatron.obs.observer import Observer
 from dapo_megatron.pack import Share
 from dapo_megatron.preflight import Checked
@@ -68,8 +69,7 @@ def train(
         stop: whether the run is to end before its last step; only the leader's is ever asked.
     """
     with stop.interruptible():  # there is nothing to save yet
-        parts = start(config, topo, peers, obs, checked, opened)
-        stop.last_checkpoint = parts.checkpoints.last
+        parts = start(config, topo, peers, obs, checked, opened, stop)
     leader, actor, reference, steps_done = parts.leader, parts.actor, parts.reference, parts.steps_done
     objective = Objective(config.algo)
 
@@ -132,7 +132,13 @@ def train(
 
 
 def start(
-    config: Config, topo: Topology, peers: Peers, obs: Observer, checked: Checked | None, opened: ExitStack
+    config: Config,
+    topo: Topology,
+    peers: Peers,
+    obs: Observer,
+    checked: Checked | None,
+    opened: ExitStack,
+    stop: Stop,
 ) -> Parts:
     """Bring up engines and actor, where the run stands: at its first step, or where its last checkpoint was."""
     leader = opened.enter_context(closing(Leader(config, obs, checked))) if checked else None
@@ -157,12 +163,15 @@ def start(
     checkpoints = Checkpoints(config, topo, actor, hf, state, peers.after_leader, peers.together, obs.message, best)
     with obs.phase("restoring"):
         checkpoints.restore()
+    stop.last_checkpoint = checkpoints.last
     supply = None
     if config.samples_after(state.steps_done.value):
         with obs.phase("starting engines"):
             if leader:
                 leader.engines.wait_ready()
             engines = leader.engines if leader else None
+            if leader and config.weights.transport == "disk":
+                opened.enter_context(closing(hold(config.weights_folder, "weights.folder", obs.message)))
             publisher = open_publisher(
                 config.weights,
                 hf.inventory,
@@ -179,7 +188,7 @@ def start(
             if config.weights.verify == "full":
                 prompts = checked.train if checked else ()
                 publisher = Canary(publisher, config, topo, actor, leader, prompts, peers)
-            supply = Supply(publisher, actor, hf, peers, engines)
+            supply = Supply(publisher, actor, hf, peers, engines, stop)
     obs.begin()
     if supply:
         with obs.phase("sending the weights"):

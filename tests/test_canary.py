@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -11,19 +12,22 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from dapo_megatron.canary import Canary, differences
-from dapo_megatron.config import Config
+from dapo_megatron.config import Config, TrainConfig
 from dapo_megatron.config_file import parse
-from dapo_megatron.errors import EngineError
+from dapo_megatron.errors import EngineError, WeightsError
 from dapo_megatron.heartbeat import Peers
 from dapo_megatron.leader import Leader
+from dapo_megatron.measures import Sum
 from dapo_megatron.pack.microbatch import build
 from dapo_megatron.rollout.adapters.vllm import VllmEngine
+from dapo_megatron.rollout.engine import Sampling
 from dapo_megatron.rollout.engines import Engines
-from dapo_megatron.types import MiniBatch, Prompt, TrainSample
+from dapo_megatron.types import Completion, FinishReason, MicroBatch, MiniBatch, Prompt, TrainSample, VersionSpan
 from dapo_megatron.weights import outgoing
 from dapo_megatron.weights.broadcast import BroadcastPublisher
 from tests.helpers.models import save_tiny
@@ -114,6 +118,56 @@ class Pushes:
             for param in self.actor.chunks[0].parameters():
                 param.add_(0.02 * torch.randn(param.shape, generator=generator))
         return self.canary.push(self.checkpoint.export(self.actor.chunks), version=version)
+
+
+class Answering:
+    """An engine of whose log-probs each is off by `off`, of tokens that the actor gives log-probs of -1."""
+
+    def __init__(self, name: str, off: float) -> None:
+        self.name, self._off = name, off
+
+    async def generate(self, prompt: Prompt, sampling: Sampling, n: int) -> list[Completion]:
+        logprobs = np.full(sampling.max_tokens, self._off - 1.0, np.float32)
+        tokens = np.zeros(sampling.max_tokens, np.int32)
+        return [Completion(tokens, logprobs, FinishReason.LENGTH, (VersionSpan(1, 0, len(tokens)),))] * n
+
+
+class Scoring:
+    """An actor."""
+
+    def with_old_logprobs(self, mini_batches: Sequence[MiniBatch]) -> tuple[list[MiniBatch], Any]:
+        def scored(batch: MicroBatch) -> MicroBatch:
+            return replace(batch, old_logprobs_T=torch.full_like(batch.rollout_logprobs_T, -1.0))
+
+        return [replace(x, micro_batches=tuple(map(scored, x.micro_batches))) for x in mini_batches], {}
+
+
+def push_to(topo: Any, folder: Path, *engines: Answering) -> Any:
+    """What a canary says that asks these engines. There are more of them than samples of a mini-batch."""
+
+    class Running(list[Answering]):
+        run = staticmethod(asyncio.run)
+
+    config = make_config(folder, count=len(engines)).model_copy(update={"train": TrainConfig(mini_batch=2)})
+    leader: Any = SimpleNamespace(config=config, engines=Running(engines), _attention_tokens=math.inf)
+    leader.pack = partial(Leader.pack, leader)
+    publisher: Any = SimpleNamespace(push=lambda weights, version: {"seconds/verify": Sum(0.0)})
+    actor: Any = Scoring()
+    return Canary(publisher, config, topo, actor, leader, PROMPTS, Peers()).push(None, version=1)
+
+
+def test_of_several_engines_those_that_are_off_are_named(alone: Any, tmp_path: Path) -> None:
+    right = [Answering(f"engine {index}", 1e-6 * index) for index in range(5)]
+    measures = push_to(alone, tmp_path / "right", *right)
+    assert measures["verify/canary"].value == pytest.approx(4e-6, abs=1e-7)
+    says = (
+        r"^engine 3 does not use the weights that it was sent, after the push of version 1\. .*"
+        r"engine 2: 2\S+ in the mean, \S+ at most; engine 3: 0\.25 in the mean, .*; others are right"
+    )
+    with pytest.raises(WeightsError, match=says):
+        push_to(alone, tmp_path / "one", *right[:3], Answering("engine 3", 0.25), right[4])
+    with pytest.raises(WeightsError, match=r"^engine 0, engine 1 does not use .*all engines are off"):
+        push_to(alone, tmp_path / "all", Answering("engine 0", -0.5), Answering("engine 1", 0.5))
 
 
 class Deaf(Keeper):

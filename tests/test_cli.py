@@ -36,6 +36,30 @@ def test_an_answer_that_cannot_be_written_is_a_line_and_1() -> None:
     assert (done.returncode, done.stderr) == (1, said)
 
 
+def test_a_run_whose_output_goes_to_a_full_disk_is_refused_by_a_line(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dropped: list[int] = []
+    monkeypatch.setattr(cli, "_check", lambda config, ranks: "all is well")
+    monkeypatch.setattr(cli, "_launch", lambda *_: pytest.fail("nothing is started"))
+    monkeypatch.setattr(cli, "_drop", dropped.append)
+    with Path("/dev/full").open("w") as full, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", full)
+        assert cli.main(["train", str(config)]) == 1
+        os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())
+    assert capsys.readouterr().err == (
+        "dapo-megatron: error: cannot write to standard output: No space left on device\n"
+    )
+    assert dropped == [1] and not (config.parent / "runs").exists()
+
+
+def test_where_not_even_an_error_can_be_written_the_exit_code_tells(config: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "dapo_megatron", "train", config, "train.steps=many"]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=full, timeout=100, check=False)
+    assert (done.returncode, done.stdout) == (2, b"")
+
+
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
     path = tmp_path / "config.yaml"

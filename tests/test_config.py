@@ -50,6 +50,11 @@ def load(folder: Path, text: str = MINIMAL, *overrides: str) -> Config:
         (["engine.urls=[http://a:1]"], "urls say where engines run already, but placement is split"),
         (["engine.placement=external", "engine.urls=[http://a:1]", "engine.count=2"], "count(2), but 1 urls"),
         (["engine.placement=external", "engine.urls=[http://a:1,http://a:1/]"], "http://a:1 more than once"),
+        (
+            ["engine.placement=external", "engine.urls=[http://a:1]", "engine.kinds=[vllm,sglang]"],
+            "kinds(2) are for urls(1), one for each",
+        ),
+        (["engine.count=2", "engine.kinds=[vllm,sglang]"], "engines that the run starts are all of one kind"),
         *(
             (["engine.placement=external", f"engine.urls=['{url}']"], f"'{url}' is not of the form http://HOST:PORT")
             for url in (
@@ -139,6 +144,12 @@ def test_values_that_cannot_work(tmp_path: Path, overrides: list[str], message: 
         ("model: [", "config.yaml is not YAML"),
         ("model: {path: x}\nmodel: {dtype: float32}", "'model' is there twice"),
         ("model: {path: x, path: y}", "'path' is there twice"),
+        (
+            "model: {path: x}\n5: x",
+            "config.yaml, line 2, column 1: 5 is no key: YAML reads it as int, and keys",
+        ),
+        ("model: {path: x, on: y}", "config.yaml, line 1, column 18: on is no key: YAML reads it as bool"),
+        ("? [a, b]\n: x", "config.yaml, line 1, column 3: ['a', 'b'] is no key: YAML reads it as list"),
         ("", "config.yaml is empty"),
         ("- model", "expected sections such as model: and data:, got list"),
         ("model: {path: !!python/object:os.system x}", "config.yaml is not YAML"),

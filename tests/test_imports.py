@@ -47,8 +47,8 @@ ROOMS: dict[str, set[str]] = {
         *("obs.terminal", "signals"),
     },
     "preflight": {
-        *(*VOCABULARY, "actor.architecture", "checkpoint.folder", "data", "obs.run_folder", "obs.sinks"),
-        *("reward.format", "reward.math", "rollout"),
+        *(*VOCABULARY, "actor.architecture", "checkpoint.folder", "data", "obs.lock", "obs.run_folder", "obs.sinks"),
+        *("reward.format", "reward.math", "rollout", "weights.version_folders"),
     },
 }
 """Room -> modules of this package that it may import besides its own. Other rooms may import everything."""

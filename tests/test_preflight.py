@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from dapo_megatron import config_file
 from dapo_megatron.config import HELD_OUT, Config
 from dapo_megatron.data.stream import PromptStream
 from dapo_megatron.errors import ConfigError
+from dapo_megatron.obs.lock import hold
 from dapo_megatron.obs.run_folder import open_run_folder
 from dapo_megatron.preflight import Checked, preflight, preflight_eval
 from dapo_megatron.rollout.token import TOKEN, make_token
@@ -87,6 +90,18 @@ def test_engines_that_run_already_need_a_token_and_nothing_installed(
     checked = preflight(config, 1)
     assert checked.plan[-1] == "  engine 0: http://127.0.0.1:81" and not checked.warnings
     assert "an evaluation sends no weights" in refused(config, check=preflight_eval)
+
+
+def test_engines_of_two_kinds_have_to_meet_the_limits_of_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(TOKEN, make_token())
+    urls = ["http://127.0.0.1:81", "http://127.0.0.1:82"]
+    both = {"placement": "external", "urls": urls, "kinds": ["vllm", "sglang"]}
+    assert preflight(changed(tmp_path, engine=both), 1).plan[-1] == "  engine 1: http://127.0.0.1:82, sglang"
+    shutil.rmtree(tmp_path / "model")
+    said = refused(changed(tmp_path, engine=both, rollout={"top_p": 0.9}))
+    assert_matches(r"rollout.top_p\(0.9\): with engine.kind=sglang", said)
+    shutil.rmtree(tmp_path / "model")
+    preflight(changed(tmp_path, engine={**both, "kinds": ["vllm", "vllm"]}, rollout={"top_p": 0.9}), 1)
 
 
 @pytest.mark.parametrize(
@@ -198,7 +213,7 @@ def test_a_disk_without_room_for_the_policy_is_refused(tmp_path: Path, monkeypat
     config = changed(tmp_path)
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr("dapo_megatron.preflight.shutil.disk_usage", lambda path: usage)
-    assert_matches(f"{tmp_path} has 1.0 kB free, and the trained policy takes about ", refused(config))
+    assert_matches(f"{tmp_path} has 1.0 kB free, and the trained policy takes 6.4 kB in ", refused(config))
 
 
 def test_a_folder_for_weights_has_to_have_room_for_two_versions(
@@ -212,6 +227,62 @@ def test_a_folder_for_weights_has_to_have_room_for_two_versions(
     assert_matches(f"weights.folder: {tmp_path} has 1.0 kB free, and two versions of the weights take", refused(config))
     folder.touch()
     assert_matches(f"weights.folder: {folder}/.* cannot be written: {folder} is no folder", refused(config))
+
+
+POLICY = 50 * 32
+"""Numbers of the checkpoint that `values` makes, in float32."""
+
+
+def refused_for_room(config: Config, free: int, monkeypatch: pytest.MonkeyPatch) -> str | None:
+    """What `preflight` says where so many bytes are free on each disk."""
+    usage = shutil.disk_usage("/")._replace(free=free)
+    with monkeypatch.context() as patch:
+        patch.setattr("dapo_megatron.preflight.shutil.disk_usage", lambda path: usage)
+        try:
+            preflight(config, 1)
+        except ConfigError as error:
+            return str(error)
+    return None
+
+
+@pytest.mark.parametrize(("dtype", "item"), [("float32", 4), ("bfloat16", 2)])
+def test_room_is_counted_in_the_dtype_that_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, item: int
+) -> None:
+    folder = tmp_path / "shared"
+    sections: dict[str, Any] = {"model": {"dtype": dtype}, "weights": {"transport": "disk", "folder": str(folder)}}
+    config = changed(tmp_path, **sections)
+    assert refused_for_room(config, 2 * item * POLICY, monkeypatch) is None
+    one = f"{item * POLICY / 1000:.1f} kB"
+    assert_matches(
+        f"two versions of the weights take 2 x {one} = {2 * item * POLICY / 1000:.1f} kB in {dtype}; free some",
+        str(refused_for_room(config, 2 * item * POLICY - 1, monkeypatch)),
+    )
+    assert_matches(
+        f"the trained policy takes {one} in {dtype}", str(refused_for_room(config, item * POLICY - 1, monkeypatch))
+    )
+
+
+def test_versions_that_are_there_make_room_when_they_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = changed(tmp_path, weights={"transport": "disk", "folder": str(tmp_path)}, run={"save_hf": False})
+    for name, nbytes in {"version-3": 1000, "version-4": 8000, ".version-4.2.unfinished": 500}.items():
+        (config.weights_folder / name).mkdir(parents=True)
+        (config.weights_folder / name / "model.safetensors").write_bytes(bytes(nbytes))
+    # The newest stays beside the first that is written: 8,000 + 6,400 bytes, of which 9,500 are free or become so.
+    assert refused_for_room(config, 4900, monkeypatch) is None
+    assert_matches(
+        r"has 4.9 kB free, 9.5 kB more in versions that are there already, and two versions of the weights take "
+        r"8.0 kB \(the newest there\) \+ 6.4 kB = 14.4 kB in float32",
+        str(refused_for_room(config, 4899, monkeypatch)),
+    )
+
+
+def test_a_folder_for_weights_that_another_run_holds_is_refused(tmp_path: Path) -> None:
+    config = changed(tmp_path, weights={"transport": "disk", "folder": str(tmp_path / "shared")})
+    with closing(hold(config.weights_folder, "weights.folder", print)):
+        message = f"the folder {config.weights_folder} is in use by process {os.getpid()} on "
+        assert_matches(message, refused(config))
+    preflight(config, 1)
 
 
 def test_versions_of_the_weights_do_not_go_where_the_model_is(tmp_path: Path) -> None:

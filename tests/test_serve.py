@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import signal
+import socket
 import subprocess
 import sys
 import urllib.error
@@ -89,7 +90,8 @@ def test_when_one_dies_all_end_with_its_reason(start: Callable[..., Started]) ->
     max(servers, key=psutil.Process.create_time).kill()
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 1
-    assert re.search(r"error: engine [01].*[\s\S]*the end of its log \S+runs/test-engines/\S+/engine[01].log", errors)
+    log = rf"runs/test-engines/{re.escape(socket.gethostname())}-process{process.pid}/engine[01].log"
+    assert re.search(rf"error: engine [01].*[\s\S]*the end of its log \S+{log}", errors)
     assert not psutil.wait_procs(family, timeout=10)[1]
 
 

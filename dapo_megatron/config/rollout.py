@@ -123,6 +123,8 @@ class EngineConfig(Section):
     they run already, anywhere (external): `dapo-megatron engines` starts them, and `urls` says where they are."""
     urls: list[EngineUrl] = []
     """Where engines answer that run already (placement: external), each as http://HOST:PORT."""
+    kinds: list[str] = []
+    """The kind of each of `urls`, where these are not all of one; such as [vllm, sglang]."""
     token_file: FilePath | None = None
     """File with the token of engines that run already; null is run.dir/NAME-engines/token, where `dapo-megatron
     engines` leaves it. DAPO_MEGATRON_ENGINE_TOKEN in the environment comes before the file. Engines that a run starts
@@ -174,11 +176,20 @@ class EngineConfig(Section):
                 "placement=external is for engines that run already; give their urls=[http://HOST:PORT, ...], which "
                 "`dapo-megatron engines` prints"
             )
+        if self.kinds and len(self.kinds) != len(self.urls):
+            raise ValueError(
+                f"kinds({len(self.kinds)}) are for urls({len(self.urls)}), one for each; engines that the run starts "
+                f"are all of one kind"
+            )
         if self.urls and self.count != len(self.urls):
             raise ValueError(f"count({self.count}), but {len(self.urls)} urls; leave count out")
         if twice := sorted({url for url in self.urls if self.urls.count(url) > 1}):
             raise ValueError(f"urls: {', '.join(twice)} more than once: an engine counts once")
         return self
+
+    def kind_of(self, index: int) -> str:
+        """Return the kind of an engine."""
+        return self.kinds[index] if self.kinds else self.kind
 
 
 class WeightsConfig(Section):
@@ -188,7 +199,7 @@ class WeightsConfig(Section):
     through files in a folder that all machines share (disk)."""
     folder: FilePath | None = None
     """For transport=disk: where each version is written, in a folder with the run's name; null is weights in the run's
-    folder. Two versions have to fit while engines load one, and no two runs of one name may share it."""
+    folder. Two versions have to fit while engines load one; a second run of that name is kept out."""
     bucket_mib: PositiveInt = 64
     """Tensors travel in buckets, or files, of about this size."""
     push_seconds: PositiveFloat = 300.0

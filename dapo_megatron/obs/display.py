@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dapo_megatron.obs.metrics import PHASES
+from dapo_megatron.obs.sinks import Tried
 from dapo_megatron.obs.terminal import printable
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -80,6 +81,7 @@ class PlainDisplay:
 
     def __init__(self, file: TextIO, steps: int) -> None:
         self._file, self._steps, self._pace = file, steps, Pace(steps)
+        self._printing = Tried("standard output", OSError)
 
     def go_on(self, done: int) -> None: ...
 
@@ -105,7 +107,7 @@ class PlainDisplay:
 
     def show(self, text: str | Text) -> None:
         # A log on a full disk, a terminal that went away: the run goes on without it.
-        with suppress(OSError):
+        with self._printing("print"):
             print(text.plain if isinstance(text, Text) else printable(text), file=self._file, flush=True)
 
     def close(self) -> None:
@@ -124,6 +126,7 @@ class LiveDisplay:
         self._metrics: Mapping[str, float] = {}
         self._trends: dict[str, list[float]] = {}
         self._waits: Callable[[], str] = str
+        self._printing = Tried("standard output", OSError)
         # Standard output and error are diverted by then; rich must not put itself in between.
         self._live = Live(
             get_renderable=self._panel,
@@ -159,7 +162,7 @@ class LiveDisplay:
         """The panel says it all the time."""
 
     def show(self, text: str | Text) -> None:
-        with suppress(OSError):
+        with self._printing("print"):
             self._console.print(Text(printable(text)) if isinstance(text, str) else text)
 
     def close(self) -> None:

@@ -9,6 +9,7 @@ import logging
 import os
 import socket
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -55,6 +56,26 @@ class FolderLock:
 
     def close(self) -> None:
         os.close(self._descriptor)
+
+
+def hold(folder: Path, key: str, tell: Callable[[str], object]) -> FolderLock:
+    """Hold a folder, which is made where it is not there.
+
+    Args:
+        key: of the configuration, which names it.
+        tell: is given a line where the file system has no locks.
+
+    Raises:
+        ConfigError: where another process holds it, or it cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FolderLock(folder)
+    except OSError as error:
+        raise ConfigError(f"{key}: cannot use the folder {folder}: {error.strerror}") from error
+    if not lock.works:
+        tell(f"{key}: the file system of {folder} has no locks: see that no two runs use this folder")
+    return lock
 
 
 def check_free(folder: Path) -> None:

@@ -109,12 +109,12 @@ class Tried:
             yield
             self._failing = False
         except self._errors as error:
-            if not self._failing:
+            told, self._failing = self._failing, True  # before it is told, which may fail in the same way
+            if not told:
                 log.warning(
                     f"{self._name}: could not {doing} ({type(error).__name__}: {error}); "
                     f"the run goes on, and later steps are tried again"
                 )
-            self._failing = True
 
 
 class Resilient:

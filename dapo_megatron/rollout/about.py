@@ -43,11 +43,11 @@ def sizes_of(hf_config: Any) -> dict[str, Any]:
     return {key: getattr(hf_config, key, None) for key in _SIZES}
 
 
-def needed(config: Config) -> About:
-    """What `config` needs of every engine."""
+def needed(config: Config, kind: str) -> About:
+    """What `config` needs of every engine of a kind."""
     model = config.model
     return About(
-        kind=config.engine.kind,
+        kind=kind,
         dtype=model.dtype,
         transport=config.weights.transport,
         workers=config.engine.tensor_parallel,

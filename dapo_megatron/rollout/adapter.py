@@ -55,19 +55,19 @@ class EngineAdapter(Protocol):
         ...
 
 
-def adapter_for(config: Config) -> EngineAdapter:
+def adapter_for(config: Config, kind: str) -> EngineAdapter:
     """The adapter that engine.kind names: a module of `rollout.adapters`, or `some.module:name` for any other class.
 
     Raises:
         ConfigError: where there is none of that name.
     """
     try:
-        make = named.find(config.engine.kind, adapters.__name__, "Adapter", type)
+        make = named.find(kind, adapters.__name__, "Adapter", type)
     except ValueError as error:
         raise ConfigError(f"engine.kind: {error}") from error
     members = {*EngineAdapter.__annotations__, "check", "command", "environment", "connect"}
     if missing := sorted(name for name in members if not hasattr(make, name)):
         raise ConfigError(
-            f"engine.kind: {config.engine.kind} lacks {', '.join(missing)}; rollout/adapter.py says what an adapter has"
+            f"engine.kind: {kind} lacks {', '.join(missing)}; rollout/adapter.py says what an adapter has"
         )
     return make(config)

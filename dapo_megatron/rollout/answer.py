@@ -13,6 +13,7 @@ from dapo_megatron.types import Completion, FinishReason, VersionSpan
 GENERATE = "/dapo_megatron/generate"
 PROGRESS = "/dapo_megatron/progress"
 ABOUT = "/dapo_megatron/about"
+LEASE = "/dapo_megatron/lease"
 HEALTH = "/health"
 """Paths of our endpoints."""
 

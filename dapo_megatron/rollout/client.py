@@ -11,6 +11,7 @@ from typing import Any
 import aiohttp
 
 from dapo_megatron.errors import EngineError, RefusedError
+from dapo_megatron.rollout.lease import RUN
 from dapo_megatron.rollout.server import Server
 from dapo_megatron.rollout.token import authorization
 
@@ -24,7 +25,7 @@ _ANSWER_CHARACTERS = 500
 
 class Client:
     """Requests to one engine, all at once where they come at once. Proxies of the environment are not asked. Each shows
-    the server's token.
+    the server's token, and which run asks.
 
     Args:
         server: the engine's processes.
@@ -63,7 +64,7 @@ class Client:
         if self._session is None:
             self._session = aiohttp.ClientSession(
                 self.url,
-                headers={"Authorization": authorization(self.server.token)},
+                headers={"Authorization": authorization(self.server.token), RUN: self.server.run},
                 # One connection per request: a kept one may be closed by the server just as we use it again.
                 connector=aiohttp.TCPConnector(limit=0, force_close=True),
                 timeout=aiohttp.ClientTimeout(total=self._answer_seconds),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import resource
+import secrets
 import socket
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import suppress
@@ -18,7 +20,9 @@ from dapo_megatron.rollout.adapter import adapter_for
 from dapo_megatron.rollout.admission import Admission
 from dapo_megatron.rollout.books import Books
 from dapo_megatron.rollout.engine import Engine, Sampling
+from dapo_megatron.rollout.lease import Hold, Tenant
 from dapo_megatron.rollout.life import Life
+from dapo_megatron.rollout.place import elsewhere
 from dapo_megatron.rollout.ports import reserve_port
 from dapo_megatron.rollout.token import need_token
 from dapo_megatron.rollout.watch import watch
@@ -74,7 +78,10 @@ class Engines:
         self.refill: Callable[[], None] | None = None
         self._config, self._folder, self._ranks = config, folder, ranks
         self._token = token or (need_token(config) if engine.urls else None)
-        self._adapter = adapter_for(config)
+        kinds = [engine.kind_of(index) for index in range(engine.count)]
+        adapters = {kind: adapter_for(config, kind) for kind in set(kinds)}
+        self._adapters = [adapters[kind] for kind in kinds]
+        self._holds = self._make_holds()
         self._runner = asyncio.Runner()
         self._lives: list[Life] = []
         self._failures = [0] * engine.count
@@ -104,7 +111,15 @@ class Engines:
 
     def _begin(self, index: int, port: socket.socket | None) -> Life:
         log = self._folder / f"engine{index}.log"
-        return Life(self._config, self._adapter, index, port, log, self._ranks, self._token)
+        hold = self._holds[index] if self._holds else None
+        return Life(self._config, self._adapters[index], index, port, log, self._ranks, self._token, hold)
+
+    def _make_holds(self) -> list[Hold]:
+        """What keeps other runs away from engines that run already."""
+        owner = f"run {self._config.run.name}, process {os.getpid()} on {socket.gethostname()}"
+        tenant, places = Tenant(secrets.token_hex(8), owner), range(len(self._config.engine.urls))
+        engines = (elsewhere(self._config, index) for index in places)
+        return [Hold(f"{place.name} ({place.url})", place.url, self._token or "", tenant) for place in engines]
 
     def __iter__(self) -> Iterator[Engine]:
         return (life.engine for life in self._lives if life.ready and not life.failure and life.server.alive)
@@ -342,6 +357,10 @@ class Engines:
     def _end(self) -> None:
         for life in self._lives:
             life.end()
+        for hold in self._holds:
+            hold.let_go()
+        for hold in self._holds:
+            hold.close()
         self._runner.close()
 
 

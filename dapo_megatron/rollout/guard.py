@@ -3,7 +3,8 @@
     python -m dapo_megatron.rollout.guard -- COMMAND...
 
 The trainer keeps the other end of the pipe. However it ends, SIGKILL included, the kernel closes the pipe, and no
-engine outlives it: not its workers, and not what those left behind when they died.
+engine outlives it: not its workers, and not what those left behind when they died. The command has a folder of its own
+for temporary files, such as the sockets at which its processes meet, and that goes with it.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import FrameType
 
 import psutil
@@ -46,19 +48,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, on_terminate)
     # A terminal sends Ctrl-C to all of its foreground processes; the trainer decides what it means for engines.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_before_exec)
-    except OSError as error:
-        print(f"guard: cannot start {command[0]}: {error.strerror}", file=sys.stderr)
-        return 127
+    # Its name is short: those of sockets in it may have 107 characters.
+    with tempfile.TemporaryDirectory(prefix="dapo-", ignore_cleanup_errors=True) as own:
+        try:
+            child = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                env=environment(own, os.environ),
+                start_new_session=True,
+                preexec_fn=_before_exec,
+            )
+        except OSError as error:
+            print(f"guard: cannot start {command[0]}: {error.strerror}", file=sys.stderr)
+            return 127
 
-    threading.Thread(target=_wait_for_end_of_input, args=(stop,), daemon=True).start()
-    # A process that the trainer forked may hold the pipe open after the trainer's death: look at the parent as well.
-    while child.poll() is None and os.getppid() == parent and not stop.wait(0.05):
-        pass
-    end_descendants(0.0 if child.poll() is not None else GRACE_SECONDS)
-    status = child.wait()
+        threading.Thread(target=_wait_for_end_of_input, args=(stop,), daemon=True).start()
+        # A process that the trainer forked may hold the pipe open after its death: look at the parent as well.
+        while child.poll() is None and os.getppid() == parent and not stop.wait(0.05):
+            pass
+        end_descendants(0.0 if child.poll() is not None else GRACE_SECONDS)
+        status = child.wait()
     return status if status >= 0 else 128 - status
+
+
+def environment(own: str, inherited: Mapping[str, str]) -> dict[str, str]:
+    """What the command is told: that temporary files go to its `own` folder, and kernels that torch compiles do not."""
+    kernels = f"{tempfile.gettempdir()}/torchinductor_{os.getuid()}"  # beside torch's own place for them
+    return {"TORCHINDUCTOR_CACHE_DIR": kernels, **inherited, "TMPDIR": own}
 
 
 def end_descendants(grace_seconds: float) -> None:

@@ -14,6 +14,7 @@ from dapo_megatron.rollout.about import About, check, needed
 from dapo_megatron.rollout.adapter import EngineAdapter
 from dapo_megatron.rollout.engine import Sampling
 from dapo_megatron.rollout.environment import environment
+from dapo_megatron.rollout.lease import Hold
 from dapo_megatron.rollout.place import elsewhere, place
 from dapo_megatron.rollout.server import POLL_SECONDS, Server, ServerElsewhere, StartedServer, answers
 from dapo_megatron.types import Prompt
@@ -31,6 +32,7 @@ class Life:
         log: file to which its output is added.
         ranks: as `place` has it.
         token: what it is to be asked with; None makes one for an engine that is started.
+        hold: on an engine that runs already; it is taken, and outlasts this life.
 
     Attributes:
         url: where it answers.
@@ -47,8 +49,10 @@ class Life:
         log: Path,
         ranks: int | None,
         token: str | None,
+        hold: Hold | None,
     ) -> None:
         self._port, self._startup_seconds = port, config.engine.startup_seconds
+        self._hold = hold
         self._needed: About | None = None
         self.server: Server
         if port:
@@ -62,10 +66,11 @@ class Life:
                 token,
             )
         else:
-            assert token
+            assert token and hold
             where = elsewhere(config, index)
-            self.server = ServerElsewhere(where.name, where.url, token, answers(f"{where.url}{adapter.health}"))
-            self._needed = needed(config)
+            is_there = answers(f"{where.url}{adapter.health}")
+            self.server = ServerElsewhere(where.name, where.url, token, is_there, hold.run)
+            self._needed = needed(config, config.engine.kind_of(index))
         self.url = where.url
         self.engine = adapter.connect(self.server, where)
         self.ready = False
@@ -98,15 +103,16 @@ class Life:
         """Return when the engine has written a token: some compile kernels when they are first asked for one.
 
         Raises:
-            EngineError: when it dies, is not there within engine.startup_seconds, or serves another model.
+            EngineError: when it dies, is not there within engine.startup_seconds, serves another model, or another run.
         """
         if self.ready:
             return
         while not await asyncio.to_thread(self.server.ready, self._startup_seconds):
             await asyncio.sleep(POLL_SECONDS)
         self._let_go()
-        if self._needed:
+        if self._needed and self._hold:
             check(self.server.name, await self.engine.about(), self._needed)
+            await self._hold.take()
             await self.engine.reset()
         sampling = Sampling(temperature=1.0, top_p=1.0, max_tokens=1, stop_token_ids=())
         try:

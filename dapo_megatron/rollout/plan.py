@@ -21,12 +21,14 @@ def plan(config: Config, ranks: int) -> tuple[str, ...]:
     engine = config.engine
     if engine.urls:
         where, each = "run already", [f"{url}" for url in engine.urls]
+        if engine.kinds:
+            each = [f"{url}, {kind}" for url, kind in zip(engine.urls, engine.kinds, strict=True)]
     else:
         gpus = [place(config, index, 0, ranks).gpus for index in range(engine.count)]
         where = "on this machine" + (", " + _beside(config, ranks) if gpus[0] else ", on CPU")
         each = [f"GPU {','.join(own)}" for own in gpus if own]
     number = f"{engine.count} engine{'s' if engine.count > 1 else ''}"
-    sizes = f"{engine.kind}, tensor parallel {engine.tensor_parallel}"
+    sizes = f"{' and '.join(sorted(set(engine.kinds or [engine.kind])))}, tensor parallel {engine.tensor_parallel}"
     source = "the ranks on the same GPUs" if config.weights.transport == "ipc" else leader_address(engine)
     way = f"weights by {config.weights.transport} from {source}"
     lines = [f"{number} ({sizes}) {where}; {way}"]

@@ -19,7 +19,7 @@ from dapo_megatron.rollout.token import TOKEN, make_token
 LOG_LINES = 20
 """Lines of the log shown when an engine fails."""
 _CLOSE_SECONDS = 10.0
-_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 """Engines are asked directly, whatever http_proxy says."""
 POLL_SECONDS = 0.05
 """Between two questions whether a server answers."""
@@ -30,7 +30,7 @@ def answers(url: str) -> Callable[[], bool]:
 
     def check() -> bool:
         try:
-            with _DIRECT.open(url, timeout=5) as response:
+            with DIRECT.open(url, timeout=5) as response:
                 return response.status == 200
         except (urllib.error.URLError, OSError):
             return False
@@ -49,6 +49,11 @@ class Server(Protocol):
     @property
     def token(self) -> str:
         """What every request shows."""
+        ...
+
+    @property
+    def run(self) -> str:
+        """Who asks (`lease.RUN`), of the runs that may; empty where there is one only."""
         ...
 
     @property
@@ -88,13 +93,14 @@ class ServerElsewhere:
         url: where it answers.
         token: that of its processes.
         ready: holds once it answers.
+        run: who asks.
     """
 
     version = UNKNOWN
     alive = True
 
-    def __init__(self, name: str, url: str, token: str, ready: Callable[[], bool]) -> None:
-        self.name, self.token = f"{name} ({url})", token
+    def __init__(self, name: str, url: str, token: str, ready: Callable[[], bool], run: str = "") -> None:
+        self.name, self.token, self.run = f"{name} ({url})", token, run
         self._ready = ready
         self._since = time.monotonic()
 
@@ -130,6 +136,7 @@ class StartedServer:
     """
 
     version = 0
+    run = ""
 
     def __init__(
         self,

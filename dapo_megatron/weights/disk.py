@@ -6,6 +6,7 @@ import asyncio
 import shutil
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor
 
-from dapo_megatron.errors import WeightsError
+from dapo_megatron.errors import StorageError
 from dapo_megatron.measures import Max, Measures, Sum
 from dapo_megatron.units import size
 from dapo_megatron.weights.buckets import Named, grouped
@@ -21,7 +22,8 @@ from dapo_megatron.weights.checksum import checksums
 from dapo_megatron.weights.gathering import Gathered, Gathering
 from dapo_megatron.weights.publish import LeaderSays, Receivers, WeightReceiver
 from dapo_megatron.weights.verify import Inventory, Tally
-from dapo_megatron.weights.versions import remove_others, version_folder, write_version
+from dapo_megatron.weights.version_folders import newest, remove_others, version_folder
+from dapo_megatron.weights.versions import write_version
 
 
 class DiskPublisher:
@@ -52,6 +54,8 @@ class DiskPublisher:
         self._gathering, self._with_checksums = Gathering(bucket_bytes, leader_says), with_checksums
         self._members: list[WeightReceiver] = []
         """The engines that know what a push brings."""
+        self._in_use: Path | None = None
+        """The version that the engines have loaded."""
         if inventory is not None:
             self._inventory, self._tally = inventory, Tally(inventory)
 
@@ -61,9 +65,10 @@ class DiskPublisher:
             return {}
         assert weights is not None
         began = time.monotonic()
-        sums, spent = self._write(weights, version)
-        self._receivers.run(self._load(self._receivers, version, sums))
-        remove_others(self._folder, version)
+        written, sums, spent = self._write(weights, version)
+        self._receivers.run(self._load(self._receivers, written, version, sums))
+        self._in_use = written
+        remove_others(self._folder, written)
         seconds, sent = time.monotonic() - began, sum(self._inventory.sizes)
         return {
             "verify/tensors": Sum(len(self._inventory.names)),
@@ -76,12 +81,12 @@ class DiskPublisher:
     def close(self) -> None:
         self._members = []
 
-    def _write(self, weights: Iterable[tuple[str, Tensor]], version: int) -> tuple[dict[str, int], float]:
-        """Write a version. Returns checksums by name, if they are wanted, and the seconds that they took.
+    def _write(self, weights: Iterable[tuple[str, Tensor]], version: int) -> tuple[Path, dict[str, int], float]:
+        """Write a version. Returns its folder, checksums by name, if they are wanted, and the seconds that they took.
 
         Raises:
             TransferError: where the weights are not the model's.
-            WeightsError: where they cannot be written.
+            StorageError: where they cannot be written.
         """
         sums: dict[str, int] = {}
         spent = 0.0
@@ -100,29 +105,34 @@ class DiskPublisher:
             self._tally.end()
 
         with self._gathering.leading(weights) as passes:
+            target = version_folder(self._folder, version)
+            # Those of pushes that broke off, too: so never more than two are there.
+            remove_others(self._folder, self._in_use or newest(self._folder))
             try:
-                write_version(self._folder, version, shards(passes.take()), self._side_files)
+                write_version(target, shards(passes.take()), self._side_files)
             except (OSError, SafetensorError) as error:
-                raise WeightsError(self._cannot_write(version, error)) from error
-        return sums, spent
+                raise StorageError(self._cannot_write(version, target, error)) from error
+        return target, sums, spent
 
-    def _cannot_write(self, version: int, error: Exception) -> str:
-        place = next(parent for parent in (self._folder, *self._folder.parents) if parent.exists())
+    def _cannot_write(self, version: int, target: Path, error: Exception) -> str:
+        free = ""
+        with suppress(OSError):  # the storage itself may be gone
+            place = next(parent for parent in target.parents if parent.exists())
+            free = f", and {size(shutil.disk_usage(place).free)} are free"
         return (
-            f"cannot write the weights of version {version} to {version_folder(self._folder, version)}: {error}. A "
-            f"version takes {size(sum(self._inventory.sizes))}, two are there while engines load one, and "
-            f"{size(shutil.disk_usage(place).free)} are free; no engine has loaded any of it. Make room, or set "
-            f"weights.folder to another folder that all machines share"
+            f"cannot write the weights of version {version} to {target}: {error}. A version takes "
+            f"{size(sum(self._inventory.sizes))}, two are there while engines load one{free}; no engine has loaded any "
+            f"of it. Make room, or set weights.folder to another folder that all machines share"
         )
 
-    async def _load(self, receivers: Receivers, version: int, sums: dict[str, int]) -> None:
+    async def _load(self, receivers: Receivers, written: Path, version: int, sums: dict[str, int]) -> None:
         engines = list(receivers)
         new = [engine for engine in engines if engine not in self._members]
         await _all(engine.join_group({"inventory": asdict(self._inventory)}) for engine in new)
         self._members = engines
         await _all(engine.begin_transfer() for engine in engines)
         info: dict[str, Any] = {
-            "folder": str(version_folder(self._folder, version)),
+            "folder": str(written),
             "checksums": [sums[name] for name in self._inventory.names] if self._with_checksums else None,
         }
         await _all(engine.receive(info) for engine in engines)

@@ -1,8 +1,7 @@
-"""A folder of versions of the weights: each is a Hugging Face checkpoint, whole or not there."""
+"""Versions of the weights in a folder: each is a Hugging Face checkpoint, whole or not there."""
 
 from __future__ import annotations
 
-import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -17,50 +16,36 @@ from dapo_megatron.hf_folder import tensor_files
 from dapo_megatron.weights.buckets import Named
 from dapo_megatron.weights.shards import write_tensors
 from dapo_megatron.weights.verify import Arrivals, TransferError
+from dapo_megatron.weights.version_folders import unfinished
 
 _VISIBLE_SECONDS = 90.0
 """How long another machine may not see a new folder: NFS remembers for up to a minute what was not there."""
 _POLL_SECONDS = 0.2
-_VERSION = re.compile(r"version-\d+|\.version-\d+\.unfinished")
 
 
-def version_folder(folder: Path, version: int) -> Path:
-    return folder / f"version-{version}"
-
-
-def write_version(folder: Path, version: int, weights: Iterable[Named], side_files: Callable[[Path], object]) -> Path:
-    """Write a version, in the place of the same one that is there. It gets its name once all is on the disk.
+def write_version(target: Path, weights: Iterable[Named], side_files: Callable[[Path], object]) -> None:
+    """Write a version. It gets its name once all is on the disk.
 
     Args:
+        target: is not there (`version_folders.version_folder`).
         weights: contiguous tensors on CPU; each entry is a shard.
         side_files: writes what else belongs to the checkpoint.
 
     Raises:
         OSError, SafetensorError: where it cannot be written. Then nothing of it is left.
     """
-    target = version_folder(folder, version)
-    unfinished = folder / f".{target.name}.unfinished"
+    part = unfinished(target)
     try:
-        shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was cut short
-        unfinished.mkdir(parents=True)
-        write_tensors(weights, unfinished)
-        side_files(unfinished)
-        disk.sync(*unfinished.rglob("*"), unfinished)
-        if target.exists():
-            shutil.rmtree(target)
-        unfinished.rename(target)
-        disk.sync(folder)
+        shutil.rmtree(part, ignore_errors=True)  # of a run that was cut short
+        part.mkdir(parents=True)
+        write_tensors(weights, part)
+        side_files(part)
+        disk.sync(*part.rglob("*"), part)
+        part.rename(target)
+        disk.sync(target.parent)
     except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.rmtree(part, ignore_errors=True)
         raise
-    return target
-
-
-def remove_others(folder: Path, version: int) -> None:
-    """Remove all versions but one, as far as that can be done, and nothing else that may be there."""
-    for other in folder.iterdir():
-        if _VERSION.fullmatch(other.name) and other != version_folder(folder, version):
-            shutil.rmtree(other, ignore_errors=True)
 
 
 def read_version(

@@ -48,7 +48,7 @@ class Greeter(EngineAdapter):
         return [sys.executable, "-c", SERVER, str(place.port), str(place.index)]
 
     def environment(self, place: Place) -> dict[str, str]:
-        about = asdict(needed(self._config)) if self._config.model.path.is_dir() else None
+        about = asdict(needed(self._config, self._config.engine.kind)) if self._config.model.path.is_dir() else None
         return {"GREETING": self.greeting, "ABOUT": json.dumps(about)}
 
     def connect(self, server: Server, place: Place) -> Engine:

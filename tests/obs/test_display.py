@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import io
+import logging
 import math
 
 import pytest
 from rich.console import Console
 
 from dapo_megatron.obs.display import LiveDisplay, Pace, PlainDisplay, clock, facts, open_display, sparkline
+from dapo_megatron.obs.observer import _Relay
 
 METRICS = {
     "accuracy": 0.25,
@@ -43,6 +45,40 @@ def test_plain_display_is_one_line_per_step() -> None:
         "groups 32 kept, 3 all right, 20 all wrong  tokens/s 4,812  2.5 s  left 0:45",
         r"model says \x1b[31m [bold]red[/bold]",
     ]
+
+
+class Full(io.StringIO):
+    """A file on a disk that is full for a while."""
+
+    full = True
+
+    def write(self, text: str) -> int:
+        if self.full:
+            raise OSError(28, "No space left on device")
+        return super().write(text)
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_where_nothing_can_be_shown_the_log_says_so_once(terminal: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """Also where its warnings are shown in the same place."""
+    file = Full()
+    file.full = not terminal  # a live display begins on a terminal that works
+    console = Console(file=file, force_terminal=True, width=100)
+    display = LiveDisplay(console, "quick", 25) if terminal else PlainDisplay(file, 25)
+    file.full = True
+    relay = _Relay(display.show)
+    logging.getLogger("dapo_megatron").addHandler(relay)
+    try:
+        for _ in range(3):
+            display.show("hello")
+        file.full = False
+        display.show("again")
+    finally:
+        logging.getLogger("dapo_megatron").removeHandler(relay)
+        display.close()
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith("standard output: could not print (OSError: [Errno 28] No space left on device); the run")
+    assert "again" in file.getvalue()
 
 
 def live(steps: int = 25) -> tuple[LiveDisplay, io.StringIO]:

@@ -135,7 +135,7 @@ def test_an_engine_may_take_its_time_for_the_first_token(tmp_path: Path, monkeyp
 
 
 def test_the_kind_is_the_name_of_a_module() -> None:
-    assert isinstance(adapter_for(config("vllm")), Adapter)
+    assert isinstance(adapter_for(config("vllm"), "vllm"), Adapter)
 
 
 @pytest.mark.parametrize(
@@ -153,5 +153,5 @@ def test_the_kind_is_the_name_of_a_module() -> None:
 )
 def test_a_kind_that_is_not_there(kind: str, message: str) -> None:
     with pytest.raises(ConfigError) as failure:
-        adapter_for(config(kind))
+        adapter_for(config(kind), kind)
     assert message in str(failure.value)

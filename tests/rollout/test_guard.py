@@ -13,6 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from dapo_megatron.rollout.guard import environment
+
 GUARD = [sys.executable, "-m", "dapo_megatron.rollout.guard", "--"]
 
 # Writes the pids of itself, of a child that ignores SIGTERM, and of a grandchild that outlived its parent in a session
@@ -123,6 +125,32 @@ def test_what_a_finished_command_left_behind_ends_too(tmp_path: Path) -> None:
     ) as guard:
         assert guard.wait(10) == 7
     assert all_gone([int(file.read_text())], 1)
+
+
+def test_temporary_files_of_a_command_go_with_it(tmp_path: Path) -> None:
+    """However it ends; and no two have the same folder."""
+    code = (
+        "import os, pathlib, socket, sys, tempfile, time; own = pathlib.Path(tempfile.gettempdir())\n"
+        "(own / 'file').touch(); socket.socket(socket.AF_UNIX).bind(f'{own}/SOCKET')\n"
+        "(new := pathlib.Path(sys.argv[1] + '.new')).write_text(str(own)); new.rename(sys.argv[1]); time.sleep(100)"
+    ).replace("SOCKET", 36 * "x")
+    files = [tmp_path / "first", tmp_path / "second"]
+    guards = [subprocess.Popen([*GUARD, sys.executable, "-c", code, file], stdin=subprocess.PIPE) for file in files]
+    deadline = time.monotonic() + 20
+    while not all(file.exists() for file in files) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    own = [Path(file.read_text()) for file in files]
+    assert own[0] != own[1] and all((folder / "file").exists() for folder in own)
+    guards[0].communicate()  # closes the pipe
+    guards[1].terminate()
+    guards[1].communicate()
+    assert not any(folder.exists() for folder in own)
+
+
+def test_compiled_kernels_are_kept() -> None:
+    told = [environment(f"/tmp/{name}", {}) for name in "ab"]
+    assert told[0]["TMPDIR"] == "/tmp/a" and told[0]["TORCHINDUCTOR_CACHE_DIR"] == told[1]["TORCHINDUCTOR_CACHE_DIR"]
+    assert environment("/tmp/a", {"TORCHINDUCTOR_CACHE_DIR": "/x"})["TORCHINDUCTOR_CACHE_DIR"] == "/x"
 
 
 @pytest.mark.parametrize(("command", "status"), [("exit 3", 3), ("kill -9 $$", 128 + 9)])

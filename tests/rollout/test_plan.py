@@ -52,3 +52,10 @@ def test_engines_that_run_already_and_their_urls() -> None:
         "  engine 0: http://127.0.0.1:81",
         "  engine 1: http://localhost:82",
     )
+    assert shown(
+        24, placement="external", urls=["http://127.0.0.1:81", "http://localhost:82"], kinds=["vllm", "sglang"]
+    ) == (
+        "2 engines (sglang and vllm, tensor parallel 1) run already; weights by gloo from 127.0.0.1",
+        "  engine 0: http://127.0.0.1:81, vllm",
+        "  engine 1: http://localhost:82, sglang",
+    )

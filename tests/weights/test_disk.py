@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dapo_megatron.config import WeightsConfig
-from dapo_megatron.errors import EngineError, WeightsError
+from dapo_megatron.errors import EngineError, StorageError
 from dapo_megatron.weights import shards, versions
 from dapo_megatron.weights.buckets import describe
 from dapo_megatron.weights.disk import DiskPublisher
@@ -60,9 +60,9 @@ def small_files(folder: Path, *readers: Reader) -> closing[DiskPublisher]:
 def test_all_engines_load_each_version_and_the_last_one_stays(folder: Path, verify: str) -> None:
     readers = Reader("engine 0"), Reader("engine 1")
     with open_disk(folder, *readers, verify=verify) as publisher:
-        for version, sign in ((1, 1), (5, -1), (5, -1), (6, 2)):
+        for version, sign, name in ((1, 1, "1"), (5, -1, "5"), (5, -1, "5.2"), (5, -1, "5.3"), (6, 2, "6")):
             measures = publisher.push(((name, sign * tensor) for name, tensor in WEIGHTS.items()), version)
-            assert [path.name for path in folder.iterdir()] == [f"version-{version}"]
+            assert [path.name for path in folder.iterdir()] == [f"version-{name}"]
             for reader in readers:
                 assert reader.held[version].keys() == WEIGHTS.keys()
                 assert all(torch.equal(reader.held[version][name], sign * WEIGHTS[name]) for name in WEIGHTS)
@@ -82,7 +82,7 @@ def test_a_version_is_a_checkpoint_in_files_of_the_size_of_buckets(folder: Path)
 
 
 def test_only_versions_are_removed(folder: Path) -> None:
-    for name in ("version-final", "version-1.5B", "version-1", "notes"):
+    for name in ("version-final", "version-1.5B", "version-1", "version-1.2", ".version-3.2.unfinished", "notes"):
         (folder / name).mkdir(parents=True)
     with small_files(folder, Reader("engine 0")) as publisher:
         publisher.push(WEIGHTS.items(), version=2)
@@ -117,7 +117,7 @@ def test_where_the_disk_is_full_no_engine_loads_anything(folder: Path, monkeypat
         monkeypatch.setattr(shards, "save_file", full)
         said.clear()
         says = r"cannot write the weights of version 2 to .*/version-2: .*No space left on device.*takes \d+ bytes"
-        with pytest.raises(WeightsError, match=says):
+        with pytest.raises(StorageError, match=says):
             publisher.push(WEIGHTS.items(), version=2)
     assert said == ["bucket"] * 4 + ["end"], "the others gather to the end"
     assert list(reader.held) == [1]
@@ -136,7 +136,7 @@ def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
         inventory, reader = Inventory(**describe(list(weights.items()))), Reader("engine 0")
         with (
             closing(DiskPublisher(inventory, Keepers(reader), small, 1000)) as publisher,
-            pytest.raises(WeightsError, match=r"No space left on device.*takes 400.0 kB, two are there"),
+            pytest.raises(StorageError, match=r"No space left on device.*takes 400.0 kB, two are there"),
         ):
             publisher.push(weights.items(), version=1)
         assert not reader.held and not list(small.iterdir())
@@ -149,6 +149,41 @@ def test_a_push_that_leaves_out_a_tensor_is_not_written(folder: Path) -> None:
     with small_files(folder, reader) as publisher, pytest.raises(EngineError, match="a push has left out w1"):
         publisher.push([*WEIGHTS.items()][1:], version=1)
     assert not reader.held and not list(folder.iterdir())
+
+
+class Failing(Reader):
+    """Fails as often as it is told to, and says what is in the folder each time that it is to read."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.failures, self.seen = 0, list[list[str]]()
+
+    def before_reading(self, folder: Path) -> None:
+        self.seen.append(sorted(path.name for path in folder.parent.iterdir()))
+        if self.failures:
+            self.failures -= 1
+            raise EngineError("engine 1 fails")
+
+
+def test_after_pushes_that_broke_off_two_versions_are_there_and_no_name_comes_twice(folder: Path) -> None:
+    """The one that engines have, for those that did not fail, and the one that they are to have."""
+    for left in ("version-4", "version-9", "version-9.2"):  # by an earlier life of the run
+        (folder / left).mkdir(parents=True)
+    failing = Failing("engine 1")
+    with small_files(folder, Reader("engine 0"), failing) as publisher:
+        publisher.push(WEIGHTS.items(), version=5)
+        failing.failures = 2
+        for _ in range(2):
+            with pytest.raises(EngineError, match="engine 1 fails"):
+                publisher.push(WEIGHTS.items(), version=6)
+        publisher.push(WEIGHTS.items(), version=6)
+    assert failing.seen == [
+        ["version-5", "version-9.2"],
+        ["version-5", "version-6"],
+        ["version-5", "version-6.2"],
+        ["version-5", "version-6.3"],
+    ]
+    assert [path.name for path in folder.iterdir()] == ["version-6.3"]
 
 
 class Unlucky(Reader):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
-import uuid
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -121,8 +119,6 @@ class Adapter(EngineAdapter):
 
     def environment(self, place: Place) -> dict[str, str]:
         env = {
-            # Its processes meet at a file: a port would be open on every interface.
-            "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE": f"file://{tempfile.gettempdir()}/sglang-{uuid.uuid4().hex}",
             # `--context-length` is longer than the model's by what SGLang keeps free.
             "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",
             # Being asked whether it is there need not write a token.

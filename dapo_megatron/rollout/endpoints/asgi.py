@@ -11,8 +11,12 @@ from dataclasses import asdict
 from typing import Any, ClassVar
 
 from dapo_megatron.rollout.about import About
-from dapo_megatron.rollout.answer import ABOUT, GENERATE, HEALTH, PROGRESS
+from dapo_megatron.rollout.answer import ABOUT, GENERATE, HEALTH, LEASE, PROGRESS
+from dapo_megatron.rollout.lease import RUN, Lease, Tenant
 from dapo_megatron.rollout.token import TOKEN, authorization
+
+_RUN = RUN.lower().encode()
+_OWNER_CHARACTERS = 200
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -20,7 +24,7 @@ Send = Callable[[Message], Awaitable[None]]
 
 
 class Middleware:
-    """Answers three paths and passes everything else on, all of it only to those who show the token.
+    """Answers four paths and passes everything else on, all of it only to those who show the token.
 
     vLLM and SGLang have keys of their own (`--api-key`). vLLM's guards the paths of OpenAI's interface and leaves those
     that change weights open. So this one is before all others: whatever does not carry it is answered with status 401,
@@ -30,6 +34,10 @@ class Middleware:
     answers what `answer.encode` makes of the `n` responses. A client that goes away ends the request.
 
     `GET PROGRESS` answers JSON, the fields of `engine.Progress`; `GET ABOUT` those of `about.About`.
+
+    `POST LEASE` takes JSON, the fields of `lease.Tenant`, and answers what `Lease.take` returns; `DELETE LEASE` gives
+    the lease back of the run in the header RUN. While a run has it, whatever else comes without its header is answered
+    with status 409.
 
     Failures are answered as text, with status 400 for what is `refused` and 500 for the rest.
     """
@@ -41,6 +49,7 @@ class Middleware:
         self._app = app
         # Without one in the environment the server does not serve.
         self._authorization = authorization(os.environ[TOKEN]).encode()
+        self._lease = Lease()
 
     def client(self, scope: Message) -> Any:
         """The engine's own Python API, which the server's application `scope["app"]` speaks to."""
@@ -58,14 +67,20 @@ class Middleware:
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         path = scope.get("path")
         if not self._may_pass(scope):
-            await _refuse(scope, send)
+            await _refuse(scope, send, 401, f"the token of this engine ({TOKEN}) is missing, or another")
             return
-        if path not in (GENERATE, PROGRESS, ABOUT):
+        refusal = None if _is_free(scope) else self._lease.refusal(_run(scope))
+        if refusal and path not in (PROGRESS, ABOUT, LEASE):
+            await _refuse(scope, send, 409, refusal)
+            return
+        if path not in (GENERATE, PROGRESS, ABOUT, LEASE):
             await self._app(scope, receive, send)
             return
         client = self.client(scope)
         try:
-            if path == PROGRESS:
+            if path == LEASE:
+                content = json.dumps(self._leased(scope, await _body(receive))).encode()
+            elif path == PROGRESS:
                 content = json.dumps(self.progress(client)).encode()
             elif path == ABOUT:
                 content = json.dumps(asdict(self.about(client))).encode()
@@ -82,17 +97,33 @@ class Middleware:
         await _answer(send, status, content)
 
     def _may_pass(self, scope: Message) -> bool:
-        if scope["type"] == "lifespan" or (scope.get("method"), scope.get("path")) == ("GET", HEALTH):
+        if _is_free(scope):
             return True
         shown = [value for name, value in scope["headers"] if name == b"authorization"]
         return len(shown) == 1 and secrets.compare_digest(shown[0], self._authorization)
 
+    def _leased(self, scope: Message, body: bytes) -> dict[str, Any] | None:
+        if scope["method"] == "DELETE":
+            return self._lease.give_back(_run(scope))
+        asked = json.loads(body)
+        return self._lease.take(Tenant(str(asked["run"]), str(asked["owner"])[:_OWNER_CHARACTERS]))
 
-async def _refuse(scope: Message, send: Send) -> None:
+
+def _is_free(scope: Message) -> bool:
+    """Whether it is for everybody."""
+    return scope["type"] == "lifespan" or (scope.get("method"), scope.get("path")) == ("GET", HEALTH)
+
+
+def _run(scope: Message) -> str:
+    """Which run asks; "" where it does not say so."""
+    return next((value.decode("latin-1") for name, value in scope["headers"] if name == _RUN), "")
+
+
+async def _refuse(scope: Message, send: Send, status: int, reason: str) -> None:
     if scope["type"] == "websocket":
         await send({"type": "websocket.close", "code": 1008})
     else:
-        await _answer(send, 401, f"the token of this engine ({TOKEN}) is missing, or another".encode())
+        await _answer(send, status, reason.encode())
 
 
 async def _answer(send: Send, status: int, content: bytes) -> None:

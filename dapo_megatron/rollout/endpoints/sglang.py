@@ -19,6 +19,7 @@ import logging
 import os
 import secrets
 import sys
+import tempfile
 from importlib import import_module
 from typing import Any
 
@@ -169,6 +170,8 @@ def main(worker: str, arguments: list[str]) -> None:
     from sglang.srt.entrypoints import http_server
     from sglang.srt.server_args import prepare_server_args
 
+    # Its processes meet at a file: a port would be open on every interface.
+    os.environ["SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"] = f"file://{tempfile.mkdtemp()}/processes"
     # Takes one sequence after the other, so none depends on the others.
     add_deterministic_attention_backend_choices(["torch_native"])
     http_server.app.add_middleware(Endpoint)

@@ -1,0 +1,87 @@
+"""What becomes of a push that fails: the engines are replaced, or the run stops, or ends."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from dapo_megatron.errors import EngineError, StorageError, WeightsError
+from dapo_megatron.heartbeat import Peers
+from dapo_megatron.stop import Stop, StopRequested
+from dapo_megatron.supply import Supply
+
+
+@pytest.fixture
+def stop() -> Iterator[Stop]:
+    before = signal.getsignal(signal.SIGURG)
+    yield Stop()
+    signal.signal(signal.SIGURG, before)
+
+
+class Ranks(Peers):
+    """Notes what the leader has come to."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def leader_says(self, what: str, value: Any = None) -> Any:
+        self.said.append(what)
+        return value
+
+
+class Scene:
+    """A leader whose pushes raise what is given."""
+
+    def __init__(self, stop: Stop, *errors: EngineError | None) -> None:
+        self.errors, self.failed, self.peers = list(errors), list[EngineError](), Ranks()
+        publisher: Any = SimpleNamespace(push=self._push)
+        actor: Any = SimpleNamespace(chunks=[], back=nullcontext)
+        hf: Any = SimpleNamespace(gathers=False)
+        self.engines: Any = SimpleNamespace(expect=lambda version: None, fail=self.failed.append, refill=None)
+        self.supply = Supply(publisher, actor, hf, self.peers, self.engines, stop)
+
+    def _push(self, weights: object, version: int) -> Any:
+        if error := self.errors.pop(0):
+            raise error
+        return {"pushed": version}
+
+
+def test_where_weights_cannot_be_written_the_run_is_to_save_and_to_stop(
+    stop: Stop, caplog: pytest.LogCaptureFixture
+) -> None:
+    scene = Scene(stop, StorageError("cannot write the weights: full"))
+    assert scene.supply.push(3) == {}
+    assert scene.peers.said == ["publish"], "the others go on with the leader"
+    assert (stop.reason, stop.exit_code) == ("error: cannot write the weights: full", 1)
+    assert not scene.failed, "no engine is at fault"
+    assert "cannot write the weights: full; the run saves what is done and ends" in caplog.text
+
+
+def test_in_a_rollout_too(stop: Stop) -> None:
+    scene = Scene(stop, None, StorageError("full"))
+    scene.supply.push(3)
+    with pytest.raises(StopRequested), scene.supply.on_demand(stop), stop.interruptible():
+        scene.engines.refill()
+        pytest.fail("the rollout is thrown away")
+    assert scene.peers.said == ["publish", "weights on demand", "publish"]
+    assert stop.reason == "error: full"
+
+
+def test_before_the_first_step_there_is_nothing_to_save(stop: Stop) -> None:
+    scene = Scene(stop, StorageError("full"))
+    with pytest.raises(StopRequested), stop.interruptible():
+        scene.supply.push(0)
+    assert stop.words == "error: full: nothing was saved; there is no checkpoint"
+
+
+def test_other_failures_are_the_engines(stop: Stop) -> None:
+    scene = Scene(stop, EngineError("died"), WeightsError("others"))
+    assert scene.supply.push(3) == {}
+    assert [str(error) for error in scene.failed] == ["died"] and stop.reason is None
+    with pytest.raises(WeightsError, match="others"):
+        scene.supply.push(4)
