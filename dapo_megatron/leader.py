@@ -59,7 +59,8 @@ class Leader:
             judge = Judge(config.reward, config.rollout.max_response_tokens, self._decode)
             self.judge = stack.enter_context(closing(judge))
             at_once = config.samples_after(checked.steps_done)
-            self.engines = stack.enter_context(closing(Engines(config, config.run.folder, at_once=at_once)))
+            engines = Engines(config, config.run.folder, at_once=at_once, nodes=checked.nodes)
+            self.engines = stack.enter_context(closing(engines))
             self._open = stack.pop_all()
         obs.ask_what_is_waited_for(self.engines.waits)
 

@@ -24,7 +24,6 @@ from dapo_megatron.preflight import Checked
 from dapo_megatron.processes import leave
 from dapo_megatron.rollout.collect import collect
 from dapo_megatron.rollout.engine import request_seed
-from dapo_megatron.rollout.place import leader_address
 from dapo_megatron.routes import LOOPBACK
 from dapo_megatron.skipped import SkippedUpdates
 from dapo_megatron.state import Kept, RunState
@@ -161,7 +160,7 @@ def start(
                 hf.inventory,
                 engines,
                 peers.leader_says,
-                address=leader_address(config.engine) if leader else LOOPBACK,
+                address=leader.engines.address if leader else LOOPBACK,
                 folder=config.weights_folder,
                 side_files=hf.write_side_files,
             )
