@@ -34,9 +34,9 @@ class Peers:
     """The other ranks of the run; there are none in a run of one process, of which this is the whole.
 
     Attributes:
-        letters: what other ranks have sent (`post`), each with the rank that sent it, in its order. The last of a rank is
-            None, once its connection has ended, for whatever reason. At the leader they are those of all ranks, elsewhere
-            the leader's.
+        letters: what other ranks have sent (`post`), each with the rank that sent it, in its order. The last of a rank
+            is None, once its connection has ended or it is missed. At the leader they are those of all ranks,
+            elsewhere the leader's.
     """
 
     def __init__(self) -> None:

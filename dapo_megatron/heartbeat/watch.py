@@ -38,6 +38,8 @@ class Link:
     """The call of `together` in which the rank waits."""
     left: bool = False
     """Whether it has said that it leaves, or was missed already."""
+    silent: bool = False
+    """Whether its last letter was given out."""
 
 
 class Watch(Peers):
@@ -131,13 +133,13 @@ class Watch(Peers):
                     self._take(link, json.loads(line))
             self._miss(link, "its connection broke off")
         finally:
-            self.letters.put((link.rank, None))
+            self._end_letters(link)
 
     def _take(self, link: Link, message: dict[str, Any]) -> None:
         match message:
             case {"beat": doing}:
                 link.doing = str(doing)
-            case {"letter": letter}:
+            case {"letter": letter} if not link.silent:
                 self.letters.put((link.rank, letter))
             case {"bye": True}:
                 link.left = True
@@ -145,8 +147,14 @@ class Watch(Peers):
     def _miss(self, link: Link, how: str) -> None:
         if not link.left:
             link.left = True
+            self._end_letters(link)
             self._lost.append((link, how))
             self._fail(self._all_lost, SETTLE_SECONDS)
+
+    def _end_letters(self, link: Link) -> None:
+        if not link.silent:
+            link.silent = True
+            self.letters.put((link.rank, None))
 
     def _all_lost(self) -> Failure:
         """Name all ranks that were lost until now, for the one that was lost first need not be the cause."""

@@ -9,6 +9,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -136,7 +137,7 @@ class NodeEngines:
         except Exception as error:  # whatever it is, the leader is waiting for this engine
             self._tell(life, False, f"{where.name} on {self._host} cannot be started: {error!r}")
             return
-        self._tell(life, True, server.describe())
+        self._tell(life, True, _account(server))
 
     def _log(self, index: int) -> Path:
         return self._config.run.folder / f"engine{index}.log"
@@ -148,10 +149,11 @@ class NodeEngines:
             if not life.server.alive:
                 self._end(number)
                 continue
-            size = life.server.log.stat().st_size
-            if size != life.log_bytes and time.monotonic() - life.reported > _LOG_SECONDS:
-                life.log_bytes, life.reported = size, time.monotonic()
-                self._tell(number, True, life.server.describe())
+            with suppress(OSError):  # somebody has removed it
+                size = life.server.log.stat().st_size
+                if size != life.log_bytes and time.monotonic() - life.reported > _LOG_SECONDS:
+                    life.log_bytes, life.reported = size, time.monotonic()
+                    self._tell(number, True, _account(life.server))
 
     def _end(self, number: int) -> None:
         """End an engine, or what is left of it, and say so."""
@@ -164,9 +166,16 @@ class NodeEngines:
         except DapoError as error:
             self._tell(number, True, str(error))
             return
-        self._tell(number, False, life.server.describe())
+        self._tell(number, False, _account(life.server))
 
     def _tell(self, life: int, alive: bool, says: str) -> None:
         half = _SAYS_CHARACTERS // 2
         says = says if len(says) <= _SAYS_CHARACTERS else f"{says[:half]} ... {says[-half:]}"
         self._mail.post(0, {"life": life, "alive": alive, "says": says})
+
+
+def _account(server: StartedServer) -> str:
+    try:
+        return server.describe()
+    except OSError as error:
+        return f"{server.name}: its log cannot be read: {error}"

@@ -114,6 +114,8 @@ class Nodes:
         self._mail, self._seconds = mail, seconds
         self._lives: dict[int, ServerOnNode] = {}
         self._numbers = itertools.count()
+        self._gone: set[int] = set()
+        """Ranks that have left."""
         self._lock = threading.Lock()
         hosts = self._answers(range(1, world_size))
         firsts = [(rank, str(said["host"])) for rank, said in sorted(hosts.items()) if said["local_rank"] == 0]
@@ -152,6 +154,8 @@ class Nodes:
         with self._lock:
             life = next(self._numbers)
             server = self._lives[life] = ServerOnNode(self._mail, node, place, life, ready)
+            if node.rank in self._gone:
+                server.left(node.rank)
         self._mail.post(node.rank, {"start": life, "engine": index, "token": server.token})
         return server
 
@@ -194,15 +198,13 @@ class Nodes:
         return said
 
     def _listen(self) -> None:
-        gone: set[int] = set()
         ranks = {node.rank for node in self.others}
-        while gone < ranks:
+        while ranks - self._gone:
             rank, letter = self._mail.letters.get()
             with self._lock:
-                lives = [*self._lives.values()]
                 if letter is None:
-                    gone.add(rank)
-                    for life in lives:
+                    self._gone.add(rank)
+                    for life in self._lives.values():
                         life.left(rank)
                 elif life := self._lives.get(letter["life"]):
                     life.heard(bool(letter["alive"]), str(letter["says"]))
