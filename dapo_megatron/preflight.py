@@ -76,9 +76,7 @@ class Checked:
     """Where the run may start engines on other machines than the leader's, too."""
 
 
-def preflight(
-    config: Config, world_size: int, local_ranks: int | None = None, nodes: Nodes | None = None
-) -> Checked:
+def preflight(config: Config, world_size: int, local_ranks: int | None = None, nodes: Nodes | None = None) -> Checked:
     """Check files, sizes, ports, GPUs and packages for a run of `world_size` ranks.
 
     Args:

@@ -129,7 +129,9 @@ class _Rank:
             if over := nothing_to_do(config):
                 self._print("\n".join(f"dapo-megatron: {line}" for line in over))
                 sys.exit(0)
-            nodes = Nodes(peers, config, self._world_size, launch.join_seconds) if config.engine.on_other_nodes else None
+            nodes = (
+                Nodes(peers, config, self._world_size, launch.join_seconds) if config.engine.on_other_nodes else None
+            )
             checked = preflight(config, self._world_size, self._local_ranks, nodes)
             obs = self._obs = self._opened.enter_context(closing(RunObserver(config, decoder(checked.tokenizer))))
             for line in checked.plan:

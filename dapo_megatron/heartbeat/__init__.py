@@ -15,8 +15,8 @@ main thread does. What crosses is JSON, one object a line:
     {"letter": {...}}                                   either way: for whoever reads `Peers.letters`
     {"bye": true}                                       either way: I am done, and my connection will end
 
-A letter may be secret: unlike torchrun's store, which answers whoever reaches its port, this connection has two ends, and
-the leader takes no other once all ranks are there. Nothing is encrypted.
+A letter may be secret: unlike torchrun's store, which answers whoever reaches its port, this connection has two ends,
+and the leader takes no other once all ranks are there. Nothing is encrypted.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ class NodeEngines:
     """
 
     def __init__(
-        self, config: Config, mail: Mail, check: Callable[[Config], None], *, master: str, ranks: int
+        self, config: Config, mail: Mail, check: Callable[[Config], object], *, master: str, ranks: int
     ) -> None:
         self._config, self._mail, self._check = config, mail, check
         self._master, self._ranks, self._host = master, ranks, socket.gethostname()

@@ -26,6 +26,7 @@ from typing import Any, Protocol
 from dapo_megatron.config import Config, EngineConfig
 from dapo_megatron.errors import ConfigError, DapoError, EngineError
 from dapo_megatron.rollout.place import Place
+from dapo_megatron.rollout.server import UNKNOWN
 from dapo_megatron.rollout.token import make_token
 
 _CLOSE_SECONDS = 15.0
@@ -80,7 +81,7 @@ def shares(engine: EngineConfig, nodes: int) -> list[int]:
         )
     if engine.count % len(chosen):
         raise ConfigError(
-            f"engine.count({engine.count}) / {len(chosen)} nodes (engine.nodes={_shown(engine.nodes)}) = "
+            f"engine.count({engine.count}) / {len(chosen)} nodes (engine.nodes={engine.nodes}) = "
             f"{engine.count / len(chosen):.3g} engines on each, which is not whole; choose a multiple of {len(chosen)}"
         )
     return [engine.count // len(chosen) if number in chosen else 0 for number in range(nodes)]
@@ -219,7 +220,7 @@ class ServerOnNode:
         EngineError: from `ready` and `check`, with what the node says of it.
     """
 
-    version = 0
+    version = UNKNOWN  # model.path is another machine's
 
     def __init__(self, mail: Mail, node: Node, place: Place, life: int, ready: Callable[[], bool]) -> None:
         self.name, self.token = f"{place.name} on {node.host}", make_token()

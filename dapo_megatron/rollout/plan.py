@@ -50,7 +50,7 @@ def _over_nodes(nodes: Nodes, ranks: int) -> tuple[str, list[str]]:
 
 
 def _line(name: str, ranks: int, places: Sequence[Place]) -> str:
-    engines = [f"{where.name}{f' on GPU {",".join(where.gpus)}' if where.gpus else ''}" for where in places]
+    engines = [where.name + (f" on GPU {','.join(where.gpus)}" if where.gpus else "") for where in places]
     return f"{name}: {ranks} rank{'s' if ranks > 1 else ''}, {'; '.join(engines)}"
 
 

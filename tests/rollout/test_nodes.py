@@ -57,7 +57,7 @@ def meet(tmp_path: Path) -> Iterator[Meet]:
     with ExitStack() as stack:
 
         def make(
-            machines: int = 2, check: Callable[[Config], None] = lambda config: None, **engine: Any
+            machines: int = 2, check: Callable[[Config], object] = lambda config: None, **engine: Any
         ) -> tuple[Nodes, list[Mailbox]]:
             given = config(tmp_path, **engine)
             boxes = mailboxes(LOCAL_RANKS * machines)
@@ -87,7 +87,7 @@ def opened(meet: Meet, tmp_path: Path) -> Iterator[Callable[..., Engines]]:
 def asked(engines: Engines, count: int = 8) -> list[str]:
     async def ask() -> list[str]:
         answers = await asyncio.gather(*(engines.generate(PROMPT, SAMPLING, 1) for _ in range(count)))
-        return sorted({read(answer.token_ids) for answer, in answers})
+        return sorted({read(answer.token_ids) for (answer,) in answers})
 
     return engines.sample(ask())
 
@@ -133,6 +133,7 @@ def test_engines_of_all_nodes_answer_with_tokens_of_their_own(
     caplog.set_level(logging.DEBUG)
     engines = opened(nodes="all", count=4)
     engines.wait_ready()
+    push(engines, 0)
     assert [engine.name for engine in engines] == ["engine 0", "engine 1", f"engine 2 on {HERE}", f"engine 3 on {HERE}"]
     assert asked(engines) == [f"hello from {index}" for index in range(4)]
     tokens = [life.server.token for life in engines._lives]
@@ -190,6 +191,7 @@ def test_a_node_that_leaves_takes_its_engines_with_it(meet: Meet, tmp_path: Path
     nodes, boxes = meet(nodes=[1], max_restarts=0)
     with closing(Engines(config(tmp_path, nodes=[1], max_restarts=0), tmp_path, ranks=0, nodes=nodes)) as engines:
         engines.wait_ready()
+        push(engines, 0)
         (guard,) = guards()
         guard.suspend()  # what it would say of the engine's end does not come
         boxes[2].leave()
@@ -266,7 +268,7 @@ def test_a_node_of_many_without_engines_is_not_told_and_starts_none(meet: Meet, 
 def test_a_node_without_room_refuses_with_the_arithmetic(meet: Meet, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
     with pytest.raises(ConfigError) as error:
-        meet(check=lambda here: None if check_gpus(here.engine, LOCAL_RANKS) else None, nodes="all", count=4)
+        meet(check=lambda here: check_gpus(here.engine, LOCAL_RANKS), nodes="all", count=4)
     assert str(error.value).startswith(
         f"engine.nodes: node 1 has engine.count(4) / 2 nodes = 2 engines, and rank 2 on {HERE} says: "
         "engine: ranks(2) + engine.count(2) x engine.tensor_parallel(1) = 4 GPUs, but 3 are visible on this machine"
