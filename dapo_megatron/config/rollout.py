@@ -129,8 +129,8 @@ class EngineConfig(Section):
     engines` leaves it. DAPO_MEGATRON_ENGINE_TOKEN in the environment comes before the file. Engines that a run starts
     have tokens that nobody else knows."""
     host: str = "127.0.0.1"
-    """Address that engines of this machine listen on: that of rank 0, or where `dapo-megatron engines` runs. At anything
-    but loopback, prompts, responses and the token go over a network unencrypted."""
+    """Address that engines listen on, on the machine of rank 0 or where `dapo-megatron engines` runs. At anything but
+    loopback, prompts, responses and the token go over a network unencrypted."""
     port: Annotated[int, Field(ge=1, le=65_535)] | None = None
     """Port of the first engine of each machine, the next ones follow; null takes free ports."""
     max_sequences: PositiveInt = 512
