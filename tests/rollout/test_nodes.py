@@ -180,6 +180,8 @@ def test_one_that_never_answers_is_said_to_with_its_log_and_ended(
 ) -> None:
     monkeypatch.setattr("tests.helpers.greeter.SERVER", "import time; print('busy', flush=True); time.sleep(100)")
     engines = opened(nodes=[1], startup_seconds=3)
+    while "busy" not in engines._lives[0].server.describe():
+        time.sleep(0.1)
     with pytest.raises(EngineError, match=r"(?s)did not answer at http://127\.0\.0\.1:\d+ within 3 s.*firewall.*busy"):
         engines.wait_ready()
     (guard,) = guards()
@@ -193,7 +195,9 @@ def test_a_node_that_leaves_takes_its_engines_with_it(meet: Meet, tmp_path: Path
         engines.wait_ready()
         push(engines, 0)
         (guard,) = guards()
-        guard.suspend()  # what it would say of the engine's end does not come
+        guard.suspend()  # its end is not noticed, as on a machine that is lost
+        for process in guard.children():
+            process.kill()
         boxes[2].leave()
         with pytest.raises(EngineError, match=rf"engine 0 on {HERE} is gone: the connection to rank 2"):
             asked(engines)
