@@ -66,7 +66,8 @@ class Leader:
                 self._judges[rule] = stack.enter_context(closing(judge))
             self.judge = self._judges[config.reward.rule]
             at_once = config.samples_after(checked.steps_done)
-            self.engines = stack.enter_context(closing(Engines(config, config.run.folder, at_once=at_once)))
+            engines = Engines(config, config.run.folder, at_once=at_once, nodes=checked.nodes)
+            self.engines = stack.enter_context(closing(engines))
             self._open = stack.pop_all()
         obs.ask_what_is_waited_for(self.engines.waits)
 

@@ -33,6 +33,7 @@ from dapo_megatron.obs.sinks import check_sinks
 from dapo_megatron.reward.format import TAGS
 from dapo_megatron.reward.math import ALWAYS_GRADED, PACKAGES, Rule
 from dapo_megatron.rollout.adapter import adapter_for
+from dapo_megatron.rollout.nodes import Nodes, shares, with_share
 from dapo_megatron.rollout.place import check_gpus
 from dapo_megatron.rollout.plan import plan
 from dapo_megatron.rollout.ports import check_ports
@@ -50,6 +51,10 @@ _TRANSFORMER_ENGINE = "see requirements/gpu.txt, or set model.layers=torch, whic
 _MISSING = "import sys, importlib.util as u; print(*(name for name in sys.argv[1:] if u.find_spec(name) is None))"
 """Python that prints those of its arguments that are not installed."""
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2}
+_UNENCRYPTED = (
+    "engines answer only those who have their token, but nothing is encrypted. Whoever can read this network's traffic "
+    "has the prompts, the responses and the token, with which weights can be replaced"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,13 +76,16 @@ class Checked:
     """By the checkpoint that the run is to go on from, if that is whole."""
     plan: tuple[str, ...] = ()
     """Lines that say where engines are, and from where they get weights."""
+    nodes: Nodes | None = None
+    """Where the run may start engines on other machines than the leader's, too."""
 
 
-def preflight(config: Config, world_size: int, local_ranks: int | None = None) -> Checked:
+def preflight(config: Config, world_size: int, local_ranks: int | None = None, nodes: Nodes | None = None) -> Checked:
     """Check files, sizes, ports, GPUs and packages for a run of `world_size` ranks.
 
     Args:
-        local_ranks: ranks on this machine, where the engines will be; None means all of them.
+        local_ranks: ranks on this machine; None means all of them.
+        nodes: the run's machines, where it may start engines on others than this; these have checked their own.
 
     Raises:
         ConfigError: for the first thing that cannot work. Cheap checks come first.
@@ -86,7 +94,8 @@ def preflight(config: Config, world_size: int, local_ranks: int | None = None) -
     _check_optimizer(config.optimizer)
     _check_packages({"megatron.core": _EXTRAS} | _layer_packages(config.model) | _sink_packages(config.run))
     check_run_folder(config)
-    hf_config = _check_sampling(config)
+    here = nodes.here if nodes else with_share(config, shares(config.engine, nodes=1)[0])
+    hf_config = _check_sampling(here)
     check_trains(hf_config, config.parallel)
     _check_recompute(config, hf_config.num_hidden_layers)
     policy_bytes = count_numbers(config.model.path) * _ITEM_BYTES[config.model.dtype]
@@ -94,12 +103,37 @@ def preflight(config: Config, world_size: int, local_ranks: int | None = None) -
     _check_weights_folder(config, policy_bytes)
     ranks_here = world_size if local_ranks is None else local_ranks
     check_transport(config, world_size, ranks_here)
-    check_gpus(config.engine, ranks_here)
-    who_is_where = plan(config, ranks_here)
+    _check_share(here, ranks_here, nodes)
+    who_is_where = plan(config, ranks_here, nodes)
     check_sinks(config.run)
-    checked = _read(config, hf_config, [*_exposure(config.engine), *_idle(config)], train=config.data.train)
+    exposed = [*_exposure(config.engine), *_exposure_of_nodes(nodes.addresses if nodes else ())]
+    checked = _read(config, hf_config, [*exposed, *_idle(config)], train=config.data.train)
     _check_format(config.reward, checked.tokenizer)
-    return replace(checked, steps_done=_check_goes_on(config, checked.train), plan=who_is_where)
+    steps_done = _check_goes_on(config, checked.train)
+    return replace(checked, steps_done=steps_done, plan=who_is_where, nodes=nodes)
+
+
+def preflight_node(config: Config, ranks: int) -> None:
+    """Check what it takes to start engines on another machine of a run, beside its `ranks`.
+
+    Args:
+        config: has that machine's share of engine.count, and its address as engine.host.
+
+    Raises:
+        ConfigError: as `preflight`.
+    """
+    _check_engines(config)
+    check_gpus(config.engine, ranks)
+
+
+def _check_share(here: Config, ranks: int, nodes: Nodes | None) -> None:
+    """As `check_gpus`, and where this machine has a part of the engines it says which."""
+    try:
+        check_gpus(here.engine, ranks)
+    except ConfigError as error:
+        if not nodes or nodes.count == 1:
+            raise
+        raise ConfigError(f"{nodes.share(0)}: {error}") from error
 
 
 def _check_goes_on(config: Config, train: Sequence[Prompt]) -> int:
@@ -183,7 +217,7 @@ def _check_engines(config: Config) -> Any:
     adapters = [adapter_for(config, kind) for kind in sorted(set(config.engine.kinds or [config.engine.kind]))]
     if config.engine.urls:
         need_token(config)
-    else:
+    elif config.engine.count:  # this machine of a run may have none
         for adapter in adapters:
             _check_engine_packages(adapter.packages, config.engine.python)
         check_ports(config.engine)
@@ -341,11 +375,13 @@ def _check_temperatures(config: Config) -> None:
 def _exposure(engine: EngineConfig) -> Iterable[str]:
     """A warning, where others than this machine can talk to the engines."""
     if not engine.urls and not all(ip_address(address).is_loopback for address in _addresses(engine.host)):
-        yield (
-            f"engine.host={engine.host}: engines answer only those who have their token, but nothing is encrypted. "
-            f"Whoever can read this network's traffic has the prompts, the responses and the token, with which weights "
-            f"can be replaced; set engine.host=127.0.0.1, or use a network of your own"
-        )
+        yield f"engine.host={engine.host}: {_UNENCRYPTED}; set engine.host=127.0.0.1, or use a network of your own"
+
+
+def _exposure_of_nodes(addresses: Iterable[str]) -> Iterable[str]:
+    """As `_exposure`, of engines on other machines of the run."""
+    if exposed := [address for address in addresses if not ip_address(address).is_loopback]:
+        yield f"engine.nodes: engines listen at {', '.join(exposed)}: {_UNENCRYPTED}; use a network of your own"
 
 
 def _addresses(host: str) -> set[str]:

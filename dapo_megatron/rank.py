@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack, closing, suppress
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -33,8 +34,10 @@ from dapo_megatron.launch import CLOSE_SECONDS, check_launch, parent_command, sa
 from dapo_megatron.obs.observer import NullObserver, Observer, RunObserver
 from dapo_megatron.obs.run_folder import nothing_to_do
 from dapo_megatron.obs.terminal import printable
-from dapo_megatron.preflight import Checked, preflight
+from dapo_megatron.preflight import Checked, preflight, preflight_node
 from dapo_megatron.processes import end_with_parent, leave, outlive_output
+from dapo_megatron.rollout.node import NodeEngines, introduce
+from dapo_megatron.rollout.nodes import Nodes
 from dapo_megatron.signals import Insistence, heeded, listen
 from dapo_megatron.stop import REQUEUE, Stop, StopRequested
 from dapo_megatron.train import train
@@ -65,8 +68,9 @@ class _Rank:
         self._rank = int(os.environ.get("RANK", "0"))
         self._world_size = int(os.environ.get("WORLD_SIZE", "1"))
         self._is_leader = self._rank == 0
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        self._speaks = self._rank == max(1, self._rank - local_rank)
+        self._local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        self._local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", self._world_size))
+        self._speaks = self._rank == max(1, self._rank - self._local_rank)
         """Whether this rank says for its machine that the leader is lost: the first there that is not the leader."""
         self._peers = Peers()
         self._obs: RunObserver | None = None
@@ -126,16 +130,30 @@ class _Rank:
             if over := nothing_to_do(config):
                 self._print("\n".join(f"dapo-megatron: {line}" for line in over))
                 sys.exit(0)
-            checked = preflight(config, self._world_size, int(os.environ.get("LOCAL_WORLD_SIZE", self._world_size)))
+            nodes = (
+                Nodes(peers, config, self._world_size, launch.join_seconds) if config.engine.on_other_nodes else None
+            )
+            checked = preflight(config, self._world_size, self._local_ranks, nodes)
             obs = self._obs = self._opened.enter_context(closing(RunObserver(config, decoder(checked.tokenizer))))
             for line in checked.plan:
                 obs.message(line)
             cut_short = saving_is_cut_short(os.environ, parent_command(), config.checkpoint.signal_seconds)
             for warning in (*checked.warnings, *([cut_short] if cut_short else [])):
                 obs.message(f"warning: {warning}")
+        elif config.engine.on_other_nodes:
+            self._offer_engines(config, peers)
         peers.after_leader("checks")
         limit = timedelta(seconds=launch.collective_seconds) + (_LEADER_PATIENCE if self._is_leader else timedelta())
         return config, topology.initialize(config.parallel, timeout=limit, store=store), obs, checked
+
+    def _offer_engines(self, config: Config, peers: Peers) -> None:
+        """On another rank: let the leader start engines on this machine, if this is the first rank here."""
+        introduce(peers, self._local_rank)
+        if self._local_rank == 0:
+            check = partial(preflight_node, ranks=self._local_ranks)
+            master = os.environ["MASTER_ADDR"]
+            engines = NodeEngines(config, peers, check, master=master, ranks=self._local_ranks)
+            self._opened.enter_context(closing(engines))
 
     def _train(self, config: Config, topo: Topology, obs: Observer, checked: Checked | None) -> None:
         self._save_seconds = config.checkpoint.signal_seconds

@@ -25,7 +25,6 @@ from dapo_megatron.preflight import Checked
 from dapo_megatron.processes import leave
 from dapo_megatron.rollout.collect import collect
 from dapo_megatron.rollout.engine import request_seed
-from dapo_megatron.rollout.place import leader_address
 from dapo_megatron.routes import LOOPBACK
 from dapo_megatron.skipped import SkippedUpdates
 from dapo_megatron.state import Kept, RunState
@@ -180,7 +179,7 @@ def start(
                 together=peers.together,
                 ranks=topo,
                 workers=config.engine.count * config.engine.tensor_parallel,
-                address=leader_address(config.engine) if leader else LOOPBACK,
+                address=leader.engines.address if leader else LOOPBACK,
                 folder=config.weights_folder,
                 side_files=hf.write_side_files,
             )

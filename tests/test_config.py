@@ -49,6 +49,10 @@ def load(folder: Path, text: str = MINIMAL, *overrides: str) -> Config:
         (["engine.placement=external"], "placement=external is for engines that run already; give their urls"),
         (["engine.urls=[http://a:1]"], "urls say where engines run already, but placement is split"),
         (["engine.placement=external", "engine.urls=[http://a:1]", "engine.count=2"], "count(2), but 1 urls"),
+        (["engine.placement=external", "engine.urls=[http://a:1]", "engine.nodes=all"], "nodes(all) say where a run"),
+        (["engine.nodes=[]"], "names each node that has engines once, at least one; got []"),
+        (["engine.nodes=[1,0,1]"], "names each node that has engines once, at least one; got [1, 0, 1]"),
+        (["engine.nodes=[-1]"], "engine.nodes"),
         (["engine.placement=external", "engine.urls=[http://a:1,http://a:1/]"], "http://a:1 more than once"),
         (
             ["engine.placement=external", "engine.urls=[http://a:1]", "engine.kinds=[vllm,sglang]"],

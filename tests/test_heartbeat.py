@@ -118,6 +118,22 @@ def test_what_the_leader_says_reaches_all(three: Three) -> None:
     assert Peers().leader_says("stop", True) is True
 
 
+def test_letters_go_to_one_rank_and_the_last_is_none(three: Three) -> None:
+    (leader, first, second), _ = three
+    first.post(0, {"a": 1})
+    assert leader.letters.get(timeout=5) == (1, {"a": 1})
+    leader.post(2, long := {"b": "x" * 90_000})
+    assert second.letters.get(timeout=5) == (0, long) and first.letters.empty()
+    second.post(0, [2])
+    second.close()
+    assert [leader.letters.get(timeout=5) for _ in range(2)] == [(2, [2]), (2, None)]
+    assert second.letters.get(timeout=5) == (0, None)
+    leader.close()
+    assert first.letters.get(timeout=5) == (0, None) and leader.letters.get(timeout=5) == (1, None)
+    leader.post(1, {"c": 1})  # to nobody
+    assert first.letters.empty()
+
+
 def test_a_rank_that_was_asked_to_end_tells_the_leader(tmp_path: Path) -> None:
     told: queue.SimpleQueue[tuple[str, ...]] = queue.SimpleQueue()
     with ThreadPoolExecutor(2) as pool:

@@ -20,9 +20,12 @@ from dapo_megatron.data.stream import PromptStream
 from dapo_megatron.errors import ConfigError
 from dapo_megatron.obs.lock import hold
 from dapo_megatron.obs.run_folder import open_run_folder
-from dapo_megatron.preflight import Checked, preflight, preflight_eval
+from dapo_megatron.preflight import Checked, preflight, preflight_eval, preflight_node
+from dapo_megatron.rollout.node import introduce
+from dapo_megatron.rollout.nodes import Nodes, with_share
 from dapo_megatron.rollout.token import TOKEN, make_token
 from tests.helpers.checkpoint import values, write_checkpoint, write_prompts
+from tests.helpers.mail import mailboxes
 
 
 def changed(folder: Path, **sections: dict[str, Any]) -> Config:
@@ -102,6 +105,31 @@ def test_engines_of_two_kinds_have_to_meet_the_limits_of_both(tmp_path: Path, mo
     assert_matches(r"rollout.top_p\(0.9\): with engine.kind=sglang", said)
     shutil.rmtree(tmp_path / "model")
     preflight(changed(tmp_path, engine={**both, "kinds": ["vllm", "vllm"]}, rollout={"top_p": 0.9}), 1)
+
+
+def test_a_leader_whose_machine_has_no_engines_needs_nothing_of_theirs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    given = changed(tmp_path, engine={"nodes": [1], "count": 2})
+    first, other = mailboxes(2)
+    introduce(other, 0)
+    answer = {"ranks": 1, "address": "203.0.113.7", "ports": [81, 82], "gpus": [["0"], ["1"]]}
+    other.post(0, answer)
+    monkeypatch.setattr("dapo_megatron.rollout.place.address_for", lambda hosts: {"203.0.113.1"})
+    nodes = Nodes(first, given, 2, seconds=1)
+    with monkeypatch.context() as patch:
+        patch.setattr("dapo_megatron.preflight.find_spec", without("vllm"))
+        checked = preflight(given, 2, 2, nodes)
+        with pytest.raises(ConfigError, match="vllm is not installed"):
+            preflight_node(with_share(given, 2), 0)
+    assert checked.nodes is nodes
+    assert checked.plan[0].endswith("on 1 of 2 nodes, beside the GPUs of their ranks; weights by gloo from 203.0.113.1")
+    (warning,) = checked.warnings
+    assert warning.startswith("engine.nodes: engines listen at 203.0.113.7: engines answer only")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    with pytest.raises(ConfigError, match=r"ranks\(2\) \+ engine.count\(2\) .* = 4 GPUs, but 3 are visible"):
+        preflight_node(with_share(given, 2), 2)
 
 
 @pytest.mark.parametrize(
@@ -328,6 +356,7 @@ def test_it_imports_no_heavy_library(tmp_path: Path) -> None:
         ({"data": {"max_prompt_tokens": 3}}, 1, r"2 of 2 prompts .* longer than data.max_prompt_tokens\(3\)"),
         ({"eval": {"temperature": 0.0, "samples": 4}}, 1, r"eval, set held-out: samples\(4\) at temperature=0"),
         ({"engine": {"port": 65_535, "count": 2}}, 1, r"65535\) \+ engine.count\(2\) - 1 = 65536"),
+        ({"engine": {"nodes": [0, 1], "count": 2}}, 2, r"engine\.nodes names 1, but this run has node 0 alone"),
         ({"run": {"wandb_project": "x"}}, 1, r"wandb is not installed, .*\[wandb\].*run.wandb_project=null"),
         ({"rollout": {"stop_token_ids": [99]}}, 1, r"\[99\] are not among the tokenizer's \d+ tokens"),
         ({"model": {"layers": "transformer_engine"}}, 1, r"transformer_engine is not installed, .* model.layers=torch"),

@@ -49,5 +49,8 @@ def test_engines_are_reached_by_one_address_or_refused() -> None:
     assert leader_address(engines("near", "here")) == "10.0.0.1"
     with pytest.raises(ConfigError, match=r"ways to near, far go by 2 addresses .*10\.0\.0\.1, 192\.168\.0\.1"):
         leader_address(engines("near", "far"))
+    assert leader_address(EngineConfig(), ["near", "here"]) == "10.0.0.1"
+    with pytest.raises(ConfigError, match=r"engine\.nodes: ways to near, far go by 2 addresses"):
+        leader_address(EngineConfig(), ["near", "far"])
     with pytest.raises(ConfigError, match="no way from here to one of near, nowhere: Network is unreachable"):
         leader_address(engines("near", "nowhere"))

@@ -60,7 +60,7 @@ def run(monkeypatch: pytest.MonkeyPatch, folder: Path, on_leader: bool, steps: t
 
         def point_to_best(self) -> None: ...
 
-    engines = SimpleNamespace(wait_ready=noting("engines ready"))
+    engines = SimpleNamespace(wait_ready=noting("engines ready"), address="127.0.0.1")
     leader = SimpleNamespace(engines=engines, close=noting("closed"), finish=noting("finished"), state={}, best=None)
     hf = SimpleNamespace(save=noting("hf"), inventory=None, write_side_files=None)
     monkeypatch.setattr(train, "Leader", lambda *_: leader)

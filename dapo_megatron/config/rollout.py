@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from dapo_megatron.config.section import (
     FilePath,
@@ -118,9 +118,13 @@ class EngineConfig(Section):
     tensor_parallel: PositiveInt = 1
     """GPUs of each engine."""
     placement: Literal["split", "colocated", "external"] = "split"
-    """Engines run on the machine of rank 0: on the GPUs after those of its ranks (split), or on the ranks' own, from
+    """Engines run on the machines of `nodes`: on the GPUs after those of its ranks (split), or on the ranks' own, from
     the first on, with their share of memory taken before the actor's (colocated). On CPU, all share the machine. Or
     they run already, anywhere (external): `dapo-megatron engines` starts them, and `urls` says where they are."""
+    nodes: list[NonNegativeInt] | Literal["all"] = [0]
+    """Nodes of the run whose machines engines run on, each with the same share of `count`: [0], the machine of rank 0,
+    numbers of others, counted in the order of their ranks, or all. At other nodes than 0, engines listen on the address
+    that the node has on its way to MASTER_ADDR."""
     urls: list[EngineUrl] = []
     """Where engines answer that run already (placement: external), each as http://HOST:PORT."""
     kinds: list[str] = []
@@ -130,10 +134,10 @@ class EngineConfig(Section):
     engines` leaves it. DAPO_MEGATRON_ENGINE_TOKEN in the environment comes before the file. Engines that a run starts
     have tokens that nobody else knows."""
     host: str = "127.0.0.1"
-    """Address that engines listen on. At anything but loopback, prompts, responses and the token go over a network
-    unencrypted."""
+    """Address that engines listen on, on the machine of rank 0 or where `dapo-megatron engines` runs. At anything but
+    loopback, prompts, responses and the token go over a network unencrypted."""
     port: Annotated[int, Field(ge=1, le=65_535)] | None = None
-    """Port of the first engine, the next ones follow; null takes free ports."""
+    """Port of the first engine of each machine, the next ones follow; null takes free ports."""
     max_sequences: PositiveInt = 512
     """Sequences that one engine decodes at once."""
     memory_fraction: Fraction | None = None
@@ -158,6 +162,20 @@ class EngineConfig(Section):
     seed: int | None = None
     """Seed of the sampling, from which that of every request is made; null takes train.seed."""
 
+    @property
+    def on_other_nodes(self) -> bool:
+        """Whether ranks of other machines than the leader's may be asked to start engines."""
+        return self.nodes != [0]
+
+    @field_validator("nodes")
+    @classmethod
+    def _every_node_once(cls, nodes: list[int] | Literal["all"]) -> list[int] | Literal["all"]:
+        if nodes == "all":
+            return nodes
+        if not nodes or len(set(nodes)) < len(nodes):
+            raise ValueError(f"names each node that has engines once, at least one; got {nodes}; or set it to all")
+        return sorted(nodes)
+
     @model_validator(mode="before")
     @classmethod
     def _as_many_as_urls(cls, given: Any) -> Any:
@@ -180,6 +198,11 @@ class EngineConfig(Section):
             raise ValueError(
                 f"kinds({len(self.kinds)}) are for urls({len(self.urls)}), one for each; engines that the run starts "
                 f"are all of one kind"
+            )
+        if self.urls and self.on_other_nodes:
+            raise ValueError(
+                f"nodes({self.nodes}) say where a run starts engines, but placement=external is for those that run "
+                f"already; leave nodes out"
             )
         if self.urls and self.count != len(self.urls):
             raise ValueError(f"count({self.count}), but {len(self.urls)} urls; leave count out")

@@ -12,7 +12,11 @@ main thread does. What crosses is JSON, one object a line:
     {"stop": "SIGTERM"}                                 to the leader: this rank was asked to end
     {"failed": "error: ...", "code": 1, "late": false}  to the leader, which answers with `end`
     {"end": 1}                                          from the leader, which says why: leave with this exit code
+    {"letter": {...}}                                   either way: for whoever reads `Peers.letters`
     {"bye": true}                                       either way: I am done, and my connection will end
+
+A letter may be secret: unlike torchrun's store, which answers whoever reaches its port, this connection has two ends,
+and the leader takes no other once all ranks are there. Nothing is encrypted.
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ class Follower(Watch):
         reader, writer = await asyncio.open_connection(
             address, place["port"], limit=LINE_BYTES, happy_eyeballs_delay=0.25
         )
-        link = Link(f"the leader, rank 0 on {place['name']},", writer, self._loop.time())
+        link = Link(0, f"the leader, rank 0 on {place['name']},", writer, self._loop.time())
         self._links.append(link)
         self._send({"token": place["token"], "rank": rank, "host": socket.gethostname()})
         self._tasks += [asyncio.create_task(self._listen(link, reader)), asyncio.create_task(self._beat())]

@@ -111,7 +111,7 @@ class Leader(Watch):
             writer.close()
             return
         self._missing.remove(rank)
-        link = Link(f"rank {rank} on {host}", writer, self._loop.time())
+        link = Link(rank, f"rank {rank} on {host}", writer, self._loop.time())
         self._links.append(link)
         self._tasks.append(asyncio.create_task(self._listen(link, reader)))
         if not self._missing:

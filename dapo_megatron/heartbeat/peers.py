@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -30,7 +31,16 @@ class Failure:
 
 
 class Peers:
-    """The other ranks of the run; there are none in a run of one process, of which this is the whole."""
+    """The other ranks of the run; there are none in a run of one process, of which this is the whole.
+
+    Attributes:
+        letters: what other ranks have sent (`post`), each with the rank that sent it, in its order. The last of a rank
+            is None, once its connection has ended or it is missed. At the leader they are those of all ranks,
+            elsewhere the leader's.
+    """
+
+    def __init__(self) -> None:
+        self.letters: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
 
     def after_leader(self, what: str) -> None:
         """Return when the leader has come to this call; on the leader, at once.
@@ -61,6 +71,12 @@ class Peers:
 
         Raises:
             RuntimeError: where another rank has come to another call.
+        """
+
+    def post(self, rank: int, letter: Any) -> None:
+        """Send `letter`, which JSON holds in 100,000 bytes, to `rank`; one of the two is the leader. Does not wait.
+
+        Nothing happens where that rank has left. Can be called on any thread.
         """
 
     def pass_on(self, signal_name: str) -> bool:

@@ -28,6 +28,7 @@ _PACKAGE = __name__.partition(".")[0]
 class Link:
     """The connection to another rank."""
 
+    rank: int
     name: str
     writer: asyncio.StreamWriter
     heard: float
@@ -37,12 +38,15 @@ class Link:
     """The call of `together` in which the rank waits."""
     left: bool = False
     """Whether it has said that it leaves, or was missed already."""
+    silent: bool = False
+    """Whether its last letter was given out."""
 
 
 class Watch(Peers):
     """Private methods run on the loop, in its thread, where they do not say otherwise."""
 
     def __init__(self, on_failure: Callable[[Failure], None], lost_seconds: float) -> None:
+        super().__init__()
         self._on_failure, self._lost_seconds = on_failure, lost_seconds
         self._links: list[Link] = []
         self._tasks: list[asyncio.Task[None]] = []
@@ -60,6 +64,10 @@ class Watch(Peers):
         self._doing = f"{self._doing}, in a collective that failed"
         self._failed.wait(self._lost_seconds * (1 + 2 / _BEATS) + 1)
         return self._failure
+
+    def post(self, rank: int, letter: Any) -> None:
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._send, {"letter": letter}, rank)
 
     def close(self) -> None:
         if self._loop.is_closed():
@@ -98,9 +106,10 @@ class Watch(Peers):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def _send(self, message: dict[str, Any]) -> None:
+    def _send(self, message: dict[str, Any], rank: int | None = None) -> None:
+        """Send to all links, or to that of a rank."""
         for link in self._links:
-            if not link.writer.is_closing():
+            if rank in (None, link.rank) and not link.writer.is_closing():
                 link.writer.write(json.dumps(message).encode() + b"\n")
 
     async def _beat(self) -> None:
@@ -117,24 +126,35 @@ class Watch(Peers):
             self._send({"beat": f"{self._doing}{_place()}"})
 
     async def _listen(self, link: Link, reader: asyncio.StreamReader) -> None:
-        with suppress(OSError, ValueError):  # a broken connection, a line that is too long or no JSON
-            while line := await reader.readline():
-                link.heard = self._loop.time()
-                self._take(link, json.loads(line))
-        self._miss(link, "its connection broke off")
+        try:
+            with suppress(OSError, ValueError):  # a broken connection, a line that is too long or no JSON
+                while line := await reader.readline():
+                    link.heard = self._loop.time()
+                    self._take(link, json.loads(line))
+            self._miss(link, "its connection broke off")
+        finally:
+            self._end_letters(link)
 
     def _take(self, link: Link, message: dict[str, Any]) -> None:
         match message:
             case {"beat": doing}:
                 link.doing = str(doing)
+            case {"letter": letter} if not link.silent:
+                self.letters.put((link.rank, letter))
             case {"bye": True}:
                 link.left = True
 
     def _miss(self, link: Link, how: str) -> None:
         if not link.left:
             link.left = True
+            self._end_letters(link)
             self._lost.append((link, how))
             self._fail(self._all_lost, SETTLE_SECONDS)
+
+    def _end_letters(self, link: Link) -> None:
+        if not link.silent:
+            link.silent = True
+            self.letters.put((link.rank, None))
 
     def _all_lost(self) -> Failure:
         """Name all ranks that were lost until now, for the one that was lost first need not be the cause."""

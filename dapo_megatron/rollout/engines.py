@@ -22,7 +22,8 @@ from dapo_megatron.rollout.books import Books
 from dapo_megatron.rollout.engine import Engine, Sampling
 from dapo_megatron.rollout.lease import Hold, Tenant
 from dapo_megatron.rollout.life import Life
-from dapo_megatron.rollout.place import elsewhere
+from dapo_megatron.rollout.nodes import Nodes
+from dapo_megatron.rollout.place import elsewhere, leader_address
 from dapo_megatron.rollout.ports import reserve_port
 from dapo_megatron.rollout.token import need_token
 from dapo_megatron.rollout.watch import watch
@@ -55,6 +56,7 @@ class Engines:
         ranks: ranks on this machine, whose GPUs are not for engines; None asks torchrun's environment.
         at_once: False leaves starting them to `wait_ready`, which may never come.
         token: for all engines; None makes one for each that is started, and has `token.given_token` say that of others.
+        nodes: where engines are started on other machines of the run, too.
 
     Attributes:
         refill: pushes the weights to all engines that are there. Called from within `sample` while none has the
@@ -72,11 +74,13 @@ class Engines:
         ranks: int | None = None,
         at_once: bool = True,
         token: str | None = None,
+        nodes: Nodes | None = None,
     ) -> None:
         engine = config.engine
         _allow_connections()
         self.refill: Callable[[], None] | None = None
         self._config, self._folder, self._ranks = config, folder, ranks
+        self._nodes, self._here = nodes, nodes.here if nodes else config
         self._token = token or (need_token(config) if engine.urls else None)
         kinds = [engine.kind_of(index) for index in range(engine.count)]
         adapters = {kind: adapter_for(config, kind) for kind in set(kinds)}
@@ -105,14 +109,16 @@ class Engines:
 
     def _reserve(self, index: int) -> socket.socket | None:
         engine = self._config.engine
-        if engine.urls:
+        if engine.urls or (self._nodes and index in self._nodes):
             return None
         return reserve_port(engine.host, engine.port + index if engine.port else 0)
 
     def _begin(self, index: int, port: socket.socket | None) -> Life:
         log = self._folder / f"engine{index}.log"
         hold = self._holds[index] if self._holds else None
-        return Life(self._config, self._adapters[index], index, port, log, self._ranks, self._token, hold)
+        return Life(
+            self._here, self._adapters[index], index, port, log, self._ranks, self._token, hold=hold, nodes=self._nodes
+        )
 
     def _make_holds(self) -> list[Hold]:
         """What keeps other runs away from engines that run already."""
@@ -128,6 +134,15 @@ class Engines:
     def urls(self) -> list[str]:
         """Where the engines answer, in the order of their numbers."""
         return [life.url for life in self._lives]
+
+    @property
+    def address(self) -> str:
+        """Of this machine, at which all engines reach it.
+
+        Raises:
+            ConfigError: as `leader_address`.
+        """
+        return leader_address(self._config.engine, self._nodes.addresses if self._nodes else ())
 
     @property
     def version(self) -> int:

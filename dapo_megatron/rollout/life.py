@@ -15,7 +15,8 @@ from dapo_megatron.rollout.adapter import EngineAdapter
 from dapo_megatron.rollout.engine import Sampling
 from dapo_megatron.rollout.environment import environment
 from dapo_megatron.rollout.lease import Hold
-from dapo_megatron.rollout.place import elsewhere, place
+from dapo_megatron.rollout.nodes import Nodes
+from dapo_megatron.rollout.place import Place, elsewhere, place
 from dapo_megatron.rollout.server import POLL_SECONDS, Server, ServerElsewhere, StartedServer, answers
 from dapo_megatron.types import Prompt
 
@@ -24,15 +25,30 @@ T = TypeVar("T")
 _FIRST_WORDS = Prompt("start", token_ids=(0,), text="", answer="")
 
 
+def start_server(
+    config: Config, adapter: EngineAdapter, where: Place, log: Path, token: str | None, name: str
+) -> StartedServer:
+    """Start the engine that has the place `where` on this machine; `name` is for messages."""
+    return StartedServer(
+        name,
+        adapter.command(where),
+        environment(config.engine, where) | adapter.environment(where),
+        log,
+        answers(f"{where.url}{adapter.health}"),
+        token,
+    )
+
+
 class Life:
     """An engine from its start to its failure.
 
     Args:
-        port: where it is to listen, as `reserve_port` keeps it; None where it runs already (engine.urls).
+        port: where it is to listen, as `reserve_port` keeps it; None where another machine's processes have it.
         log: file to which its output is added.
         ranks: as `place` has it.
         token: what it is to be asked with; None makes one for an engine that is started.
         hold: on an engine that runs already; it is taken, and outlasts this life.
+        nodes: the run's other machines, one of which may be the engine's.
 
     Attributes:
         url: where it answers.
@@ -49,7 +65,9 @@ class Life:
         log: Path,
         ranks: int | None,
         token: str | None,
-        hold: Hold | None,
+        *,
+        hold: Hold | None = None,
+        nodes: Nodes | None = None,
     ) -> None:
         self._port, self._startup_seconds = port, config.engine.startup_seconds
         self._hold = hold
@@ -57,14 +75,10 @@ class Life:
         self.server: Server
         if port:
             where = place(config, index, port.getsockname()[1], ranks)
-            self.server = StartedServer(
-                where.name,
-                adapter.command(where),
-                environment(config.engine, where) | adapter.environment(where),
-                log,
-                answers(f"{where.url}{adapter.health}"),
-                token,
-            )
+            self.server = start_server(config, adapter, where, log, token, where.name)
+        elif nodes and index in nodes:
+            where = nodes.place(index)
+            self.server = nodes.start(index, answers(f"{where.url}{adapter.health}"))
         else:
             assert token and hold
             where = elsewhere(config, index)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -69,7 +69,7 @@ def place(
         port=port,
         gpus=tuple(gpu.strip() for gpu in gpus[first : first + engine.tensor_parallel]),
         memory_fraction=engine.memory_fraction or (_OF_A_SHARED_GPU if shared else _OF_ITS_OWN_GPU),
-        seed=_seed(config.sampling_seed, index),
+        seed=seed_of(config, index),
     )
 
 
@@ -80,20 +80,24 @@ def elsewhere(config: Config, index: int) -> Place:
     return Place(index, parts.hostname, parts.port, gpus=(), memory_fraction=0.0, seed=0)
 
 
-def leader_address(engine: EngineConfig) -> str:
+def leader_address(engine: EngineConfig, nodes: Sequence[str] = ()) -> str:
     """The address of this machine at which engines reach it: loopback, where they are all here.
+
+    Args:
+        nodes: addresses of other machines on which the run starts engines.
 
     Raises:
         ConfigError: where there is no way to one of them, or there is no such address.
     """
-    hosts = [urlsplit(url).hostname or "" for url in engine.urls]
+    hosts = [*(urlsplit(url).hostname or "" for url in engine.urls), *nodes]
+    key = "engine.nodes" if nodes else "engine.urls"
     try:
         addresses = address_for(hosts)
     except (OSError, UnicodeError) as error:
-        raise ConfigError(f"engine.urls: there is no way from here to one of {', '.join(hosts)}: {error}") from error
+        raise ConfigError(f"{key}: there is no way from here to one of {', '.join(hosts)}: {error}") from error
     if len(addresses) > 1:
         raise ConfigError(
-            f"engine.urls: ways to {', '.join(hosts)} go by {len(addresses)} addresses of this machine, "
+            f"{key}: ways to {', '.join(hosts)} go by {len(addresses)} addresses of this machine, "
             f"{', '.join(sorted(addresses))}, but weights are sent from one; name all engines by addresses of "
             f"one network"
         )
@@ -126,13 +130,13 @@ def check_gpus(engine: EngineConfig, ranks: int, inherited: Mapping[str, str] = 
             share = ", or let engines run on the ranks' own GPUs with engine.placement=colocated" if ranks else ""
             raise ConfigError(
                 f"engine: ranks({ranks}) + {sizes} = {ranks + wanted} GPUs, but {count} are visible on this machine; "
-                f"with engine.placement=split ranks and engines do not share GPUs, and all engines run on the machine "
-                f"of rank 0: start fewer ranks there, or fewer or smaller engines{share}"
+                f"with engine.placement=split ranks and engines do not share GPUs: start fewer ranks there, fewer or "
+                f"smaller engines, or some of them on other machines (engine.nodes){share}"
             )
     elif wanted > ranks:
         raise ConfigError(
-            f"engine: {sizes} = {wanted} GPUs, but engine.placement=colocated puts engines on the GPUs of the ranks on "
-            f"the machine of rank 0, and there are {ranks}; start more ranks there, or fewer or smaller engines"
+            f"engine: {sizes} = {wanted} GPUs, but engine.placement=colocated puts engines on the GPUs of a machine's "
+            f"own ranks, and there are {ranks}; start more ranks there, or fewer or smaller engines"
         )
     elif _sees_only_its_own(count, inherited):
         if wanted > 1:
@@ -164,7 +168,8 @@ def _sees_only_its_own(count: int, inherited: Mapping[str, str]) -> bool:
     return count == 1 and "LOCAL_RANK" in inherited and "TORCHELASTIC_RUN_ID" not in inherited
 
 
-def _seed(seed: int, index: int) -> int:
-    """31 bits of a hash: seeds made by adding would give neighbouring runs each other's streams."""
-    digest = hashlib.sha256(f"{seed}:{index}".encode()).digest()
+def seed_of(config: Config, index: int) -> int:
+    """For the sampling of engine `index` of the run, 31 bits of a hash: seeds made by adding would give neighbouring
+    runs each other's streams."""
+    digest = hashlib.sha256(f"{config.sampling_seed}:{index}".encode()).digest()
     return int.from_bytes(digest[:4], "big") & 0x7FFF_FFFF

@@ -95,7 +95,7 @@ def test_the_share_of_a_gpu_depends_on_whether_a_rank_has_it_too() -> None:
         (
             1,
             {"count": 2},
-            r"count\(2\) x .*\(1\) = 2 GPUs, but engine.placement=colocated .* of rank 0, and there are 1",
+            r"count\(2\) x .*\(1\) = 2 GPUs, but engine.placement=colocated .* own ranks, and there are 1",
         ),
         (2, {"count": 2, "tensor_parallel": 2}, r"count\(2\) x .*\(2\) = 4 GPUs, .* and there are 2"),
         (5, {}, "5 ranks on this machine need a GPU each, but 4 are visible; start at most 4 there"),
