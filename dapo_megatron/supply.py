@@ -7,8 +7,8 @@ the other has:
     the weights are pushed    actor: parameters            engines: weights
     engines sample            actor: nothing               engines: weights and KV cache
 
-Whoever takes memory waits until whoever had it has given it up, on all ranks. With weights.verify=full there is one more
-moment: the canary has the actor score what the engines answer, so that the KV cache wakes beside the parameters.
+Whoever takes memory waits until whoever had it has given it up, on all ranks. With weights.verify=full there is one
+moment more: the canary has the actor score what the engines answer, so that the KV cache wakes beside the parameters.
 """
 
 from __future__ import annotations

@@ -47,6 +47,14 @@ def load(folder: Path, text: str = MINIMAL, *overrides: str) -> Config:
         (["eval.temperature=1e-6"], "eval.temperature: 1e-06 is between 0 and 0.01"),
         (["engine.request_seconds=5"], "unknown key engine.request_seconds; engine knows batch_invariant, count, "),
         (["engine.placement=external"], "placement=external is for engines that run already; give their urls"),
+        (
+            ["engine.sleep=true"],
+            "sleep=true with placement=split: engines on GPUs of their own have no memory that the actor could use",
+        ),
+        (
+            ["engine.sleep=true", "engine.placement=external", "engine.urls=[http://a:1]"],
+            "sleep=true with placement=external: engines started elsewhere have no memory",
+        ),
         (["engine.urls=[http://a:1]"], "urls say where engines run already, but placement is split"),
         (["engine.placement=external", "engine.urls=[http://a:1]", "engine.count=2"], "count(2), but 1 urls"),
         (["engine.placement=external", "engine.urls=[http://a:1,http://a:1/]"], "http://a:1 more than once"),
@@ -294,3 +302,21 @@ def test_off_is_a_word_where_it_is_one_of_the_choices(tmp_path: Path) -> None:
 def test_there_are_as_many_engines_as_urls(tmp_path: Path) -> None:
     there = load(tmp_path, MINIMAL, "engine.placement=external", "engine.urls=[http://a:1/,'http://[::1]:2']").engine
     assert (there.urls, there.count) == (["http://a:1", "http://[::1]:2"], 2)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sleeps", "offload"),
+    [
+        ([], False, ()),
+        (["memory.offload=[optimizer]"], False, ("optimizer",)),
+        (["engine.placement=colocated"], True, ("optimizer", "gradients", "parameters")),
+        (["engine.placement=colocated", "memory.offload=[gradients]"], True, ("gradients",)),
+        (["engine.placement=colocated", "memory.offload=[]"], True, ()),
+        (["engine.placement=colocated", "engine.sleep=false"], False, ()),
+    ],
+)
+def test_colocated_engines_sleep_and_the_actor_makes_room_for_them(
+    tmp_path: Path, overrides: list[str], sleeps: bool, offload: tuple[str, ...]
+) -> None:
+    config = load(tmp_path, *overrides)
+    assert (config.engine.sleeps, config.offload) == (sleeps, offload)

@@ -92,7 +92,7 @@ METRICS = {
     "seconds/sleep": "having engines give up their memory",
     "seconds/logprobs": "log-probs of the old policy, and of the reference where there is one",
     "seconds/update": "all optimizer steps",
-    "seconds/step": "from the push of the weights, or the offload before it, until the last update; without evaluations",
+    "seconds/step": "from the push of the weights, or the offload before it, to the last update, evaluations left out",
     **{
         f"memory/{phase}": f"peak of {what}, GiB, on the rank that has most: what torch allocated on its GPU, or on "
         f"CPU what is resident"

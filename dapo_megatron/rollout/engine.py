@@ -11,7 +11,6 @@ from dapo_megatron.config import RolloutConfig
 from dapo_megatron.rollout.about import About
 from dapo_megatron.types import Completion, Prompt
 
-
 WEIGHTS, KV_CACHE = "weights", "kv_cache"
 """What engines that sleep have given up, by the names that vLLM and SGLang have for it."""
 

@@ -55,6 +55,8 @@ class Adapter(EngineAdapter):
         how = "with CUDA, an environment of its own that engine.python names" if on_gpus else "run `make sglang-cpu`"
         # What is installed in the environment that was found, its makefile knows.
         self.packages = {} if found else {"sglang": f"{how}; its requirements do not fit vLLM's"}
+        if on_gpus and config.engine.sleeps:
+            self.packages["torch_memory_saver"] = "pip install torch-memory-saver there, or set engine.sleep=false"
 
     def check(self, hf_config: Any) -> None:
         import torch

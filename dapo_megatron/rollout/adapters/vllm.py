@@ -157,8 +157,8 @@ class Adapter(EngineAdapter):
 class VllmEngine(HttpEngine):
     """An `Engine` that is a vLLM server.
 
-    It sleeps at level 2, which gives the weights up, as they are sent before it samples again in any case: level 1 would
-    copy them to host memory and back each time.
+    It sleeps at level 2, which gives the weights up, as they are sent before it samples again in any case. Level 1
+    would copy them to host memory and back each time.
 
     Args:
         keeps: see `Engine`.
