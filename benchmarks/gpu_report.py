@@ -63,6 +63,7 @@ SUITES = {
         Step("Training step, torch's layers", "-m benchmarks.gpu_step --layers torch", 300),
         Step("Log-probs", "-m benchmarks.gpu_logprob", 120),
         Step("A DAPO step", "-m benchmarks.gpu_rollout", 900),
+        Step("A DAPO step, the engine asleep while the actor trains", "-m benchmarks.gpu_colocated", 900),
     ),
 }
 

