@@ -56,13 +56,14 @@ class Supply:
         self._in_turns, self._phase = in_turns, phase
 
     @contextmanager
-    def sampling(self, version: int) -> Iterator[Measures]:
+    def sampling(self, version: int, stop: Stop) -> Iterator[Measures]:
         """Have the engines sample with the actor's weights, as `version`, inside, and the actor back afterwards.
 
         Collective. Yields what `push` returns, and raises what it does.
         """
         yield self.hand_over(version)
-        self._sleep(self._phase)
+        # A run that stops waits for no engine: its actor has to be saved.
+        self._sleep(self._phase, wait=stop.reason is None)
         self._actor.come_back(self._phase)
 
     def hand_over(self, version: int) -> Measures:
@@ -133,12 +134,12 @@ class Supply:
         self._actor.leave()
         self._wake(nullcontext, WEIGHTS, KV_CACHE)
 
-    def _sleep(self, phase: Phase = nullcontext) -> None:
+    def _sleep(self, phase: Phase = nullcontext, *, wait: bool = True) -> None:
         if not self._in_turns:
             return
         with phase("sleep"):
             if self._engines:
-                self._engines.sleep()
+                self._engines.sleep(wait=wait)
             self._peers.after_leader("engines that sleep")
 
     def _wake(self, phase: Phase, *tags: str) -> None:

@@ -77,7 +77,7 @@ def train(
         assert parts.supply, "a step has come after all steps"
         if peers.leader_says("stop", stop.reason is not None):
             break
-        with parts.supply.sampling(version=step) as verified:
+        with parts.supply.sampling(step, stop) as verified:
             with parts.supply.on_demand(stop):
                 if leader:
                     leader.evaluate_due(step, stop)

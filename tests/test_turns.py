@@ -79,7 +79,7 @@ class StandInEngines:
     def __init__(self, card: Card) -> None:
         self.card = card
 
-    def sleep(self) -> None:
+    def sleep(self, *, wait: bool = True) -> None:
         self.card.held -= {WEIGHTS, KV_CACHE}
         self.card.happened.append("engines sleep")
 
@@ -306,7 +306,7 @@ def test_nobody_takes_memory_before_all_ranks_have_given_it_up() -> None:
     publisher: Any = SimpleNamespace(push=noting("push"))
     for there in (engines, None):  # the leader, and any other rank
         told.clear()
-        with Supply(publisher, actor, hf, Told(), there, in_turns=True, phase=phase).sampling(7):
+        with Supply(publisher, actor, hf, Told(), there, in_turns=True, phase=phase).sampling(7, Stop()):
             told.append("sampling")
         leader_only = {"sleep", "wake", "expect"}
         expected = [

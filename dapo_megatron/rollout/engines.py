@@ -6,7 +6,7 @@ import asyncio
 import logging
 import resource
 import socket
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -154,27 +154,34 @@ class Engines:
             self._start()
         self._run(self._come_up())
 
-    def sleep(self) -> None:
+    def sleep(self, *, wait: bool = True) -> None:
         """Have all engines give up their memory, which somebody else is about to take. What they write is given up.
 
-        Those that are about to start are waited for: otherwise they would measure memory that is not theirs. One that
-        fails, or has failed before, is ended; `sample` starts it again.
+        One that fails, or has failed before, is ended; `sample` starts it again.
+
+        Args:
+            wait: for those that are about to start: otherwise they would measure memory that is not theirs. False ends
+                them.
         """
+
+        async def put_to_sleep(index: int) -> None:
+            life = self._lives[index]
+            if not (life.ready or wait):
+                life.fail(EngineError(f"{life.server.name} was ended while it started"))
+            await self._turn(index, lambda engine: engine.sleep())
+
         with self._books.turning("sleep"):
-            self._run(self._turn(lambda engine: engine.sleep(), starting=True))
+            self._run(_all(put_to_sleep(index) for index in range(len(self._lives))))
 
     def wake(self, *tags: str) -> None:
         """Have all engines that are there take memory again (`Engine.wake`). One that fails is ended, as in `sleep`."""
+        there = [index for index, life in enumerate(self._lives) if life.ready]
         with self._books.turning("wake"):
-            self._run(self._turn(lambda engine: engine.wake(*tags), starting=False))
+            self._run(_all(self._turn(index, lambda engine: engine.wake(*tags)) for index in there))
 
-    async def _turn(self, ask: Callable[[Engine], Coroutine[Any, Any, None]], *, starting: bool) -> None:
-        await asyncio.gather(*(self._turn_one(index, ask, starting) for index in range(len(self._lives))))
-
-    async def _turn_one(self, index: int, ask: Callable[[Engine], Coroutine[Any, Any, None]], starting: bool) -> None:
+    async def _turn(self, index: int, ask: Callable[[Engine], Coroutine[Any, Any, None]]) -> None:
+        """Ask one engine, once it is there, and end it where it fails: it must not keep memory that others take."""
         life = self._lives[index]
-        if not (life.ready or starting):
-            return
         try:
             if not life.failure:
                 await life.come_up()
@@ -412,6 +419,10 @@ async def _first(work: Coroutine[Any, Any, T], watcher: Coroutine[Any, Any, NoRe
         return (tasks[0] if tasks[0].done() else tasks[1]).result()
     finally:
         await _cancel(*tasks)
+
+
+async def _all(steps: Iterable[Awaitable[None]]) -> None:
+    await asyncio.gather(*steps)
 
 
 async def _begun(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:

@@ -127,3 +127,13 @@ def test_what_an_engine_that_failed_before_has_left_is_ended(engines: Engines) -
     engines.sleep()
     _, left = psutil.wait_procs(family, timeout=10)
     assert not left and not list(engines)
+
+
+def test_one_that_starts_is_not_waited_for_where_the_run_stops(
+    engines: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tests.helpers.greeter.SERVER", "import time; time.sleep(60)")
+    push(engines, 1)
+    engines.sample(asked(engines, signal.SIGKILL, 1))
+    engines.sleep(wait=False)
+    assert awake(engines) == [set()] and len(guards()) == 1
