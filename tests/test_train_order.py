@@ -23,12 +23,15 @@ class StartedError(Exception):
 
 
 class FollowedPeers(Peers):
-    def __init__(self, happened: list[str]) -> None:
-        self.happened = happened
+    """`started`: whether the leader has, before actors are built."""
+
+    def __init__(self, happened: list[str], started: bool) -> None:
+        self.happened, self.started = happened, started
 
     def leader_says(self, what: str, value: Any = None) -> Any:
         if what == "start of the engines":
             self.happened.append("leader has started them")
+            return self.started
         return value
 
 
@@ -81,9 +84,10 @@ def run(monkeypatch: pytest.MonkeyPatch, folder: Path, on_leader: bool, steps: t
     monkeypatch.setattr(train, "open_publisher", start)
     checked: Any = SimpleNamespace(steps_done=steps[0]) if on_leader else None
     topo: Any = SimpleNamespace()
+    peers = FollowedPeers(happened, config.engine.placement == "colocated" and config.samples_after(steps[0]))
     try:
         with ExitStack() as opened:
-            train.train(config, topo, FollowedPeers(happened), NullObserver(), checked, opened, Stop())
+            train.train(config, topo, peers, NullObserver(), checked, opened, Stop())
     except StartedError:
         pass
     return [what for what in happened if what != "closed"]

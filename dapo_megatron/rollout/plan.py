@@ -36,5 +36,5 @@ def plan(config: Config, ranks: int) -> tuple[str, ...]:
 def _beside(config: Config, ranks: int) -> str:
     number = f"{ranks} rank{'s' if ranks > 1 else ''}"
     if config.engine.placement == "colocated":
-        return f"on the GPUs of its {number}"
+        return f"on the GPUs of its {number}" + (", in turns" if config.engine.sleeps else "")
     return f"beside the GPUs of its {number}" if ranks else "which trains nothing"

@@ -28,7 +28,7 @@ SAMPLING = Sampling(temperature=1.0, top_p=1.0, max_tokens=4, stop_token_ids=())
 @pytest.fixture
 def engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engines]:
     monkeypatch.setattr(module, "_BACKOFF_SECONDS", 0.01)
-    engine = {"kind": "tests.helpers.greeter:Greeter", "stall_seconds": 1.5, "count": 2, "placement": "colocated"}
+    engine = {"kind": "tests.helpers.greeter:Greeter", "stall_seconds": 5.0, "count": 2, "placement": "colocated"}
     made = Engines(parse({"model": {"path": "m"}, "data": {"train": "t"}, "engine": engine}), tmp_path, ranks=2)
     made.wait_ready()
     yield made
