@@ -36,6 +36,7 @@ class Supply:
 
     Args:
         engines: on the leader; None elsewhere.
+        stop: whether the run is to end, which only the leader knows.
         in_turns: whether engines sleep while the actor trains (engine.sleep).
         phase: shows and measures what goes on inside (`Observer.phase`).
     """
@@ -47,23 +48,24 @@ class Supply:
         hf: HfCheckpoint,
         peers: Peers,
         engines: Engines | None,
+        stop: Stop,
         *,
         in_turns: bool = False,
         phase: Phase = nullcontext,
     ) -> None:
         self._publisher, self._actor, self._hf, self._peers = publisher, actor, hf, peers
-        self._engines, self._version = engines, 0
+        self._engines, self._version, self._stop = engines, 0, stop
         self._in_turns, self._phase = in_turns, phase
 
     @contextmanager
-    def sampling(self, version: int, stop: Stop) -> Iterator[Measures]:
+    def sampling(self, version: int) -> Iterator[Measures]:
         """Have the engines sample with the actor's weights, as `version`, inside, and the actor back afterwards.
 
         Collective. Yields what `push` returns, and raises what it does.
         """
         yield self.hand_over(version)
         # A run that stops waits for no engine: its actor has to be saved.
-        self._sleep(self._phase, wait=stop.reason is None)
+        self._sleep(self._phase, wait=self._stop.reason is None)
         self._actor.come_back(self._phase)
 
     def hand_over(self, version: int) -> Measures:

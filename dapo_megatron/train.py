@@ -68,8 +68,7 @@ def train(
         stop: whether the run is to end before its last step; only the leader's is ever asked.
     """
     with stop.interruptible():  # there is nothing to save yet
-        parts = start(config, topo, peers, obs, checked, opened)
-        stop.last_checkpoint = parts.checkpoints.last
+        parts = start(config, topo, peers, obs, checked, opened, stop)
     leader, actor, reference, steps_done = parts.leader, parts.actor, parts.reference, parts.steps_done
     objective = Objective(config.algo)
 
@@ -77,7 +76,7 @@ def train(
         assert parts.supply, "a step has come after all steps"
         if peers.leader_says("stop", stop.reason is not None):
             break
-        with parts.supply.sampling(step, stop) as verified:
+        with parts.supply.sampling(step) as verified:
             with parts.supply.on_demand(stop):
                 if leader:
                     leader.evaluate_due(step, stop)
@@ -134,7 +133,13 @@ def train(
 
 
 def start(
-    config: Config, topo: Topology, peers: Peers, obs: Observer, checked: Checked | None, opened: ExitStack
+    config: Config,
+    topo: Topology,
+    peers: Peers,
+    obs: Observer,
+    checked: Checked | None,
+    opened: ExitStack,
+    stop: Stop,
 ) -> Parts:
     """Bring up engines and actor, where the run stands: at its first step, or where its last checkpoint was."""
     leader = opened.enter_context(closing(Leader(config, obs, checked))) if checked else None
@@ -155,6 +160,7 @@ def start(
     checkpoints = Checkpoints(config, topo, actor, hf, state, peers.after_leader, peers.together, obs.message)
     with obs.phase("restoring"):
         checkpoints.restore()
+    stop.last_checkpoint = checkpoints.last
     supply = None
     if config.samples_after(state.steps_done.value):
         if not started:
@@ -176,7 +182,7 @@ def start(
         if config.weights.verify == "full":
             prompts = checked.train if checked else ()
             publisher = Canary(publisher, config, topo, actor, leader, prompts, peers)
-        supply = Supply(publisher, actor, hf, peers, engines, in_turns=config.engine.sleeps, phase=obs.phase)
+        supply = Supply(publisher, actor, hf, peers, engines, stop, in_turns=config.engine.sleeps, phase=obs.phase)
     obs.begin()
     return Parts(leader, actor, reference, hf, supply, checkpoints, skipped, state.steps_done)
 

@@ -183,7 +183,8 @@ def run(
             _publisher=StandInPublisher(card), _config=config, _leader=leader, _actor=actor, _prompt=None, _tokens=1
         )
     hf: Any = SimpleNamespace(save=lambda *_: None, gathers=False)
-    supply = Supply(publisher, actor, hf, Peers(), engines, in_turns=config.engine.sleeps)  # pyright: ignore[reportArgumentType]
+    stop = Stop()
+    supply = Supply(publisher, actor, hf, Peers(), engines, stop, in_turns=config.engine.sleeps)  # pyright: ignore[reportArgumentType]
     skipped: Any = SimpleNamespace(seen=lambda *_: None)
     parts = train.Parts(leader, actor, None, hf, supply, checkpoints, skipped, Kept(int, 0))
     monkeypatch.setattr(train, "start", lambda *_: parts)
@@ -192,7 +193,7 @@ def run(
     monkeypatch.setattr(train, "weigh", lambda mini_batches, *_: (mini_batches, {}))
     topo: Any = SimpleNamespace(dp=1, max=None)
     with ExitStack() as opened:
-        train.train(config, topo, Peers(), NullObserver(), None, opened, Stop())
+        train.train(config, topo, Peers(), NullObserver(), None, opened, stop)
     return card.happened
 
 
@@ -306,7 +307,7 @@ def test_nobody_takes_memory_before_all_ranks_have_given_it_up() -> None:
     publisher: Any = SimpleNamespace(push=noting("push"))
     for there in (engines, None):  # the leader, and any other rank
         told.clear()
-        with Supply(publisher, actor, hf, Told(), there, in_turns=True, phase=phase).sampling(7, Stop()):
+        with Supply(publisher, actor, hf, Told(), there, Stop(), in_turns=True, phase=phase).sampling(7):
             told.append("sampling")
         leader_only = {"sleep", "wake", "expect"}
         expected = [
