@@ -71,11 +71,11 @@ class Supply:
     def hand_over(self, version: int) -> Measures:
         """Begin as `sampling` does. For the last time in a run, after which the actor need not come back."""
         self._actor.leave(self._phase, keeping=_TO_PUSH)
-        self._wake(self._phase, WEIGHTS)
+        self._wake(WEIGHTS, phase=self._phase)
         with self._phase("publish"):
             verified = self.push(version)
         self._actor.leave(self._phase)
-        self._wake(self._phase, WEIGHTS, KV_CACHE)
+        self._wake(WEIGHTS, KV_CACHE, phase=self._phase)
         return verified
 
     def push(self, version: int) -> Measures:
@@ -131,10 +131,10 @@ class Supply:
         """In the middle of a rollout, in which no engine has anything to do."""
         self._sleep()
         self._actor.come_back(only=_TO_PUSH)
-        self._wake(nullcontext, WEIGHTS)
+        self._wake(WEIGHTS)
         self.push(self._version)
         self._actor.leave()
-        self._wake(nullcontext, WEIGHTS, KV_CACHE)
+        self._wake(WEIGHTS, KV_CACHE)
 
     def _sleep(self, phase: Phase = nullcontext, *, wait: bool = True) -> None:
         if not self._in_turns:
@@ -144,7 +144,7 @@ class Supply:
                 self._engines.sleep(wait=wait)
             self._peers.after_leader("engines that sleep")
 
-    def _wake(self, phase: Phase, *tags: str) -> None:
+    def _wake(self, *tags: str, phase: Phase = nullcontext) -> None:
         if not self._in_turns:
             return
         with phase("wake"):

@@ -125,7 +125,7 @@ class AskingCanary(Canary):
     def _ask(self, leader: Any, *_: Any, **__: Any) -> Any:
         leader.engines.sample("canary")
 
-    def _apart(self, *_: Any) -> None:
+    def _apart(self, prompt: Any, version: int, failure: EngineError | None = None) -> None:
         self._ask(self._leader)
         self._actor.with_old_logprobs([])
 
