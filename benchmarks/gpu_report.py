@@ -65,6 +65,7 @@ SUITES = {
         Step("Log-probs", "-m benchmarks.gpu_logprob", 120),
         Step("Pushes", "-m benchmarks.gpu_publish", 300),
         Step("A DAPO step", "-m benchmarks.gpu_rollout", 900),
+        Step("A DAPO step, the engine asleep while the actor trains", "-m benchmarks.gpu_colocated", 900),
     ),
 }
 

@@ -3,7 +3,8 @@
 Checksums end where an engine begins to cut, join and pack what has arrived, and know nothing of its caches. So the
 actor scores the answers: where a log-prob differs by more than rounding, the run stops before it trains on such
 responses. Before the push, a token is asked for, so that the engine has keys and values of the prompt by the old
-weights, as of any prompt that comes again: one that still uses them gives itself away.
+weights, as of any prompt that comes again: one that still uses them gives itself away. An engine that has slept
+meanwhile (engine.sleep) was asked after the push before; its KV cache wakes here, beside the actor's parameters.
 
 Requests have their own seeds, and no prompt begins like the canary: the rollout is what it would be without it.
 """
@@ -27,7 +28,7 @@ from dapo_megatron.heartbeat import Peers
 from dapo_megatron.leader import Leader
 from dapo_megatron.measures import Max, Measures, Sum
 from dapo_megatron.pack import Share
-from dapo_megatron.rollout.engine import Engine, Sampling, request_seed
+from dapo_megatron.rollout.engine import KV_CACHE, WEIGHTS, Engine, Sampling, request_seed
 from dapo_megatron.types import Completion, MiniBatch, Prompt, TrainSample
 from dapo_megatron.weights.publish import Publisher
 
@@ -71,7 +72,8 @@ class Canary:
             WeightsError: on the leader, where an engine's log-probs are not those of the weights.
         """
         began = time.monotonic()
-        if self._leader:
+        if self._leader and not self._config.engine.sleeps:
+            # One that sleeps cannot be asked; the canary of the push before is in what it should have forgotten.
             with suppress(EngineError):  # one that has failed is not pushed to, or fails then
                 self._ask(self._leader, self._prompt, tokens=1)
         asked = time.monotonic()
@@ -79,6 +81,8 @@ class Canary:
         failure: EngineError | None = None
         try:
             measures = self._publisher.push(weights, version)
+            if self._leader and self._config.engine.sleeps:
+                self._leader.engines.wake(WEIGHTS, KV_CACHE)
         except EngineError as error:
             failure = error
         pushed = time.monotonic()

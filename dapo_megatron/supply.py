@@ -1,15 +1,27 @@
-"""Puts the actor's weights to use in the engines: after every step, and when engines were started again."""
+"""Puts the actor's weights to use in the engines: before every rollout, and when engines were started again.
+
+Where actor and engines have GPUs in common and take turns with them (engine.sleep), neither has all of its own while
+the other has:
+
+    the actor trains          actor: all                   engines: nothing, they sleep
+    the weights are pushed    actor: parameters            engines: weights
+    engines sample            actor: nothing               engines: weights and KV cache
+
+Whoever takes memory waits until whoever had it has given it up, on all ranks. With weights.verify=full there is one
+moment more: the canary has the actor score what the engines answer, so that the KV cache wakes beside the parameters.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from dapo_megatron.actor.actor import Actor
 from dapo_megatron.errors import EngineError, StorageError, WeightsError
 from dapo_megatron.heartbeat import Peers
 from dapo_megatron.measures import Measures
+from dapo_megatron.rollout.engine import KV_CACHE, WEIGHTS
 from dapo_megatron.rollout.engines import Engines
 from dapo_megatron.stop import Stop
 from dapo_megatron.weights.hf import HfCheckpoint
@@ -17,23 +29,62 @@ from dapo_megatron.weights.publish import Publisher
 
 log = logging.getLogger(__name__)
 
+Phase = Callable[[str], AbstractContextManager[None]]
+_TO_PUSH = ("parameters",)
+"""Of memory.offload, what a push needs."""
+
 
 class Supply:
     """Every rank has one and makes the same calls.
 
     Args:
         engines: on the leader; None elsewhere.
-        stop: asked on the leader, where weights cannot be written: what is trained can be saved.
+        stop: whether the run is to end, which only the leader knows. Asked for where weights cannot be written: what is
+            trained can be saved.
+        in_turns: whether engines sleep while the actor trains (engine.sleep).
+        phase: shows and measures what goes on inside (`Observer.phase`).
     """
 
     def __init__(
-        self, publisher: Publisher, actor: Actor, hf: HfCheckpoint, peers: Peers, engines: Engines | None, stop: Stop
+        self,
+        publisher: Publisher,
+        actor: Actor,
+        hf: HfCheckpoint,
+        peers: Peers,
+        engines: Engines | None,
+        stop: Stop,
+        *,
+        in_turns: bool = False,
+        phase: Phase = nullcontext,
     ) -> None:
         self._publisher, self._actor, self._hf, self._peers = publisher, actor, hf, peers
         self._engines, self._version, self._stop = engines, 0, stop
+        self._in_turns, self._phase = in_turns, phase
+
+    @contextmanager
+    def sampling(self, version: int) -> Iterator[Measures]:
+        """Have the engines sample with the actor's weights, as `version`, inside, and the actor back afterwards.
+
+        Collective. Yields what `push` returns, and raises what it does.
+        """
+        yield self.hand_over(version)
+        # A run that stops waits for no engine: its actor has to be saved.
+        self._sleep(self._phase, wait=self._stop.reason is None)
+        self._actor.come_back(self._phase)
+
+    def hand_over(self, version: int) -> Measures:
+        """Begin as `sampling` does. For the last time in a run, after which the actor need not come back."""
+        self._actor.leave(self._phase, keeping=_TO_PUSH)
+        self._wake(WEIGHTS, phase=self._phase)
+        with self._phase("publish"):
+            verified = self.push(version)
+        self._actor.leave(self._phase)
+        self._wake(WEIGHTS, KV_CACHE, phase=self._phase)
+        return verified
 
     def push(self, version: int) -> Measures:
-        """Put the actor's weights to use in all engines that are there, as `version`. Collective.
+        """Put the actor's weights to use in all engines that are there, as `version`. Collective; the actor's
+        parameters and the engines' memory for weights are there.
 
         Where one fails meanwhile, does not keep up, or gets something else than was sent, all are to be started again,
         and get the weights `on_demand`. Where the weights cannot be written, as on a full disk, the run is to stop.
@@ -84,5 +135,27 @@ class Supply:
             self._engines.refill = None
 
     def _push_again(self) -> None:
-        with self._actor.back():
-            self.push(self._version)
+        """In the middle of a rollout, in which no engine has anything to do."""
+        self._sleep()
+        self._actor.come_back(only=_TO_PUSH)
+        self._wake(WEIGHTS)
+        self.push(self._version)
+        self._actor.leave()
+        self._wake(WEIGHTS, KV_CACHE)
+
+    def _sleep(self, phase: Phase = nullcontext, *, wait: bool = True) -> None:
+        if not self._in_turns:
+            return
+        with phase("sleep"):
+            if self._engines:
+                self._engines.sleep(wait=wait)
+            self._peers.after_leader("engines that sleep")
+
+    def _wake(self, *tags: str, phase: Phase = nullcontext) -> None:
+        if not self._in_turns:
+            return
+        with phase("wake"):
+            self._peers.together("memory for the engines")
+            if self._engines:
+                self._engines.wake(*tags)
+            self._peers.after_leader("engines that wake")

@@ -74,16 +74,19 @@ def train(
 
     for step in range(steps_done.value, config.train.steps):
         assert parts.supply, "a step has come after all steps"
-        with parts.supply.on_demand(stop):
-            if leader:
-                leader.evaluate_due(step, stop)
-                parts.checkpoints.point_to_best()
-        with actor.away(obs.phase), obs.phase("rollout"):
+        if peers.leader_says("stop", stop.reason is not None):
+            break
+        with parts.supply.sampling(step) as verified:
             with parts.supply.on_demand(stop):
-                batch = make_batch(leader, topo.dp, step, stop) if leader else None
-            if not peers.leader_says("rollout", batch is not None):
-                break
-            mini_batches = receive(topo, batch, config.parallel)
+                if leader:
+                    leader.evaluate_due(step, stop)
+                    parts.checkpoints.point_to_best()
+            with obs.phase("rollout"):
+                with parts.supply.on_demand(stop):
+                    batch = make_batch(leader, topo.dp, step, stop) if leader else None
+                if not peers.leader_says("rollout", batch is not None):
+                    break
+                mini_batches = receive(topo, batch, config.parallel)
         with obs.phase("logprobs"):
             mini_batches, policy = actor.with_old_logprobs(mini_batches)
             mini_batches, weighing = weigh(mini_batches, config.algo, topo)
@@ -95,8 +98,6 @@ def train(
                 parts.skipped.seen(step, index, mini_batch, actor.update(mini_batch, objective, lr=lr))
                 for index, mini_batch in enumerate(mini_batches)
             ]
-        with obs.phase("publish"):
-            verified = parts.supply.push(version=step + 1)
         memory = obs.memory.take(topo.max)
         steps_done.value = step + 1
         if leader and batch:
@@ -124,7 +125,10 @@ def train(
         with obs.phase("saving"):
             parts.hf.save(actor.chunks, config.run.folder / "hf", peers.after_leader)
         stop.left = None
-    with parts.supply.on_demand(stop) if parts.supply else nullcontext():
+    evaluated = parts.supply if config.samples_after(config.train.steps) else None
+    if evaluated:
+        evaluated.hand_over(version=config.train.steps)
+    with evaluated.on_demand(stop) if evaluated else nullcontext():
         if leader:
             leader.finish(stop)
             parts.checkpoints.point_to_best()
@@ -141,11 +145,12 @@ def start(
 ) -> Parts:
     """Bring up engines and actor, where the run stands: at its first step, or where its last checkpoint was."""
     leader = opened.enter_context(closing(Leader(config, obs, checked))) if checked else None
+    started = False
     if leader and checked and config.engine.placement == "colocated" and config.samples_after(checked.steps_done):
-        with obs.phase("starting engines"):
-            # What the actor takes while an engine measures its GPU, the engine would count as its own.
-            leader.engines.wait_ready()
-    peers.after_leader("start of the engines")
+        # What the actor takes while an engine measures its GPU, the engine would count as its own.
+        start_engines(leader, obs)
+        started = True
+    started = peers.leader_says("start of the engines", started)
 
     with obs.phase("building the actor"):
         hf = HfCheckpoint(
@@ -165,35 +170,41 @@ def start(
     stop.last_checkpoint = checkpoints.last
     supply = None
     if config.samples_after(state.steps_done.value):
-        with obs.phase("starting engines"):
-            if leader:
-                leader.engines.wait_ready()
-            engines = leader.engines if leader else None
-            if leader and config.weights.transport == "disk":
-                opened.enter_context(closing(hold(config.weights_folder, "weights.folder", obs.message)))
-            publisher = open_publisher(
-                config.weights,
-                hf.inventory,
-                engines,
-                peers.leader_says,
-                together=peers.together,
-                ranks=topo,
-                workers=config.engine.count * config.engine.tensor_parallel,
-                address=leader.engines.address if leader else LOOPBACK,
-                folder=config.weights_folder,
-                side_files=hf.write_side_files,
-            )
-            opened.enter_context(closing(publisher))
-            if config.weights.verify == "full":
-                prompts = checked.train if checked else ()
-                publisher = Canary(publisher, config, topo, actor, leader, prompts, peers)
-            supply = Supply(publisher, actor, hf, peers, engines, stop)
+        if not started:
+            with actor.away() if config.engine.sleeps else nullcontext():
+                if leader:
+                    start_engines(leader, obs)
+                peers.after_leader("start of the engines beside the actor")
+        engines = leader.engines if leader else None
+        if leader and config.weights.transport == "disk":
+            opened.enter_context(closing(hold(config.weights_folder, "weights.folder", obs.message)))
+        publisher = open_publisher(
+            config.weights,
+            hf.inventory,
+            engines,
+            peers.leader_says,
+            together=peers.together,
+            ranks=topo,
+            workers=config.engine.count * config.engine.tensor_parallel,
+            address=leader.engines.address if leader else LOOPBACK,
+            folder=config.weights_folder,
+            side_files=hf.write_side_files,
+        )
+        opened.enter_context(closing(publisher))
+        if config.weights.verify == "full":
+            prompts = checked.train if checked else ()
+            publisher = Canary(publisher, config, topo, actor, leader, prompts, peers)
+        supply = Supply(publisher, actor, hf, peers, engines, stop, in_turns=config.engine.sleeps, phase=obs.phase)
     obs.begin()
-    if supply:
-        with obs.phase("sending the weights"):
-            # The engines have what the run began with.
-            supply.push(version=state.steps_done.value)
     return Parts(leader, actor, reference, hf, supply, checkpoints, skipped, state.steps_done)
+
+
+def start_engines(leader: Leader, obs: Observer) -> None:
+    """Have all engines ready, or asleep, where they take turns with the actor."""
+    with obs.phase("starting engines"):
+        leader.engines.wait_ready()
+        if leader.config.engine.sleeps:
+            leader.engines.sleep()
 
 
 def make_batch(leader: Leader, replicas: int, step: int, stop: Stop) -> Batch | None:

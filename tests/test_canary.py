@@ -25,7 +25,7 @@ from dapo_megatron.leader import Leader
 from dapo_megatron.measures import Sum
 from dapo_megatron.pack.microbatch import build
 from dapo_megatron.rollout.adapters.vllm import VllmEngine
-from dapo_megatron.rollout.engine import Sampling
+from dapo_megatron.rollout.engine import KV_CACHE, WEIGHTS, Sampling
 from dapo_megatron.rollout.engines import Engines
 from dapo_megatron.types import Completion, FinishReason, MicroBatch, MiniBatch, Prompt, TrainSample, VersionSpan
 from dapo_megatron.weights import outgoing
@@ -211,6 +211,22 @@ class TestWithVllm:
             assert 0 < measures["verify/canary"].value <= measures["verify/canary_max"].value <= 2e-5
             assert measures["verify/tensors"].value == 3 + 2 * 12
             assert measures["seconds/verify"].value > 0
+
+    def test_an_engine_that_has_slept_is_woken_and_passes(self, config: Config, alone: Any, engines: Engines) -> None:
+        """As colocated engines do; on CPU they forget nothing but what was cached."""
+        (engine,) = engines
+        assert isinstance(engine, VllmEngine)
+        sleeping = config.model_copy(update={"engine": config.engine.model_copy(update={"placement": "colocated"})})
+        assert sleeping.engine.sleeps
+        pushes = Pushes(sleeping, alone, engines)
+        with closing(pushes.canary):
+            for version in (3, 4):
+                engines.sleep()
+                engines.wake(WEIGHTS)
+                assert engine.asleep == {KV_CACHE}
+                measures = pushes.push(version)
+                assert not engine.asleep
+                assert 0 < measures["verify/canary"].value <= measures["verify/canary_max"].value <= 2e-5
 
     def test_a_stale_prefix_cache_is_caught_by_name(
         self, pushes: Pushes, engines: Engines, monkeypatch: pytest.MonkeyPatch

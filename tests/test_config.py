@@ -47,6 +47,14 @@ def load(folder: Path, text: str = MINIMAL, *overrides: str) -> Config:
         (["eval.temperature=1e-6"], "eval.temperature: 1e-06 is between 0 and 0.01"),
         (["engine.request_seconds=5"], "unknown key engine.request_seconds; engine knows batch_invariant, count, "),
         (["engine.placement=external"], "placement=external is for engines that run already; give their urls"),
+        (
+            ["engine.sleep=true"],
+            "sleep=true with placement=split: engines on GPUs of their own have no memory that the actor could use",
+        ),
+        (
+            ["engine.sleep=true", "engine.placement=external", "engine.urls=[http://a:1]"],
+            "sleep=true with placement=external: engines started elsewhere have no memory",
+        ),
         (["engine.urls=[http://a:1]"], "urls say where engines run already, but placement is split"),
         (["engine.placement=external", "engine.urls=[http://a:1]", "engine.count=2"], "count(2), but 1 urls"),
         (["engine.placement=external", "engine.urls=[http://a:1]", "engine.nodes=all"], "nodes(all) say where a run"),
@@ -410,3 +418,21 @@ def test_the_evaluation_of_the_paper() -> None:
     assert (config.rollout.max_response_tokens, config.data.max_prompt_tokens) == (20_480, 2048)
     asks, reminds = "Solve the following math problem step by step. The last line", 'on its own line after "Answer:".'
     assert all(its.data.template.startswith(asks) and its.data.template.endswith(reminds) for its in sets.values())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sleeps", "offload"),
+    [
+        ([], False, ()),
+        (["memory.offload=[optimizer]"], False, ("optimizer",)),
+        (["engine.placement=colocated"], True, ("optimizer", "gradients", "parameters")),
+        (["engine.placement=colocated", "memory.offload=[gradients]"], True, ("gradients",)),
+        (["engine.placement=colocated", "memory.offload=[]"], True, ()),
+        (["engine.placement=colocated", "engine.sleep=false"], False, ()),
+    ],
+)
+def test_colocated_engines_sleep_and_the_actor_makes_room_for_them(
+    tmp_path: Path, overrides: list[str], sleeps: bool, offload: tuple[str, ...]
+) -> None:
+    config = load(tmp_path, *overrides)
+    assert (config.engine.sleeps, config.offload) == (sleeps, offload)

@@ -60,25 +60,33 @@ def test_there_is_such_a_place(place: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("lives", "steps"),
+    ("lives", "steps", "overrides"),
     [
         # One life from the start; the second, killed in step 3, goes on after step 2.
-        pytest.param([("writing", 1), ("update", 6)], [0, 2], id="twice"),
+        pytest.param([("writing", 1), ("update", 6)], [0, 2], [], id="twice"),
+        # Engines that sleep give the same responses, also to a run that goes on.
+        pytest.param([("update", 7)], [2], ["engine.placement=colocated"], id="sleeping", marks=pytest.mark.long),
         # Two from the start; the third, killed in step 3, goes on after step 2.
         pytest.param(
             [("rollout", 3), ("writing", 1), ("update", 6), ("recording", 2)],
             [0, 0, 2, 2],
+            [],
             id="four times",
             marks=pytest.mark.long,
         ),
     ],
 )
 def test_a_run_that_was_killed_is_the_run_that_was_not(
-    tmp_path: Path, material: Path, undisturbed: Path, lives: list[tuple[str, int]], steps: list[int]
+    tmp_path: Path,
+    material: Path,
+    undisturbed: Path,
+    lives: list[tuple[str, int]],
+    steps: list[int],
+    overrides: list[str],
 ) -> None:
     config = write_config(tmp_path, values(material, tmp_path))
     for place, call in lives:
-        assert live(config, place=place, call=call) == -9
-    assert live(config) == 0
+        assert live(config, *overrides, place=place, call=call) == -9
+    assert live(config, *overrides) == 0
     assert steps_of(tmp_path / "run") == steps
     assert differences(tmp_path / "run", undisturbed) == []

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,12 +23,16 @@ class StartedError(Exception):
 
 
 class FollowedPeers(Peers):
-    def __init__(self, happened: list[str]) -> None:
-        self.happened = happened
+    """`started`: whether the leader has, before actors are built."""
 
-    def after_leader(self, what: str) -> None:
+    def __init__(self, happened: list[str], started: bool) -> None:
+        self.happened, self.started = happened, started
+
+    def leader_says(self, what: str, value: Any = None) -> Any:
         if what == "start of the engines":
             self.happened.append("leader has started them")
+            return self.started
+        return value
 
 
 def run(monkeypatch: pytest.MonkeyPatch, folder: Path, on_leader: bool, steps: tuple[int, int], **sections: Any) -> Any:
@@ -60,21 +65,31 @@ def run(monkeypatch: pytest.MonkeyPatch, folder: Path, on_leader: bool, steps: t
 
         def point_to_best(self) -> None: ...
 
-    engines = SimpleNamespace(wait_ready=noting("engines ready"), address="127.0.0.1")
-    leader = SimpleNamespace(engines=engines, close=noting("closed"), finish=noting("finished"), state={}, best=None)
+    @contextmanager
+    def away() -> Iterator[None]:
+        happened.append("actor away")
+        yield
+        happened.append("actor back")
+
+    config = config_file.parse(values(folder) | sections)
+    engines = SimpleNamespace(wait_ready=noting("engines ready"), sleep=noting("asleep"), address="127.0.0.1")
+    leader = SimpleNamespace(
+        config=config, engines=engines, close=noting("closed"), finish=noting("finished"), state={}, best=None
+    )
+    actor = SimpleNamespace(chunks=[], away=away)
     hf = SimpleNamespace(save=noting("hf"), inventory=None, write_side_files=None)
     monkeypatch.setattr(train, "Leader", lambda *_: leader)
     monkeypatch.setattr(train, "HfCheckpoint", lambda *_, **__: hf)
-    monkeypatch.setattr(train, "Actor", lambda *_, **__: (happened.append("actor"), SimpleNamespace(chunks=[]))[1])
+    monkeypatch.setattr(train, "Actor", lambda *_, **__: (happened.append("actor"), actor)[1])
     monkeypatch.setattr(train, "SkippedUpdates", lambda *_: SimpleNamespace(in_a_row=Kept(int, 0)))
     monkeypatch.setattr(train, "Checkpoints", Checkpoints)
     monkeypatch.setattr(train, "open_publisher", start)
-    config = config_file.parse(values(folder) | sections)
     checked: Any = SimpleNamespace(steps_done=steps[0]) if on_leader else None
     topo: Any = SimpleNamespace()
+    peers = FollowedPeers(happened, config.engine.placement == "colocated" and config.samples_after(steps[0]))
     try:
         with ExitStack() as opened:
-            train.train(config, topo, FollowedPeers(happened), NullObserver(), checked, opened, Stop())
+            train.train(config, topo, peers, NullObserver(), checked, opened, Stop())
     except StartedError:
         pass
     return [what for what in happened if what != "closed"]
@@ -85,7 +100,7 @@ def run(monkeypatch: pytest.MonkeyPatch, folder: Path, on_leader: bool, steps: t
     [
         ("split", True, ["leader has started them", "actor", "engines ready", "publisher"]),
         ("split", False, ["leader has started them", "actor", "publisher"]),
-        ("colocated", True, ["engines ready", "leader has started them", "actor", "engines ready", "publisher"]),
+        ("colocated", True, ["engines ready", "asleep", "leader has started them", "actor", "publisher"]),
         ("colocated", False, ["leader has started them", "actor", "publisher"]),
     ],
 )
@@ -95,14 +110,22 @@ def test_no_rank_takes_gpu_memory_before_the_engines_that_share_it_have_theirs(
     assert run(monkeypatch, tmp_path, on_leader, (0, 0), engine={"placement": placement}) == expected
 
 
-@pytest.mark.parametrize("placement", ["split", "colocated"])
+STARTED, READY = "leader has started them", "engines ready"
+
+
 @pytest.mark.parametrize(
-    ("steps", "evaluates", "expected"),
+    ("placement", "steps", "evaluates", "expected"),
     [
-        ((1, 1), False, ["leader has started them", "actor", "hf", "finished"]),
-        ((1, 1), True, ["actor", "engines ready", "publisher"]),
+        ("split", (1, 1), False, [STARTED, "actor", "hf", "finished"]),
+        ("split", (1, 1), True, [STARTED, "actor", READY, "publisher"]),
         # The newest checkpoint is broken, and the one before is taken.
-        ((1, 0), False, ["leader has started them", "actor", "engines ready", "publisher"]),
+        ("split", (1, 0), False, [STARTED, "actor", READY, "publisher"]),
+        ("colocated", (1, 1), False, [STARTED, "actor", "hf", "finished"]),
+        ("colocated", (1, 1), True, [READY, "asleep", STARTED, "actor", "publisher"]),
+        (
+            *("colocated", (1, 0), False),
+            [STARTED, "actor", "actor away", READY, "asleep", "actor back", "publisher"],
+        ),
     ],
 )
 def test_where_nothing_is_left_to_sample_no_engine_is_waited_for(
@@ -114,4 +137,9 @@ def test_where_nothing_is_left_to_sample_no_engine_is_waited_for(
     expected: list[str],
 ) -> None:
     sections = {"engine": {"placement": placement}} | ({} if evaluates else {"eval": {}})
-    assert run(monkeypatch, tmp_path, True, steps, **sections)[-len(expected) :] == expected
+    assert run(monkeypatch, tmp_path, True, steps, **sections) == expected
+
+
+def test_engines_that_keep_their_share_are_not_put_to_sleep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = {"placement": "colocated", "sleep": False}
+    assert run(monkeypatch, tmp_path, True, (1, 0), engine=engine, eval={}) == [STARTED, "actor", READY, "publisher"]

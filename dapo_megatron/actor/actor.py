@@ -10,7 +10,7 @@ divisor was the N that the mini-batch was built with.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, Protocol
@@ -129,8 +129,7 @@ class Actor:
             "optimizer": Offload(lambda: optimizer_state(self.optimizer, besides=self._parameters())),
             "gradients": Offload(lambda: gradient_buffers(self._modules), contents=False),
         }
-        self._offloads = [kinds[name] for name in config.memory.offload] if trainable else []
-        self._is_away = False
+        self._offloads = {name: kinds[name] for name in config.offload} if trainable else {}
         self._reference = Offload(self._parameters) if not trainable and config.memory.offload_reference else None
         if self._reference:
             self._reference.park()
@@ -159,43 +158,50 @@ class Actor:
         load_sharded_state(self.chunks, self.optimizer, loaded)
 
     @contextmanager
-    def away(self, phase: Callable[[str], AbstractContextManager[None]] = nullcontext) -> Iterator[None]:
-        """Leave the device's memory to others, inside, as far as memory.offload says.
+    def away(self) -> Iterator[None]:
+        """Leave the device's memory to others, inside, as far as memory.offload says."""
+        self.leave()
+        yield
+        self.come_back()
+
+    def leave(
+        self, phase: Callable[[str], AbstractContextManager[None]] = nullcontext, *, keeping: Collection[str] = ()
+    ) -> None:
+        """Give up the device's memory, as far as memory.offload says. What is away already stays so. Collective.
 
         Args:
-            phase: entered with "offload" around what moves, if anything does.
+            phase: entered with "offload" around what moves, if anything may.
+            keeping: of memory.offload, what stays.
         """
-        if not self._offloads:
-            yield
+        leaving = [offload for name, offload in self._offloads.items() if name not in keeping]
+        if not leaving:
             return
         with phase("offload"):
-            self._leave()
-        yield
+            gather_parameters(self._modules)
+            for offload in leaving:
+                offload.park()
+            if torch.cuda.is_available():
+                # torch would keep what was freed for itself, and engines are other processes.
+                torch.cuda.empty_cache()
+
+    def come_back(
+        self,
+        phase: Callable[[str], AbstractContextManager[None]] = nullcontext,
+        *,
+        only: Collection[str] | None = None,
+    ) -> None:
+        """Take the device's memory again, and what was in it.
+
+        Args:
+            phase: as in `leave`.
+            only: of memory.offload, what comes; None for all of it.
+        """
+        coming = [offload for name, offload in self._offloads.items() if only is None or name in only]
+        if not coming:
+            return
         with phase("offload"):
-            self._return()
-
-    @contextmanager
-    def back(self) -> Iterator[None]:
-        """Have, inside, what `away` around this has given up."""
-        was_away = self._is_away
-        self._return()
-        yield
-        if was_away:
-            self._leave()
-
-    def _leave(self) -> None:
-        gather_parameters(self._modules)
-        for offload in self._offloads:
-            offload.park()
-        if torch.cuda.is_available():
-            # torch would keep what was freed for itself, and engines are other processes.
-            torch.cuda.empty_cache()
-        self._is_away = True
-
-    def _return(self) -> None:
-        for offload in self._offloads:
-            offload.fetch()
-        self._is_away = False
+            for offload in coming:
+                offload.fetch()
 
     def with_old_logprobs(self, mini_batches: Sequence[MiniBatch]) -> tuple[list[MiniBatch], Measures]:
         """Fill old_logprobs_T, by the same micro-batches and kernels as `update`, so that the first ratio is exactly 1.

@@ -74,6 +74,13 @@ class Config(Section):
         return self.weights.folder / self.run.name if self.weights.folder else self.run.folder / "weights"
 
     @property
+    def offload(self) -> tuple[str, ...]:
+        """What of the actor leaves its GPU while engines sample: names of memory.offload."""
+        if self.memory.offload is not None:
+            return tuple(self.memory.offload)
+        return ("optimizer", "gradients", "parameters") if self.engine.sleeps else ()
+
+    @property
     def sampling_seed(self) -> int:
         """From which the seeds of all requests are made."""
         return self.train.seed if self.engine.seed is None else self.engine.seed

@@ -29,9 +29,10 @@ class MemoryConfig(Section):
     """With recompute=selective. Transformer Engine's attention keeps little anyway; there, `mlp` saves memory."""
     recompute_layers: PositiveInt | None = None
     """With recompute=full, how many layers of each model chunk; null is all of them."""
-    offload: list[Literal["optimizer", "gradients", "parameters"]] = []
-    """What lies in (pinned) host memory during rollouts, such as [optimizer,gradients]: optimizer state, or parameters;
-    gradients are only let go."""
+    offload: list[Literal["optimizer", "gradients", "parameters"]] | None = None
+    """What lies in (pinned) host memory while engines sample, such as [optimizer,gradients]: optimizer state, or
+    parameters; gradients are only let go. Null is all three where engines sleep meanwhile (engine.sleep), and otherwise
+    nothing."""
     offload_reference: bool = False
     """Keep the reference model in host memory between its uses, one per rollout."""
 
@@ -44,7 +45,7 @@ class MemoryConfig(Section):
         if self.recompute == "selective" and not self.recompute_modules:
             raise ValueError("recompute=selective recomputes recompute_modules, and there are none; set recompute=none")
         for name in ("offload", "recompute_modules"):
-            if len(set(named := getattr(self, name))) < len(named):
+            if len(set(named := getattr(self, name) or [])) < len(named):
                 raise ValueError(f"{name} names the same twice: {', '.join(named)}")
         return self
 

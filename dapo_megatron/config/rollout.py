@@ -140,9 +140,13 @@ class EngineConfig(Section):
     """Port of the first engine of each machine, the next ones follow; null takes free ports."""
     max_sequences: PositiveInt = 512
     """Sequences that one engine decodes at once."""
+    sleep: bool | None = None
+    """Whether colocated engines give up their memory, weights and KV cache, while the actor trains, and the actor gives
+    up what memory.offload names while they sample; null is yes where placement is colocated. What vLLM's and SGLang's
+    CPU builds do then frees nothing."""
     memory_fraction: Fraction | None = None
-    """Share of each GPU's memory for the engine, which must be free when it starts; null is 0.85, or 0.4 of a GPU that
-    it has in common with a rank."""
+    """Share of each GPU's memory for the engine, which must be free when it starts; null is 0.85, or of a GPU that it
+    has in common with a rank 0.6 where it sleeps, and otherwise 0.4."""
     kv_cache_gib: PositiveInt | None = None
     """GiB for the KV cache, on each GPU or on CPU; null is what memory_fraction leaves, and 1 on CPU. An engine whose
     cache has a size of its own is not kept within memory_fraction."""
@@ -181,6 +185,21 @@ class EngineConfig(Section):
     def _as_many_as_urls(cls, given: Any) -> Any:
         urls = given.get("urls") if isinstance(given, dict) else None
         return {"count": len(urls), **given} if isinstance(urls, list) and urls else given
+
+    @property
+    def sleeps(self) -> bool:
+        """Whether engines give up their memory while the actor trains."""
+        return self.placement == "colocated" if self.sleep is None else self.sleep
+
+    @model_validator(mode="after")
+    def _who_sleeps_shares_a_gpu(self) -> EngineConfig:
+        if self.sleep and self.placement != "colocated":
+            whose = "on GPUs of their own" if self.placement == "split" else "started elsewhere"
+            raise ValueError(
+                f"sleep=true with placement={self.placement}: engines {whose} have no memory that the actor could use "
+                f"meanwhile; leave sleep out, or set placement=colocated"
+            )
+        return self
 
     @model_validator(mode="after")
     def _urls_are_those_of_external_engines(self) -> EngineConfig:

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from dapo_megatron.measures import Measures, reduce, values
 from dapo_megatron.types import UpdateResult
 
-PHASES = ("offload", "rollout", "logprobs", "update", "publish")
-"""What a step does, in order; offload comes before and after the rollout, where memory.offload names something. Phases
-of other names belong to no step."""
+PHASES = ("offload", "wake", "publish", "rollout", "sleep", "logprobs", "update")
+"""What a step does, in order; where memory.offload names something, offload comes around the push of weights and after
+the rollout, and where engines sleep (engine.sleep), they wake around the push as well. Phases of other names belong to
+no step."""
 
 _KINDS = {
     "embedding": "the embedding",
@@ -40,6 +41,9 @@ METRICS = {
     "engine/tokens_per_second_min": "tokens a second of sampling (evaluations since the step before included) of the "
     "engine that wrote least; far from the other one says that an engine is slow, or was not there",
     "engine/tokens_per_second_max": "the same of the engine that wrote most",
+    "engine/sleep_seconds": "giving up the memory of all engines that sleep (engine.sleep), restarts that this waited "
+    "for and the start of the run included",
+    "engine/wake_seconds": "taking it again, of weights and of KV caches",
     "entropy": "mean entropy in nats of the policy's next-token distribution, before the first update",
     "top_prob": "mean probability of its most likely token, before the first update",
     "mismatch/kl": "KL(engine || trainer) for the same weights, k3 estimate, nats per token; far from 0 is a bug",
@@ -81,20 +85,25 @@ METRICS = {
     "push/gb_per_second": "bytes that it sent, over its seconds, 1e9 bytes; each engine gets so much",
     "seconds/verify": "of the seconds that publishing took, those for checksums on the leader and for the canary",
     "seconds/offload": "moving what memory.offload names to host memory and back",
+    "seconds/wake": "having engines that sleep take their memory again, once all ranks have given it up; with "
+    "weights.verify=full, the KV cache wakes in seconds/publish",
+    "seconds/publish": "sending the weights to the engines",
     "seconds/rollout": "sampling and grading, and waiting for both",
+    "seconds/sleep": "having engines give up their memory",
     "seconds/logprobs": "log-probs of the old policy, and of the reference where there is one",
     "seconds/update": "all optimizer steps",
-    "seconds/publish": "sending the weights to the engines",
-    "seconds/step": "from the start of the rollout, or of the offload before it, until the weights are published",
+    "seconds/step": "from the push of the weights, or the offload before it, to the last update, evaluations left out",
     **{
         f"memory/{phase}": f"peak of {what}, GiB, on the rank that has most: what torch allocated on its GPU, or on "
         f"CPU what is resident"
         for phase, what in {
             "offload": "moving to host memory and back",
+            "wake": "ranks while engines wake",
+            "publish": "sending the weights",
             "rollout": "the rollout, on ranks; engines are not in it",
+            "sleep": "ranks while engines go to sleep",
             "logprobs": "the log-prob passes",
             "update": "the optimizer steps",
-            "publish": "sending the weights",
         }.items()
     },
     "memory/reserved": "the most that torch's allocator held of a GPU during the step, GiB, on the rank that has most",

@@ -29,6 +29,8 @@ from dapo_megatron.types import Decode, Group
 SHOWN_CHARACTERS = 400
 """How much of an example response is shown on the terminal."""
 _REMIND_SECONDS = 60.0
+_IN_ONE_GO = (("logprobs", "update"), ("offload", "wake", "publish", "sleep"))
+"""Phases between which a run does not stop."""
 
 
 class Example(Protocol):
@@ -238,6 +240,7 @@ class RunObserver:
             self._seconds[name] = self._seconds.get(name, 0.0) + seconds
         else:
             self._eval_seconds = seconds
+            self._step_started += seconds  # an evaluation in the middle of a step is none of it
 
     @contextmanager
     def _reminded(self, phase: str) -> Iterator[None]:
@@ -344,11 +347,11 @@ class RunObserver:
     def _warn_of_signals(self) -> None:
         """Say once that a run that is asked to stop in the middle of a step like this one would not come to save."""
         limit = self._config.checkpoint.signal_seconds
-        seconds = sum(self._seconds.get(name, 0.0) for name in ("logprobs", "update", "publish"))
+        seconds = max(sum(self._seconds.get(name, 0.0) for name in names) for names in _IN_ONE_GO)
         if seconds > limit and not self._warned_of_signals:
             self._warned_of_signals = True
             self.message(
-                f"warning: log-probs, updates and the push of weights took {seconds:.0f} s. A run that is asked to "
+                f"warning: log-probs and updates, or the push of weights, took {seconds:.0f} s. A run that is asked to "
                 f"stop meanwhile saves after them, and has checkpoint.signal_seconds={limit:g} for all; let it have "
                 f"more, and more from the scheduler"
             )

@@ -30,6 +30,7 @@ class Books:
         self._restarts = 0
         self._tokens = [0] * engines
         self._seconds = 0.0
+        self._turns: dict[str, float] = {}
 
     @contextmanager
     def asked(self, uid: str) -> Iterator[Request]:
@@ -51,6 +52,15 @@ class Books:
         finally:
             self._seconds += time.monotonic() - started
 
+    @contextmanager
+    def turning(self, what: str) -> Iterator[None]:
+        """The engines go to `sleep`, or `wake` up, inside."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self._turns[what] = self._turns.get(what, 0.0) + time.monotonic() - started
+
     def wrote(self, engine: int, tokens: int) -> None:
         self._tokens[engine] += tokens
 
@@ -60,12 +70,13 @@ class Books:
     def take(self) -> Measures:
         """Return what was counted since the last call (`obs.metrics.METRICS`)."""
         rates = [tokens / self._seconds if self._seconds else 0.0 for tokens in self._tokens]
-        restarts = self._restarts
-        self._restarts, self._seconds, self._tokens = 0, 0.0, [0] * len(self._tokens)
+        restarts, turns = self._restarts, self._turns
+        self._restarts, self._seconds, self._tokens, self._turns = 0, 0.0, [0] * len(self._tokens), {}
         return {
             "engine/restarts": Sum(restarts),
             "engine/tokens_per_second_min": Max(min(rates)),
             "engine/tokens_per_second_max": Max(max(rates)),
+            **{f"engine/{what}_seconds": Sum(seconds) for what, seconds in turns.items()},
         }
 
     def waits(self) -> str:

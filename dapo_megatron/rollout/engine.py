@@ -11,6 +11,9 @@ from dapo_megatron.config import RolloutConfig
 from dapo_megatron.rollout.about import About
 from dapo_megatron.types import Completion, Prompt
 
+WEIGHTS, KV_CACHE = "weights", "kv_cache"
+"""What engines that sleep have given up, by the names that vLLM and SGLang have for it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
@@ -93,7 +96,7 @@ class Engine(Responder, Protocol):
 
     @property
     def keeps(self) -> bool:
-        """Whether tensors can be left out of a transfer that it has already."""
+        """Whether tensors can be left out of a transfer that it has already. One that sleeps has forgotten them."""
         ...
 
     async def progress(self) -> Progress:
@@ -122,6 +125,16 @@ class Engine(Responder, Protocol):
 
     async def finish_transfer(self, version: int) -> None:
         """Put the weights to use as `version`, forget what was cached under the old ones, go on decoding."""
+        ...
+
+    async def sleep(self) -> None:
+        """Give up the memory of weights and KV cache, and forget what was in them (engine.sleep). What is being written
+        is given up; until it is awake, nothing is asked of it but what `wake` allows."""
+        ...
+
+    async def wake(self, *tags: str) -> None:
+        """Take memory again: for `WEIGHTS`, to receive some, and then for the `KV_CACHE`, to sample. What is awake
+        already stays as it is."""
         ...
 
     async def close(self) -> None:

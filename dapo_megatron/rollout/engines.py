@@ -8,7 +8,7 @@ import os
 import resource
 import secrets
 import socket
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -184,6 +184,43 @@ class Engines:
             self._start()
         self._run(self._come_up())
 
+    def sleep(self, *, wait: bool = True) -> None:
+        """Have all engines give up their memory, which somebody else is about to take. What they write is given up.
+
+        One that fails, or has failed before, is ended; `sample` starts it again.
+
+        Args:
+            wait: for those that are about to start: otherwise they would measure memory that is not theirs. False ends
+                them.
+        """
+
+        async def put_to_sleep(index: int) -> None:
+            life = self._lives[index]
+            if not (life.ready or wait):
+                life.fail(EngineError(f"{life.server.name} was ended while it started"))
+            await self._turn(index, lambda engine: engine.sleep())
+
+        with self._books.turning("sleep"):
+            self._run(_all(put_to_sleep(index) for index in range(len(self._lives))))
+
+    def wake(self, *tags: str) -> None:
+        """Have all engines that are there take memory again (`Engine.wake`). One that fails is ended, as in `sleep`."""
+        there = [index for index, life in enumerate(self._lives) if life.ready]
+        with self._books.turning("wake"):
+            self._run(_all(self._turn(index, lambda engine: engine.wake(*tags)) for index in there))
+
+    async def _turn(self, index: int, ask: Callable[[Engine], Coroutine[Any, Any, None]]) -> None:
+        """Ask one engine, once it is there, and end it where it fails: it must not keep memory that others take."""
+        life = self._lives[index]
+        try:
+            if not life.failure:
+                await life.come_up()
+                await _first(life.with_it(ask(life.engine)), self._watch(index))
+        except EngineError as error:
+            life.fail(error)
+        if life.failure:
+            await life.close()
+
     async def _look(self) -> None:
         for life in self._lives:
             with suppress(TimeoutError, EngineError):
@@ -344,8 +381,15 @@ class Engines:
         return life.ready and not life.failure and life.engine.version == self._version
 
     async def _hungry(self) -> None:
-        """Return when an engine is there, and none has the weights in use."""
-        while not any(True for _ in self) or any(self._can_sample(life) for life in self._lives):
+        """Return when an engine is there, and none has the weights in use.
+
+        Where memory is shared, once all are there: one that starts would find that taken that the actor needs to push.
+        """
+        while (
+            not any(True for _ in self)
+            or any(self._can_sample(life) for life in self._lives)
+            or (self._config.engine.sleeps and any(life.failure or not life.ready for life in self._lives))
+        ):
             await asyncio.sleep(0.1)
 
     async def _watch(self, index: int) -> NoReturn:
@@ -399,6 +443,20 @@ def _allow_connections() -> None:
     """Let this process have as many files as it may: every prompt that an engine works on has a connection."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+async def _first(work: Coroutine[Any, Any, T], watcher: Coroutine[Any, Any, NoReturn]) -> T:
+    """The result of `work`, unless the watcher fails before."""
+    tasks = [asyncio.ensure_future(work), asyncio.ensure_future(watcher)]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        return (tasks[0] if tasks[0].done() else tasks[1]).result()
+    finally:
+        await _cancel(*tasks)
+
+
+async def _all(steps: Iterable[Awaitable[None]]) -> None:
+    await asyncio.gather(*steps)
 
 
 async def _begun(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:

@@ -8,12 +8,12 @@ from dapo_megatron.errors import EngineError
 from dapo_megatron.rollout.about import About
 from dapo_megatron.rollout.answer import ABOUT, GENERATE, PROGRESS, decode
 from dapo_megatron.rollout.client import Client
-from dapo_megatron.rollout.engine import Progress, Sampling
+from dapo_megatron.rollout.engine import KV_CACHE, WEIGHTS, Progress, Sampling
 from dapo_megatron.types import Completion, Prompt, VersionSpan
 
 
 class HttpEngine:
-    """An `Engine` but for how it takes weights: it `keeps` none, where nothing else is said.
+    """An `Engine` but for how it takes weights, and how it sleeps: it `keeps` none, where nothing else is said.
 
     Args:
         generation: for requests that take as long as responses do.
@@ -29,6 +29,8 @@ class HttpEngine:
         self.workers = workers
         self.version = control.server.version
         self._generation, self._transfer, self.control = generation, transfer, control
+        self.asleep: frozenset[str] = frozenset()
+        """What it has given up, of `engine.WEIGHTS` and `engine.KV_CACHE`. An engine has all of it when it starts."""
 
     async def generate(self, prompt: Prompt, sampling: Sampling, n: int) -> list[Completion]:
         version = self.version
@@ -51,6 +53,24 @@ class HttpEngine:
         answer = await self.control.call("GET", ABOUT)
         with self.control.reading(answer, ABOUT):
             return About(**answer)
+
+    async def sleep(self) -> None:
+        if not self.asleep:
+            await self._release()
+            self.asleep = frozenset((WEIGHTS, KV_CACHE))
+
+    async def wake(self, *tags: str) -> None:
+        if wanted := self.asleep.intersection(tags):
+            await self._resume(wanted)
+            self.asleep -= wanted
+
+    async def _release(self) -> None:
+        """Have the server give up all."""
+        raise NotImplementedError
+
+    async def _resume(self, tags: frozenset[str]) -> None:
+        """Have the server take memory again for `tags`, which are asleep, and sample if that is all it lacks."""
+        raise NotImplementedError
 
     async def close(self) -> None:
         for client in (self._generation, self._transfer, self.control):

@@ -14,7 +14,9 @@ from dapo_megatron.routes import address_for
 
 _OF_ITS_OWN_GPU = 0.85
 _OF_A_SHARED_GPU = 0.4
-"""The share of a GPU's memory that an engine has where the configuration does not say."""
+OF_A_GPU_IN_TURNS = 0.6
+"""The share of a GPU's memory that an engine has where the configuration does not say. The last one leaves room for a
+rank's context, its parameters, which are there when the KV cache wakes for the canary, and a layer that is loaded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,8 @@ class Place:
     """Its share of the memory of each of them."""
     seed: int
     """For its sampling, below 2**31. Every engine has another."""
+    sleeps: bool = False
+    """Whether it gives its memory up now and then (engine.sleep)."""
 
     @property
     def name(self) -> str:
@@ -62,14 +66,17 @@ def place(
     count = check_gpus(engine, ranks, inherited)
     gpus = (inherited.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))).split(",") if count else []
     shared = _shared(engine, ranks)
+    sleeps = shared and engine.sleeps
+    of_shared = OF_A_GPU_IN_TURNS if sleeps else _OF_A_SHARED_GPU
     first = (0 if shared else ranks) + index * engine.tensor_parallel
     return Place(
         index=index,
         host=engine.host,
         port=port,
         gpus=tuple(gpu.strip() for gpu in gpus[first : first + engine.tensor_parallel]),
-        memory_fraction=engine.memory_fraction or (_OF_A_SHARED_GPU if shared else _OF_ITS_OWN_GPU),
+        memory_fraction=engine.memory_fraction or (of_shared if shared else _OF_ITS_OWN_GPU),
         seed=seed_of(config, index),
+        sleeps=sleeps,
     )
 
 

@@ -61,5 +61,5 @@ def _line(name: str, ranks: int, places: Sequence[Place]) -> str:
 def _beside(config: Config, ranks: int) -> str:
     number = f"{ranks} rank{'s' if ranks > 1 else ''}"
     if config.engine.placement == "colocated":
-        return f"on the GPUs of its {number}"
+        return f"on the GPUs of its {number}" + (", in turns" if config.engine.sleeps else "")
     return f"beside the GPUs of its {number}" if ranks else "which trains nothing"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -101,6 +103,36 @@ def test_what_is_offloaded_takes_no_memory_and_comes_back_bit_for_bit(alone: Any
             actor.update(*filled(actor), ratio_loss, lr=1e-3)
         weights.append(exported(actor, checkpoint))
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_what_leaves_leaves_in_turns(alone: Any, tmp_path: Path) -> None:
+    save_qwen2(tmp_path)
+    actor, _ = build(tmp_path, alone, memory={"offload": ["optimizer", "gradients", "parameters"]})
+    actor.update(*filled(actor), ratio_loss, lr=1e-3)
+
+    def there() -> tuple[bool, ...]:
+        return tuple(sum(kind(actor)) > 0 for kind in (parameters, gradients, moments))
+
+    shown: list[str] = []
+
+    @contextmanager
+    def phase(name: str) -> Iterator[None]:
+        shown.append(name)
+        yield
+
+    actor.leave(phase, keeping=["parameters"])
+    assert there() == (True, False, False)
+    actor.leave(phase)
+    assert there() == (False, False, False)
+    actor.come_back(phase, only=["parameters"])
+    assert there() == (True, False, False)
+    actor.come_back(phase)
+    assert there() == (True, True, True)
+    assert shown == ["offload"] * 4
+    unmoved, _ = build(tmp_path, alone)
+    unmoved.leave(phase)
+    unmoved.come_back(phase)
+    assert shown == ["offload"] * 4
 
 
 def filled(actor: Any) -> list[Any]:

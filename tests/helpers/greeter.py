@@ -11,7 +11,7 @@ from dapo_megatron.config import Config
 from dapo_megatron.rollout.about import About, needed
 from dapo_megatron.rollout.adapter import EngineAdapter
 from dapo_megatron.rollout.client import Client
-from dapo_megatron.rollout.engine import Engine, Progress, Sampling
+from dapo_megatron.rollout.engine import KV_CACHE, WEIGHTS, Engine, Progress, Sampling
 from dapo_megatron.rollout.place import Place
 from dapo_megatron.rollout.server import Server
 from dapo_megatron.types import Completion, Prompt, VersionSpan
@@ -61,6 +61,7 @@ class GreeterEngine:
 
     def __init__(self, http: Client) -> None:
         self.name, self.http, self.version = http.name, http, http.server.version
+        self.awake: tuple[str, ...] = (WEIGHTS, KV_CACHE)
 
     async def generate(self, prompt: Prompt, sampling: Sampling, n: int) -> list[Completion]:
         number, greeting = await self.http.call("GET", "/")
@@ -87,6 +88,14 @@ class GreeterEngine:
 
     async def finish_transfer(self, version: int) -> None:
         self.version = version
+
+    async def sleep(self) -> None:
+        await self.http.call("GET", "/")
+        self.awake = ()
+
+    async def wake(self, *tags: str) -> None:
+        await self.http.call("GET", "/")
+        self.awake = tuple({*self.awake, *tags})
 
     async def close(self) -> None:
         await self.http.close()

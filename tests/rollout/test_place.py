@@ -83,8 +83,10 @@ def test_the_share_of_a_gpu_depends_on_whether_a_rank_has_it_too() -> None:
     def share(ranks: int, **engine: Any) -> float:
         return place(config(**engine), 0, 8000, ranks).memory_fraction
 
-    assert (share(1), share(1, placement="colocated")) == (0.85, 0.4)
+    assert (share(1), share(1, placement="colocated", sleep=False)) == (0.85, 0.4)
+    assert share(1, placement="colocated") == 0.6, "it sleeps while the rank needs the rest"
     assert share(0, placement="colocated") == 0.85, "an evaluation has no ranks"
+    assert not place(config(placement="colocated"), 0, 8000, 0).sleeps, "nor does it sleep for anybody"
     assert share(1, memory_fraction=0.3) == share(1, placement="colocated", memory_fraction=0.3) == 0.3
 
 

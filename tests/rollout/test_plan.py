@@ -26,7 +26,11 @@ def test_engines_of_this_machine_and_their_gpus() -> None:
         "  engine 0: GPU 4,5",
         "  engine 1: GPU 6,7",
     )
-    assert shown(1, placement="colocated") == (
+    assert shown(1, placement="colocated")[0] == (
+        "1 engine (vllm, tensor parallel 1) on this machine, on the GPUs of its 1 rank, in turns; weights by gloo from "
+        "127.0.0.1"
+    )
+    assert shown(1, placement="colocated", sleep=False) == (
         "1 engine (vllm, tensor parallel 1) on this machine, on the GPUs of its 1 rank; weights by gloo from 127.0.0.1",
         "  engine 0: GPU 0",
     )

@@ -15,7 +15,7 @@ from dapo_megatron.errors import ConfigError, EngineError
 from dapo_megatron.hf_folder import read_hf_config
 from dapo_megatron.rollout.adapter import EngineAdapter
 from dapo_megatron.rollout.client import Client
-from dapo_megatron.rollout.engine import Engine
+from dapo_megatron.rollout.engine import KV_CACHE, WEIGHTS, Engine
 from dapo_megatron.rollout.http_engine import HttpEngine
 from dapo_megatron.rollout.place import Place
 from dapo_megatron.rollout.server import Server
@@ -53,6 +53,8 @@ class Adapter(EngineAdapter):
         how = "with CUDA, an environment of its own that engine.python names" if on_gpus else "run `make sglang-cpu`"
         # What is installed in the environment that was found, its makefile knows.
         self.packages = {} if found else {"sglang": f"{how}; its requirements do not fit vLLM's"}
+        if on_gpus and config.engine.sleeps:
+            self.packages["torch_memory_saver"] = "pip install torch-memory-saver there, or set engine.sleep=false"
 
     def check(self, hf_config: Any) -> None:
         import torch
@@ -106,6 +108,9 @@ class Adapter(EngineAdapter):
             command += ["--mem-fraction-static", str(place.memory_fraction)]
             if engine.batch_invariant:
                 command.append("--enable-deterministic-inference")
+            if place.sleeps:
+                # Without it, the requests do nothing but keep books.
+                command.append("--enable-memory-saver")
         else:
             command += ["--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"]
             command += ["--disable-cuda-graph", "--disable-overlap-schedule"]
@@ -177,8 +182,8 @@ class SglangEngine(HttpEngine):
         await self._transfer.call("POST", "/continue_generation", {})
 
     async def begin_transfer(self) -> None:
-        # What is being written is put off, and its beginning read again with the new weights.
-        await self._transfer.call("POST", "/pause_generation", {"mode": "retract"})
+        if not self.asleep:  # otherwise it is paused
+            await self._pause()
         await self._change("/begin_weight_update", {"selector": "all"})
 
     async def receive(self, info: dict[str, Any]) -> None:
@@ -199,7 +204,22 @@ class SglangEngine(HttpEngine):
         if held != str(version):
             raise EngineError(f"{self.name} holds weights of version {held!r} after a transfer of version {version}")
         self.version = version
-        await self._transfer.call("POST", "/continue_generation", {})
+        if not self.asleep:  # otherwise there is no KV cache to write to
+            await self._transfer.call("POST", "/continue_generation", {})
+
+    async def _release(self) -> None:
+        # SGLang ends where it is to give up memory while something is written. It empties its prefix cache with this.
+        await self._pause()
+        await self._transfer.call("POST", "/release_memory_occupation", {"tags": [KV_CACHE, WEIGHTS]})
+
+    async def _resume(self, tags: frozenset[str]) -> None:
+        await self._transfer.call("POST", "/resume_memory_occupation", {"tags": sorted(tags)})
+        if tags == self.asleep:
+            await self._transfer.call("POST", "/continue_generation", {})
+
+    async def _pause(self) -> None:
+        """What is being written is put off, and its beginning read again with the new weights."""
+        await self._transfer.call("POST", "/pause_generation", {"mode": "retract"})
 
     async def _change(self, path: str, body: dict[str, Any]) -> None:
         """Ask for what may fail without the server failing."""

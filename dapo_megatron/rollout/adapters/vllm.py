@@ -18,6 +18,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 from dapo_megatron.config import Config
 from dapo_megatron.errors import ConfigError, EngineError
@@ -108,6 +109,9 @@ class Adapter(EngineAdapter):
             command += ["--gpu-memory-utilization", str(place.memory_fraction)]
             if engine.kv_cache_gib:
                 command += ["--kv-cache-memory-bytes", str(engine.kv_cache_gib << 30)]
+            if place.sleeps:
+                # The CPU build refuses this, and takes the requests without it: it does nothing then but keep books.
+                command.append("--enable-sleep-mode")
         else:
             # Prompts are read whole: with a seed, vLLM fails over part of one ("CPU Generator does not use offset").
             command += ["--enforce-eager", "--no-enable-chunked-prefill"]
@@ -144,6 +148,7 @@ class Adapter(EngineAdapter):
             transfer=Client(server, place.url, answer_seconds=push_seconds, limited_by="weights.push_seconds"),
             control=Client(server, place.url, answer_seconds=engine.stall_seconds),
             workers=engine.tensor_parallel,
+            keeps=not place.sleeps,
         )
 
     @property
@@ -153,9 +158,19 @@ class Adapter(EngineAdapter):
 
 
 class VllmEngine(HttpEngine):
-    """An `Engine` that is a vLLM server."""
+    """An `Engine` that is a vLLM server.
 
-    keeps = True
+    It sleeps at level 2, which gives the weights up, as they are sent before it samples again in any case. Level 1
+    would copy them to host memory and back each time.
+
+    Args:
+        keeps: see `Engine`.
+        others: those of `HttpEngine`.
+    """
+
+    def __init__(self, *, keeps: bool = True, **others: Any) -> None:
+        super().__init__(**others)
+        self.keeps = keeps
 
     async def join_group(self, info: dict[str, Any]) -> None:
         await self._transfer.call("POST", "/init_weight_transfer_engine", {"init_info": info})
@@ -166,7 +181,8 @@ class VllmEngine(HttpEngine):
         await self._transfer.call("POST", "/resume", {})
 
     async def begin_transfer(self) -> None:
-        await self._transfer.call("POST", "/pause?mode=wait", {})
+        if not self.asleep:  # otherwise it is paused
+            await self._transfer.call("POST", "/pause?mode=wait", {})
         await self._transfer.call("POST", "/start_weight_update", {})
 
     async def receive(self, info: dict[str, Any]) -> None:
@@ -188,7 +204,21 @@ class VllmEngine(HttpEngine):
         if held != str(version):
             raise EngineError(f"{self.name} holds weights of version {held!r} after a transfer of version {version}")
         self.version = version
-        await self._transfer.call("POST", "/resume", {})
+        if not self.asleep:  # otherwise there is no KV cache to write to
+            await self._transfer.call("POST", "/resume", {})
+
+    async def _release(self) -> None:
+        # It pauses, and empties the prefix cache.
+        await self._transfer.call("POST", "/sleep?level=2&mode=abort", {})
+
+    async def _resume(self, tags: frozenset[str]) -> None:
+        # It goes on by itself once all is there.
+        await self._transfer.call("POST", f"/wake_up?{urlencode([('tags', tag) for tag in sorted(tags)])}", {})
+        answer = await self._transfer.call("GET", "/is_sleeping")
+        with self._transfer.reading(answer, "/is_sleeping"):
+            asleep = answer["is_sleeping"]
+        if asleep != bool(self.asleep - tags):
+            raise EngineError(f"{self.name} {'sleeps' if asleep else 'is awake'} after it was woken for {sorted(tags)}")
 
 
 def _cpu_head_sizes(python: Path | None) -> list[int] | None:

@@ -21,7 +21,7 @@ from dapo_megatron.rollout.adapter import adapter_for
 from dapo_megatron.rollout.adapters import sglang
 from dapo_megatron.rollout.adapters.sglang import Adapter
 from dapo_megatron.rollout.answer import GENERATE, encode
-from dapo_megatron.rollout.engine import Engine, Sampling
+from dapo_megatron.rollout.engine import KV_CACHE, WEIGHTS, Engine, Sampling
 from dapo_megatron.rollout.place import Place
 from dapo_megatron.rollout.server import StartedServer
 from dapo_megatron.types import Prompt, VersionSpan
@@ -180,7 +180,7 @@ class Books:
     def routes(self) -> Routes:
         changes = ("init_weights_update_group", "begin_weight_update", "update_weights_from_distributed")
         others = ("end_weight_update", "update_weight_version", "flush_cache", "model_info")
-        pauses = ("pause_generation", "continue_generation")
+        pauses = ("pause_generation", "continue_generation", "release_memory_occupation", "resume_memory_occupation")
         return {f"/{name}": self._answer for name in (*changes, *others, *pauses)}
 
     async def _answer(self, request: web.Request) -> web.Response:
@@ -233,6 +233,37 @@ def test_a_push_keeps_to_the_order_that_sglang_wants(tmp_path: Path) -> None:
         "flush_cache": False,
     }
     assert asked["update_weight_version"] == {"new_version": "6", "abort_all_requests": False}
+
+
+def test_a_push_to_an_engine_that_sleeps_lets_it_go_on_once_it_has_a_cache(tmp_path: Path) -> None:
+    books = Books()
+
+    async def work(engine: Engine) -> None:
+        for _ in range(2):
+            await engine.sleep()
+        for _ in range(2):
+            await engine.wake(WEIGHTS)  # SGLang ends where it is to resume what it has not released
+        await engine.begin_transfer()
+        await engine.finish_transfer(6)
+        await engine.wake(WEIGHTS, KV_CACHE)
+
+    ask(tmp_path, books.routes, work)
+    assert [name for name, _ in books.asked] == [
+        *("pause_generation", "release_memory_occupation", "resume_memory_occupation", "begin_weight_update"),
+        *("end_weight_update", "flush_cache", "update_weight_version", "model_info"),
+        *("resume_memory_occupation", "continue_generation"),
+    ]
+    tags = [body["tags"] for name, body in books.asked if name.endswith("memory_occupation")]
+    assert tags == [["kv_cache", "weights"], ["weights"], ["kv_cache"]]
+
+
+def test_memory_is_given_up_on_gpus_where_it_can_be(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "--enable-memory-saver" in adapter(model).command(replace(GPU, sleeps=True))
+    assert "--enable-memory-saver" not in adapter(model).command(GPU)
+    assert "--enable-memory-saver" not in adapter(model).command(replace(CPU, sleeps=True))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    assert "torch_memory_saver" in adapter(model, engine={"placement": "colocated"}).packages
+    assert "torch_memory_saver" not in adapter(model).packages
 
 
 @pytest.mark.parametrize(

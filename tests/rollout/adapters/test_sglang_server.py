@@ -20,7 +20,7 @@ from dapo_megatron.errors import EngineError
 from dapo_megatron.rollout.adapters.sglang import SglangEngine
 from dapo_megatron.rollout.answer import GENERATE
 from dapo_megatron.rollout.client import Client
-from dapo_megatron.rollout.engine import Engine, Progress, Sampling
+from dapo_megatron.rollout.engine import KV_CACHE, WEIGHTS, Engine, Progress, Sampling
 from dapo_megatron.rollout.engines import Engines
 from dapo_megatron.rollout.ports import reserve_port
 from dapo_megatron.types import Completion, FinishReason, Prompt, VersionSpan
@@ -91,6 +91,7 @@ def test_log_probs_are_those_at_the_temperature(engines: Engines, hf: torch.nn.M
 CONTROL = {
     *("/pause_generation", "/continue_generation", "/init_weights_update_group", "/begin_weight_update"),
     *("/update_weights_from_distributed", "/update_weights_from_disk", "/end_weight_update", "/flush_cache"),
+    *("/release_memory_occupation", "/resume_memory_occupation"),
 }
 """Paths by which weights are changed."""
 
@@ -244,6 +245,27 @@ def test_progress_is_that_of_what_is_being_written_and_ends_with_whoever_asked(e
     assert first == last == Progress(0, 0)
     tokens = [look.tokens for look in looks]
     assert tokens == sorted(tokens) and tokens[-1] <= 64 * len(PROMPTS) * 8
+
+
+def test_one_that_sleeps_answers_nothing_and_the_same_when_it_is_awake(engines: Engines) -> None:
+    """Books only: on CPU nothing is freed, and the weights are still there."""
+    (engine,) = engines
+    how = sampling(temperature=0.0)
+
+    async def sleep_and_wake() -> tuple[Completion, Completion]:
+        (before,) = await engine.generate(PROMPTS[0], how, 1)
+        await engine.sleep()
+        assert await engine.progress() == Progress(0, 0)
+        await engine.wake(WEIGHTS)
+        asked = asyncio.create_task(engine.generate(PROMPTS[0], how, 1))
+        await asyncio.sleep(0.3)
+        assert not asked.done()
+        await engine.wake(WEIGHTS, KV_CACHE)
+        (after,) = await asked
+        return before, after
+
+    before, after = engines.run(sleep_and_wake())
+    assert before.token_ids.tolist() == after.token_ids.tolist()
 
 
 def test_responses_that_ended_before_the_others_are_counted(engines: Engines) -> None:

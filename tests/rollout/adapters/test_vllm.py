@@ -18,7 +18,7 @@ from dapo_megatron.config_file import parse
 from dapo_megatron.errors import ConfigError, EngineError
 from dapo_megatron.rollout.adapters.vllm import Adapter
 from dapo_megatron.rollout.answer import GENERATE, PROGRESS, encode
-from dapo_megatron.rollout.engine import Engine, Progress, Sampling
+from dapo_megatron.rollout.engine import KV_CACHE, WEIGHTS, Engine, Progress, Sampling
 from dapo_megatron.rollout.place import Place
 from dapo_megatron.rollout.server import StartedServer
 from dapo_megatron.types import FinishReason, Prompt, VersionSpan
@@ -269,6 +269,7 @@ def test_no_request_waits_for_another(tmp_path: Path) -> None:
         ("/finish_weight_update", lambda engine: engine.finish_transfer(6)),
         ("/reset_prefix_cache", lambda engine: engine.finish_transfer(6)),
         ("/resume", lambda engine: engine.finish_transfer(6)),
+        ("/sleep", lambda engine: engine.sleep()),
     ],
 )
 def test_what_belongs_to_a_transfer_has_the_limit_of_a_push(
@@ -280,7 +281,7 @@ def test_what_belongs_to_a_transfer_has_the_limit_of_a_push(
         await asyncio.sleep(0.6)
         return web.json_response({"success": True})
 
-    paths = ("/init_weight_transfer_engine", "/pause", "/start_weight_update", "/update_weights")
+    paths = ("/init_weight_transfer_engine", "/pause", "/start_weight_update", "/update_weights", "/sleep")
     routes = {path: answering({}) for path in (*paths, "/finish_weight_update", "/resume")}
     routes |= {"/reset_prefix_cache": answering({"success": True}), path: slow}
     ask(tmp_path, routes, request_of, engine={"stall_seconds": 0.2})
@@ -306,6 +307,77 @@ def test_a_push_that_another_run_left_open_is_ended(tmp_path: Path) -> None:
 
     ask(tmp_path, dict.fromkeys(("/collective_rpc", "/resume"), answer), lambda engine: engine.reset())
     assert asked == [("/collective_rpc", {"method": "abandon_update"}), ("/resume", {})]
+
+
+class Sleeper:
+    """A stand-in for vLLM's server that sleeps, and notes what it is asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.asleep: set[str] = set()
+
+    @property
+    def routes(self) -> dict[str, Callable[[web.Request], Awaitable[web.Response]]]:
+        paths = ("/sleep", "/wake_up", "/is_sleeping", "/pause", "/resume", "/start_weight_update")
+        return dict.fromkeys((*paths, "/finish_weight_update", "/reset_prefix_cache", "/weight_info"), self._answer)
+
+    async def _answer(self, request: web.Request) -> web.Response:
+        if request.path == "/is_sleeping":
+            return web.json_response({"is_sleeping": bool(self.asleep)})
+        self.asked.append(str(request.rel_url))
+        if request.path == "/sleep":
+            self.asleep = {"weights", "kv_cache"}
+        if request.path == "/wake_up":
+            self.asleep -= set(request.query.getall("tags"))
+        return web.json_response({"success": True})
+
+
+def test_a_push_to_an_engine_that_sleeps_lets_it_go_on_once_it_has_a_cache(tmp_path: Path) -> None:
+    server = Sleeper()
+
+    async def work(engine: Engine) -> None:
+        for _ in range(2):
+            await engine.sleep()
+        for _ in range(2):
+            await engine.wake(WEIGHTS)
+        await engine.begin_transfer()
+        await engine.finish_transfer(6)
+        for _ in range(2):
+            await engine.wake(WEIGHTS, KV_CACHE)
+        await engine.begin_transfer()
+        await engine.finish_transfer(7)
+
+    ask(tmp_path, server.routes, work)
+    finishing = ["/finish_weight_update", "/reset_prefix_cache", "/weight_info"]
+    assert server.asked == [
+        *("/sleep?level=2&mode=abort", "/wake_up?tags=weights"),
+        *("/start_weight_update", *finishing),
+        "/wake_up?tags=kv_cache",
+        *("/pause?mode=wait", "/start_weight_update", *finishing, "/resume"),
+    ]
+
+
+def test_an_engine_that_stays_asleep_is_an_error(tmp_path: Path) -> None:
+    server = Sleeper()
+
+    async def work(engine: Engine) -> None:
+        await engine.sleep()
+        server.asleep.add("scheduling")
+        await engine.wake(WEIGHTS)
+        await engine.wake(KV_CACHE)
+
+    with pytest.raises(EngineError, match=r"engine 3 sleeps after it was woken for \['kv_cache'\]"):
+        ask(tmp_path, server.routes, work)
+
+
+def test_an_engine_that_sleeps_forgets_and_is_told_on_gpus_that_it_will() -> None:
+    server: Any = SimpleNamespace(name="engine 0", version=0)
+    gpu = replace(CPU, gpus=("0",))
+    for here in (CPU, gpu):
+        assert adapter().connect(server, here).keeps and "--enable-sleep-mode" not in adapter().command(here)
+        assert not adapter().connect(server, replace(here, sleeps=True)).keeps
+    assert "--enable-sleep-mode" in adapter().command(replace(gpu, sleeps=True))
+    assert "--enable-sleep-mode" not in adapter().command(replace(CPU, sleeps=True)), "the CPU build refuses it"
 
 
 @pytest.mark.parametrize("path", ["/reset_prefix_cache", "/weight_info"])

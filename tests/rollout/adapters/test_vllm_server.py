@@ -23,7 +23,7 @@ from dapo_megatron.errors import ConfigError, EngineError
 from dapo_megatron.rollout.adapters.vllm import Adapter, VllmEngine
 from dapo_megatron.rollout.answer import GENERATE
 from dapo_megatron.rollout.client import Client
-from dapo_megatron.rollout.engine import Engine, Progress, Sampling
+from dapo_megatron.rollout.engine import KV_CACHE, WEIGHTS, Engine, Progress, Sampling
 from dapo_megatron.rollout.engines import Engines
 from dapo_megatron.rollout.place import Place
 from dapo_megatron.rollout.ports import reserve_port
@@ -85,13 +85,14 @@ def test_vllm_knows_every_argument_and_variable(gpus: tuple[str, ...]) -> None:
         "data": {"train": "t.jsonl"},
         "engine": {"kv_cache_gib": 3},
     }
-    place = Place(index=0, host="127.0.0.1", port=8000, gpus=gpus, memory_fraction=0.4, seed=17)
+    place = Place(index=0, host="127.0.0.1", port=8000, gpus=gpus, memory_fraction=0.4, seed=17, sleeps=True)
     adapter = Adapter(parse(values))
     parser: Any = vars(serve)["make_arg_parser"](FlexibleArgumentParser())
     arguments = parser.parse_args(adapter.command(place)[3:])
     assert (arguments.logprobs_mode, arguments.seed) == ("processed_logprobs", 17)
     if gpus:
         assert (arguments.gpu_memory_utilization, arguments.kv_cache_memory_bytes) == (0.4, 3 << 30)
+        assert arguments.enable_sleep_mode
     variables = {name for name in adapter.environment(place) if name.startswith("VLLM_")}
     assert variables and not variables - set(envs.environment_variables)
 
@@ -208,7 +209,7 @@ def test_a_refused_request_says_which_prompt_it_was_for(engines: Engines) -> Non
 
 CONTROL = {
     *("/pause", "/resume", "/init_weight_transfer_engine", "/start_weight_update", "/update_weights"),
-    *("/finish_weight_update", "/reset_prefix_cache"),
+    *("/finish_weight_update", "/reset_prefix_cache", "/sleep", "/wake_up"),
 }
 """Paths by which weights are changed."""
 
@@ -259,6 +260,36 @@ def test_responses_that_ended_before_the_others_are_counted(engines: Engines) ->
     finished = engines.run(looks())
     assert 0 < max(finished) < 300
     assert finished[: finished.index(max(finished))] == sorted(finished[: finished.index(max(finished))])
+
+
+def test_one_that_sleeps_answers_nothing_and_the_same_when_it_is_awake(engines: Engines) -> None:
+    """Books only: on CPU nothing is freed, and the weights are still there."""
+    (engine,) = engines
+    how = sampling(temperature=0.0)
+    prompt = Prompt("long", tuple(3 + 7 * i % 250 for i in range(128)), "", "")
+
+    async def state() -> bool:
+        return (await control(engine).call("GET", "/is_sleeping"))["is_sleeping"]
+
+    async def sleep_and_wake() -> tuple[Completion, Completion]:
+        (before,) = await engine.generate(prompt, how, 1)
+        written = asyncio.create_task(engine.generate(prompt, sampling(stop_token_ids=()), 200))
+        while not (await engine.progress()).tokens:
+            await asyncio.sleep(0.01)
+        await engine.sleep()
+        assert await engine.progress() == Progress(0, 0) and await state()
+        assert {completion.finish for completion in await written} == {FinishReason.ABORT}
+        await engine.wake(WEIGHTS)
+        asked = asyncio.create_task(engine.generate(prompt, how, 1))
+        await asyncio.sleep(0.3)
+        assert await state() and not asked.done()
+        await engine.wake(WEIGHTS, KV_CACHE)
+        (after,) = await asked
+        assert not await state()
+        return before, after
+
+    before, after = engines.run(sleep_and_wake())
+    assert before.token_ids.tolist() == after.token_ids.tolist()
 
 
 @pytest.mark.parametrize(("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
