@@ -434,5 +434,5 @@ def test_the_evaluation_of_the_paper() -> None:
 def test_colocated_engines_sleep_and_the_actor_makes_room_for_them(
     tmp_path: Path, overrides: list[str], sleeps: bool, offload: tuple[str, ...]
 ) -> None:
-    config = load(tmp_path, *overrides)
+    config = load(tmp_path, MINIMAL, *overrides)
     assert (config.engine.sleeps, config.offload) == (sleeps, offload)

@@ -174,7 +174,7 @@ def run(
         card.happened.append("checkpoint")
 
     checkpoints: Any = SimpleNamespace(
-        last="", due=lambda step: True, save=save, news=lambda: None, finish=lambda: None
+        point_to_best=lambda: None, last="", due=lambda step: True, save=save, news=lambda: None, finish=lambda: None
     )
     publisher: Any = StandInPublisher(card)
     if config.weights.verify == "full":
