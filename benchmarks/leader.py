@@ -124,7 +124,7 @@ def checked(prompts: int) -> Checked:
             Prompt(f"prompt {number}", tuple(rng.choices(range(10, 10_000), k=rng.randint(*PROMPT))), "", canned.RIGHT)
             for number in range(prompts)
         ],
-        held_out=[],
+        held_out={},
         warnings=(),
     )
 

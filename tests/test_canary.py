@@ -28,7 +28,7 @@ from dapo_megatron.rollout.adapters.vllm import VllmEngine
 from dapo_megatron.rollout.engine import KV_CACHE, WEIGHTS, Sampling
 from dapo_megatron.rollout.engines import Engines
 from dapo_megatron.types import Completion, FinishReason, MicroBatch, MiniBatch, Prompt, TrainSample, VersionSpan
-from dapo_megatron.weights import outgoing
+from dapo_megatron.weights import broadcast, buckets
 from dapo_megatron.weights.broadcast import BroadcastPublisher
 from tests.helpers.models import save_tiny
 from tests.weights.test_publish import Keeper
@@ -262,13 +262,14 @@ class TestWithVllm:
         fault.write_text("")
 
     def test_a_flipped_bit_in_a_bucket_is_caught_by_name(self, pushes: Pushes, monkeypatch: pytest.MonkeyPatch) -> None:
-        put = outgoing.put
+        put = buckets.put
 
-        def flipping(tensor: torch.Tensor, flat: torch.Tensor, start: int) -> None:
-            put(tensor, flat, start)
+        def flipping(tensor: torch.Tensor, flat: torch.Tensor, start: int) -> torch.Tensor:
+            place = put(tensor, flat, start)
             flat[start] ^= 1
+            return place
 
-        monkeypatch.setattr(outgoing, "put", flipping)
+        monkeypatch.setattr(broadcast, "put", flipping)
         with pytest.raises(EngineError, match=r"engine 0, [\s\S]*weight has arrived with other bytes than were sent"):
             # The last push has left the engine in its middle: it answers no canary.
             pushes.publisher.push(pushes.checkpoint.export(pushes.actor.chunks), version=7)

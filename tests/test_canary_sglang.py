@@ -15,7 +15,7 @@ from dapo_megatron.errors import EngineError
 from dapo_megatron.rollout.adapters import sglang
 from dapo_megatron.rollout.adapters.sglang import SglangEngine
 from dapo_megatron.rollout.engines import Engines
-from dapo_megatron.weights import outgoing
+from dapo_megatron.weights import broadcast, buckets
 from dapo_megatron.weights.verify import Tally
 from tests.helpers.sglang import STARTUP_SECONDS, needs_sglang
 from tests.test_canary import DeafEngines, Pushes, make_config
@@ -117,13 +117,14 @@ def test_a_tensor_that_an_engine_has_kept_is_caught_by_name(pushes: Pushes, faul
 
 
 def test_a_flipped_bit_in_a_bucket_is_caught_by_name(pushes: Pushes, monkeypatch: pytest.MonkeyPatch) -> None:
-    put = outgoing.put
+    put = buckets.put
 
-    def flipping(tensor: torch.Tensor, flat: torch.Tensor, start: int) -> None:
-        put(tensor, flat, start)
+    def flipping(tensor: torch.Tensor, flat: torch.Tensor, start: int) -> torch.Tensor:
+        place = put(tensor, flat, start)
         flat[start] ^= 1
+        return place
 
-    monkeypatch.setattr(outgoing, "put", flipping)
+    monkeypatch.setattr(broadcast, "put", flipping)
     with pytest.raises(EngineError, match=r"engine 0, [\s\S]*weight has arrived with other bytes than were sent"):
         pushes.push(8)
 

@@ -215,7 +215,7 @@ def right_responses(prompt: Prompt) -> int:
 def script(config: Config) -> Callable[[Prompt, int], list[Completion]]:
     words = tokenizer()
     form = "\\boxed{%s}\n" if config.reward.rule == "math_verify" else "Answer: %s\n"
-    filler, end = words.convert_tokens_to_ids([".", END])
+    filler, end = (words.convert_tokens_to_ids(token) for token in (".", END))
 
     def respond(prompt: Prompt, n: int) -> list[Completion]:
         assert n == 4

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
-from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -40,7 +39,7 @@ class Scene:
     def __init__(self, stop: Stop, *errors: EngineError | None) -> None:
         self.errors, self.failed, self.peers = list(errors), list[EngineError](), Ranks()
         publisher: Any = SimpleNamespace(push=self._push)
-        actor: Any = SimpleNamespace(chunks=[], back=nullcontext)
+        actor: Any = SimpleNamespace(chunks=[], leave=lambda **_: None, come_back=lambda **_: None)
         hf: Any = SimpleNamespace(gathers=False)
         self.engines: Any = SimpleNamespace(expect=lambda version: None, fail=self.failed.append, refill=None)
         self.supply = Supply(publisher, actor, hf, self.peers, self.engines, stop)

@@ -45,7 +45,8 @@ class MemoryConfig(Section):
         if self.recompute == "selective" and not self.recompute_modules:
             raise ValueError("recompute=selective recomputes recompute_modules, and there are none; set recompute=none")
         for name in ("offload", "recompute_modules"):
-            if len(set(named := getattr(self, name) or [])) < len(named):
+            named: list[str] = getattr(self, name) or []
+            if len(set(named)) < len(named):
                 raise ValueError(f"{name} names the same twice: {', '.join(named)}")
         return self
 

@@ -105,7 +105,7 @@ class NodeEngines:
             address = address_for([self._master]).pop()
             self._here = with_share(self._config, len(indices), address)
             self._check(self._here)
-            self._adapter = adapter_for(self._here)
+            self._adapter = adapter_for(self._here, self._here.engine.kind)
             first = self._here.engine.port
             for slot, index in enumerate(indices):
                 port = reserve_port(address, first + slot if first else 0)

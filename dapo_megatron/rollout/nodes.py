@@ -220,6 +220,7 @@ class ServerOnNode:
         EngineError: from `ready` and `check`, with what the node says of it.
     """
 
+    run = ""  # no other has its token
     version = UNKNOWN  # model.path is another machine's
 
     def __init__(self, mail: Mail, node: Node, place: Place, life: int, ready: Callable[[], bool]) -> None:
