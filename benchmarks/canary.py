@@ -71,7 +71,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, list[tuple
             "rollout": {"prompts": 4, "responses": 4, "max_response_tokens": 64},
             "train": {"mini_batch": 16, "micro_batch_tokens": 1024},
             "reward": {"overlong": {"punishment": False}},
-            "engine": {"kind": arguments.kind, "startup_seconds": 600},
+            "engine": {"kind": arguments.kind, "startup_seconds": 3600},
             # What is measured is not to end this.
             "weights": {"push_seconds": 120, "canary_tolerance": 1e9},
         }
