@@ -103,7 +103,7 @@ def as_text(card: Mapping[str, Any]) -> str:
 
 
 def _training(part: Mapping[str, Any]) -> str:
-    rows = [("", "", "", f"{part['rows']:,}")]
+    rows = [("", "rows read", "", f"{part['rows']:,}")]
     rows += [(step["filter"], step["why"], f"{step['removed']:,}", f"{step['left']:,}") for step in part["filters"]]
     filters = _table(("filter", "what it leaves out", "left out", "stay"), rows)
     return f"{filters}\n\nBy language: {_languages(part)}."
@@ -131,7 +131,12 @@ def _overlap(overlap: Mapping[str, Any]) -> str:
         (name, f"{counts['problems']:,}", f"{counts['removed']:,}", f"{counts['kept']:,}")
         for name, counts in overlap["sets"].items()
     ]
-    heads = ("evaluation set", "problems of it that occur", "training problems left out", "kept, with some runs")
+    heads = (
+        "evaluation set",
+        "problems of it that occur",
+        "training problems left out",
+        "kept, with half of that or more",
+    )
     return f"{rule}\n\n{_table(heads, rows)}"
 
 
