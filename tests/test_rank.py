@@ -9,9 +9,11 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -19,6 +21,7 @@ import pytest
 import yaml
 
 from dapo_megatron import rank
+from dapo_megatron.errors import EngineError
 from dapo_megatron.heartbeat import Failure
 from dapo_megatron.obs.lock import LOCK, FolderLock
 from dapo_megatron.rank import _Rank
@@ -42,7 +45,7 @@ def config(tmp_path: Path) -> Path:
     ("scene", "lost", "number", "last"),
     [
         long("python,collective", 0, signal.SIGKILL, "error: rank 0 was ended by SIGKILL"),
-        ("python,waiting", 0, signal.SIGSTOP, "error: the leader, rank 0 on "),
+        long("python,waiting", 0, signal.SIGSTOP, "error: the leader, rank 0 on "),
         long("python,collective", 0, signal.SIGSTOP, "error: the leader, rank 0 on "),
         ("collective,python", 1, signal.SIGKILL, "error: rank 1 was ended by SIGKILL"),
         long("python,python", 1, signal.SIGSTOP, "error: rank 1 on "),
@@ -77,7 +80,7 @@ def test_a_rank_that_fails_is_told_by_the_leader(config: Path, scene: str) -> No
 
 
 @pytest.mark.parametrize(
-    "scene", ["raise,collective", long("raise,waiting"), "raise,python,fail", long("raise,python,hang")]
+    "scene", ["raise,collective", *map(long, ("raise,waiting", "raise,python,fail", "raise,python,hang"))]
 )
 def test_a_leader_that_fails_says_why_last(config: Path, scene: str) -> None:
     with job(config, scene) as process:
@@ -91,6 +94,7 @@ def test_a_leader_that_fails_says_why_last(config: Path, scene: str) -> None:
     assert ("closing failed" in log) == ("fail" in scene)
 
 
+@pytest.mark.long
 def test_a_collective_that_takes_too_long_ends_the_run(config: Path) -> None:
     with job(config, "python,collective", "launch.collective_seconds=3") as process:
         family = ranks_of(process, config)
@@ -167,6 +171,7 @@ def test_the_quiet_ranks_of_a_machine_do_not_end_the_one_that_speaks(
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.long
 def test_ranks_may_come_later_than_a_collective_may_take(config: Path) -> None:
     with job(config, "end,end,slow", "launch.collective_seconds=3") as process:
         output = ended(process)
@@ -208,6 +213,17 @@ def test_a_rank_that_is_lost_before_all_have_come_is_named() -> None:
     leader = _Rank()
     leader._heard = lost
     assert leader._cause(SystemExit(143)) is lost
+
+
+def test_a_rank_that_took_engines_along_is_the_reason_and_not_they(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    lost = Failure("error: rank 1 on node7 is lost", 1)
+    leader = _Rank()
+    monkeypatch.setattr(leader, "_stop", SimpleNamespace(unwind=lambda code: None))
+    leader._said.set()
+    threading.Timer(0.3, leader._heard_of, [lost]).start()
+    assert leader._cause(EngineError("engine 2 on node7 is gone")) is lost
+    assert _Rank()._cause(EngineError("engine 0 hangs")).reason == "error: engine 0 hangs"
 
 
 def test_input_that_only_the_leader_sees_to_be_wrong_ends_the_run_at_once(config: Path) -> None:
