@@ -28,7 +28,7 @@ from dapo_megatron.actor import topology
 from dapo_megatron.actor.topology import Topology
 from dapo_megatron.config import Config
 from dapo_megatron.data.tokenizer import decoder
-from dapo_megatron.errors import DapoError
+from dapo_megatron.errors import DapoError, EngineError
 from dapo_megatron.heartbeat import SETTLE_SECONDS, Failure, Peers, join
 from dapo_megatron.launch import CLOSE_SECONDS, check_launch, parent_command, saving_is_cut_short
 from dapo_megatron.obs.observer import NullObserver, Observer, RunObserver
@@ -199,6 +199,8 @@ class _Rank:
                 return self._heard
             case SystemExit(code=int(code)):  # the leader knows why
                 return Failure("", code)
+            case EngineError() if failure := self._hear_more():
+                return failure  # the rank that the engine has gone with
             case DapoError():
                 return Failure(f"error: {error}", error.exit_code)
         reason = "error: " + "".join(traceback.format_exception(error)).rstrip()

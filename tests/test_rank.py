@@ -9,9 +9,11 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -19,6 +21,7 @@ import pytest
 import yaml
 
 from dapo_megatron import rank
+from dapo_megatron.errors import EngineError
 from dapo_megatron.heartbeat import Failure
 from dapo_megatron.obs.lock import LOCK, FolderLock
 from dapo_megatron.rank import _Rank
@@ -210,6 +213,17 @@ def test_a_rank_that_is_lost_before_all_have_come_is_named() -> None:
     leader = _Rank()
     leader._heard = lost
     assert leader._cause(SystemExit(143)) is lost
+
+
+def test_a_rank_that_took_engines_along_is_the_reason_and_not_they(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    lost = Failure("error: rank 1 on node7 is lost", 1)
+    leader = _Rank()
+    monkeypatch.setattr(leader, "_stop", SimpleNamespace(unwind=lambda code: None))
+    leader._said.set()
+    threading.Timer(0.3, leader._heard_of, [lost]).start()
+    assert leader._cause(EngineError("engine 2 on node7 is gone")) is lost
+    assert _Rank()._cause(EngineError("engine 0 hangs")).reason == "error: engine 0 hangs"
 
 
 def test_input_that_only_the_leader_sees_to_be_wrong_ends_the_run_at_once(config: Path) -> None:
