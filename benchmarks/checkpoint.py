@@ -5,7 +5,8 @@
 Two data-parallel ranks, one thread each. A step is what ranks do in one without the engines: log-probs of four
 mini-batches and four updates; with its rollout it takes longer, and a checkpoint adds less. The kinds of step take
 turns, and the median counts. A checkpoint that is written meanwhile counts with all it costs: the wait until it is
-copied, and what its writer takes from the step. It is waited for between steps, out of the clock.
+copied, and what its writer takes from the step. What is left of it then is waited for between steps, out of the clock,
+and printed.
 
 Exits with 1 where a checkpoint that is written meanwhile adds more than 15%.
 """
@@ -59,8 +60,8 @@ def measure(name: str, folder: Path) -> float:
         for mini_batch in filled:
             actor.update(mini_batch, objective, lr=1e-6)
 
-    def timed(kind: str, number: int) -> tuple[float, float]:
-        """Seconds of a step with what it saves, and of the copying or writing before it."""
+    def timed(kind: str, number: int) -> tuple[float, float, float]:
+        """Seconds of a step with what it saves, of the copying or writing before it, and of the writing after it."""
         topo.sum(torch.zeros(1))
         started = time.perf_counter()
         if kind != "alone":
@@ -71,7 +72,7 @@ def measure(name: str, folder: Path) -> float:
         ended = time.perf_counter()
         if kind != "alone":
             checkpoints[kind].finish()
-        return ended - started, saved - started
+        return ended - started, saved - started, time.perf_counter() - ended
 
     step()
     kinds = ("alone", "meanwhile", "at once")
@@ -81,6 +82,7 @@ def measure(name: str, folder: Path) -> float:
     ]
     seconds = {kind: median(row[kind][0] for row in rounds[1:]) for kind in kinds}
     before = {kind: median(row[kind][1] for row in rounds[1:]) for kind in kinds}
+    after = {kind: median(row[kind][2] for row in rounds[1:]) for kind in kinds}
     started = time.perf_counter()
     checkpoints["at once"].restore()
     reading = time.perf_counter() - started
@@ -91,7 +93,8 @@ def measure(name: str, folder: Path) -> float:
         print(f"{name}: a checkpoint has {gigabytes:.2f} GB, a step takes {alone:.2f} s on {topo.dp} ranks")
         for kind in kinds[1:]:
             added = seconds[kind] - alone
-            print(f"  written {kind:<9} adds {added / alone:6.1%} ({added:.2f} s); {before[kind]:.2f} s pass before it")
+            waits = f"{before[kind]:.2f} s pass before it, {after[kind]:.2f} s after it"
+            print(f"  written {kind:<9} adds {added / alone:6.1%} ({added:.2f} s); {waits}")
         print(f"  reading it takes {reading / alone:.0%} of a step ({reading:.2f} s)")
     topology.shutdown()
     return (seconds["meanwhile"] - seconds["alone"]) / seconds["alone"]

@@ -1,4 +1,5 @@
-"""The command line: `dapo-megatron train|eval|engines|check-reduction|convert|inspect|config` (`-m dapo_megatron`).
+"""The command line: `dapo-megatron prepare|train|eval|engines|check-reduction|convert|inspect|config`, or
+`-m dapo_megatron`.
 
 Exit codes: those of `EXIT_CODES`, and 141 where the reader of the output went away.
 """
@@ -21,7 +22,9 @@ from dapo_megatron import __version__, config_file
 from dapo_megatron.config import Config
 from dapo_megatron.convert.main import add_convert, add_inspect
 from dapo_megatron.errors import ConfigError, DapoError
-from dapo_megatron.signals import INTERRUPTED, Insistence, heeded, raise_when_interrupted
+from dapo_megatron.prepare.main import DESCRIPTION as PREPARE
+from dapo_megatron.prepare.main import add_prepare
+from dapo_megatron.signals import INTERRUPTED, Insistence, exit_when_ended, heeded, raise_when_interrupted
 
 if TYPE_CHECKING:
     from dapo_megatron.eval.report import Told
@@ -35,6 +38,7 @@ again, it goes on), 129 the terminal was closed (SIGHUP) and nothing saved, 130 
 """
 EXAMPLES = """\
 examples:
+  dapo-megatron prepare data --languages en --config CONFIG    get and clean data sets (docs/data.md)
   dapo-megatron train configs/quickstart_cpu.yaml
   dapo-megatron train configs/quickstart_cpu.yaml train.steps=50 run.name=longer optimizer.lr=1e-5
   dapo-megatron train --resume configs/quickstart_cpu.yaml    go on from the last checkpoint, or begin
@@ -110,6 +114,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"dapo-megatron {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    add_prepare(commands.add_parser("prepare", help="get and clean data sets", description=PREPARE, allow_abbrev=False))
 
     train = commands.add_parser(
         "train",
@@ -383,9 +389,7 @@ def _check_reduction(arguments: argparse.Namespace) -> int:
     if arguments.processes is not None and arguments.processes < 1:
         raise ConfigError(f"--processes {arguments.processes}: at least one process is needed")
     config = config_file.load(arguments.config, arguments.overrides)
-    # Processes and files are cleaned up on the way out.
-    for number in {signal.SIGTERM, signal.SIGHUP} & {*heeded()}:
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    exit_when_ended()
     agree = check_reduction(
         config,
         arguments.layouts,

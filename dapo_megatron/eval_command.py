@@ -143,13 +143,15 @@ def evaluate_model(
         with _writable(folder, DapoError):
             if any(left.values()):
                 say(f"starting engines; responses and {TABLE} go to {folder}, with the engines' logs")
-                rules = {rule for its in held_out.values() for rule in rules_of(its)}
-                pools = {rule: stack.enter_context(closing(_pool(rule, config.reward))) for rule in sorted(rules)}
+                rules: set[Rule] = {rule for its in held_out.values() for rule in rules_of(its)}
+                pools: dict[Rule, GradingPool] = {
+                    rule: stack.enter_context(closing(_pool(rule, config.reward))) for rule in sorted(rules)
+                }
                 sampler = Sampler(config, checked, decoder(checked.tokenizer), pools)
                 engines = stack.enter_context(closing(start(config, folder)))
                 engines.wait_ready()
-                for name, its in held_out.items():
-                    engines.sample(sampler.sample(engines, its, left[name], partial(record.add, name)))
+                for name, missing in left.items():
+                    engines.sample(sampler.sample(engines, held_out[name], missing, partial(record.add, name)))
             rows = {name: record.finish(name, checked.held_out[name]) for name in held_out}
             told = _tell(rows, held_out, Settings(settings.decisive, record.origin))
             record.conclude(told.results, told.table + "\n")

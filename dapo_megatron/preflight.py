@@ -132,7 +132,7 @@ def preflight_eval(config: Config) -> Checked:
             "engine.urls: an evaluation sends no weights, and engines that run already may have others than "
             "model.path; let it start its own: engine.placement=split engine.urls=[]"
         )
-    check_grading(*ALWAYS_GRADED, *(its.rule for its in config.held_out.values()))
+    check_grading(*ALWAYS_GRADED, *_held_out_rules(config))
     _check_temperatures(config)
     hf_config = _check_engines(config)
     check_gpus(config.engine, ranks=0)
@@ -166,7 +166,7 @@ def preflight_engines(config: Config) -> tuple[str, ...]:
 
 def _check_sampling(config: Config) -> Any:
     """Whether engines can serve the model and responses can be graded; returns the model's configuration."""
-    check_grading(config.reward.rule, *(its.rule for its in config.held_out.values()))
+    check_grading(config.reward.rule, *_held_out_rules(config))
     _check_temperatures(config)
     return _check_engines(config)
 
@@ -235,6 +235,10 @@ def _idle(config: Config) -> Iterable[str]:
         yield f"weights.folder is set, but weights.transport is {config.weights.transport}: nothing is written there"
     for section in config.algo.idle:
         yield f"algo.{section} is set, but algo.loss is {config.algo.loss}: its settings do nothing"
+
+
+def _held_out_rules(config: Config) -> list[Rule]:
+    return [its.rule for its in config.held_out.values()]
 
 
 def check_grading(*rules: Rule) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -32,6 +33,12 @@ def raise_when_interrupted() -> None:
     """Have Ctrl-C raise KeyboardInterrupt again."""
     if signal.getsignal(signal.SIGINT) is _end:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def exit_when_ended() -> None:
+    """Have SIGTERM and SIGHUP, where heeded, raise SystemExit: what is unfinished is removed on the way out."""
+    for number in {signal.SIGTERM, signal.SIGHUP} & {*heeded()}:
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
 
 
 def _end(number: int, frame: FrameType | None) -> None:

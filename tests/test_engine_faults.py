@@ -58,7 +58,7 @@ def hurt(config: Path, number: str, *engines: int) -> subprocess.CompletedProces
 @pytest.mark.parametrize(
     ("count", "number"),
     [
-        pytest.param(1, "SIGKILL", id="the only one"),
+        pytest.param(1, "SIGKILL", id="the only one", marks=pytest.mark.long),
         pytest.param(2, "SIGKILL", id="one of two", marks=pytest.mark.long),
         pytest.param(1, "SIGSTOP", id="stopped", marks=pytest.mark.long),
     ],

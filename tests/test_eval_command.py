@@ -25,7 +25,7 @@ class InProcess:
     """Grades as `GradingPool` does, without processes."""
 
     def __init__(self, rule: Rule, workers: int, timeout_seconds: float) -> None:
-        self.rule = rule
+        self.rule: Rule = rule
 
     async def grade(self, items: Sequence[tuple[str, str]]) -> list[Grade]:
         return [grade(response, answer, self.rule) for response, answer in items]

@@ -42,6 +42,10 @@ ROOMS: dict[str, set[str]] = {
     "weights": VOCABULARY,
     "checkpoint": {*VOCABULARY, "convert.dist_files"},
     "eval": {*VOCABULARY, "rollout.collect", "rollout.engine"},
+    "prepare": {
+        *(*VOCABULARY, "checkpoint.folder", "cli", "config_file", "convert.main", "convert.output", "data"),
+        *("obs.terminal", "signals"),
+    },
     "preflight": {
         *(*VOCABULARY, "actor.architecture", "checkpoint.folder", "data", "obs.run_folder", "obs.sinks"),
         *("reward.format", "reward.math", "rollout"),

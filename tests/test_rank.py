@@ -42,7 +42,7 @@ def config(tmp_path: Path) -> Path:
     ("scene", "lost", "number", "last"),
     [
         long("python,collective", 0, signal.SIGKILL, "error: rank 0 was ended by SIGKILL"),
-        ("python,waiting", 0, signal.SIGSTOP, "error: the leader, rank 0 on "),
+        long("python,waiting", 0, signal.SIGSTOP, "error: the leader, rank 0 on "),
         long("python,collective", 0, signal.SIGSTOP, "error: the leader, rank 0 on "),
         ("collective,python", 1, signal.SIGKILL, "error: rank 1 was ended by SIGKILL"),
         long("python,python", 1, signal.SIGSTOP, "error: rank 1 on "),
@@ -77,7 +77,7 @@ def test_a_rank_that_fails_is_told_by_the_leader(config: Path, scene: str) -> No
 
 
 @pytest.mark.parametrize(
-    "scene", ["raise,collective", long("raise,waiting"), "raise,python,fail", long("raise,python,hang")]
+    "scene", ["raise,collective", *map(long, ("raise,waiting", "raise,python,fail", "raise,python,hang"))]
 )
 def test_a_leader_that_fails_says_why_last(config: Path, scene: str) -> None:
     with job(config, scene) as process:
@@ -91,6 +91,7 @@ def test_a_leader_that_fails_says_why_last(config: Path, scene: str) -> None:
     assert ("closing failed" in log) == ("fail" in scene)
 
 
+@pytest.mark.long
 def test_a_collective_that_takes_too_long_ends_the_run(config: Path) -> None:
     with job(config, "python,collective", "launch.collective_seconds=3") as process:
         family = ranks_of(process, config)
@@ -167,6 +168,7 @@ def test_the_quiet_ranks_of_a_machine_do_not_end_the_one_that_speaks(
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.long
 def test_ranks_may_come_later_than_a_collective_may_take(config: Path) -> None:
     with job(config, "end,end,slow", "launch.collective_seconds=3") as process:
         output = ended(process)

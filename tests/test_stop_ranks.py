@@ -81,6 +81,7 @@ def test_a_run_that_is_asked_to_stop_saves(
     assert again(config) == (code == 75)
 
 
+@pytest.mark.long
 def test_torchrun_passes_signals_on(config: Path) -> None:
     """It has no exit code for a stop."""
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--signals-to-handle=SIGUSR1"]
@@ -113,6 +114,7 @@ def test_a_run_that_cannot_save_in_time_ends(config: Path) -> None:
     assert had == "ranks had come to:" and re.fullmatch(r"  rollout, at .*: rank 1 on .*", waiting)
 
 
+@pytest.mark.long
 def test_what_can_be_made_again_does_not_keep_a_run_from_ending(config: Path) -> None:
     with job(config, "left", "checkpoint.signal_seconds=2", module="stop_job") as process:
         ranks = ranks_of(process, config)
@@ -123,6 +125,7 @@ def test_what_can_be_made_again_does_not_keep_a_run_from_ending(config: Path) ->
     assert again(config)
 
 
+@pytest.mark.long
 def test_a_run_that_is_over_and_closes_is_over(config: Path) -> None:
     with job(config, "close", module="stop_job") as process:
         ranks = ranks_of(process, config)
@@ -184,6 +187,7 @@ def alone(config: Path, scene: str, *overrides: str) -> Iterator[subprocess.Pope
         yield process
 
 
+@pytest.mark.long
 def test_a_run_of_one_process_saves(config: Path) -> None:
     with alone(config, "rollout") as process:
         process.terminate()
@@ -200,6 +204,7 @@ def test_a_run_stops_before_its_time_is_over(config: Path) -> None:
     assert again(config)
 
 
+@pytest.mark.long
 def test_a_run_that_cannot_leave_word_ends_all_the_same(config: Path) -> None:
     with alone(config, "rollout") as process:
         (config.parent / "runs/test" / f".{AGAIN}.unfinished").mkdir()
@@ -210,6 +215,7 @@ def test_a_run_that_cannot_leave_word_ends_all_the_same(config: Path) -> None:
     assert "Is a directory" in (config.parent / "runs/test/log.txt").read_text()
 
 
+@pytest.mark.long
 def test_a_run_that_is_done_when_it_is_asked_to_stop_is_done(config: Path) -> None:
     with alone(config, "end") as process:
         process.terminate()

@@ -100,7 +100,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     "overrides",
     [
-        pytest.param([], id="dp2"),
+        pytest.param([], id="dp2", marks=LONG),
         pytest.param(
             [
                 "parallel.tp=2",
@@ -189,6 +189,7 @@ def test_an_update_that_is_not_finite_is_kept_and_ends_the_run(material: Path, t
     assert sum(int(mask_T.sum()) for mask_T in masks) == int(metadata["loss_tokens"]) > 0
 
 
+@LONG
 def test_too_few_mixed_groups_end_the_run_with_the_counts(material: Path, tmp_path: Path) -> None:
     done = run(material, tmp_path, "rollout.dynamic_sampling=true", "rollout.max_generation_batches=2")
     assert done.returncode == 1
@@ -255,7 +256,7 @@ def ranks(family: Family) -> Family:
             id="stopped_leader",
             marks=LONG,
         ),
-        pytest.param(lambda family: family[0].kill(), -signal.SIGKILL, "", id="killed_launcher"),
+        pytest.param(lambda family: family[0].kill(), -signal.SIGKILL, "", id="killed_launcher", marks=LONG),
     ],
 )
 def test_however_a_run_ends_nothing_is_left(

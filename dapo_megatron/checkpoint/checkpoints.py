@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import queue
 import secrets
 import shutil
 import socket
+import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Collection, Sequence
@@ -42,6 +45,8 @@ SIDE_FILES = "hf"
 _WRITING = timedelta(days=30)
 """How long the ranks' writers wait for one another: as long as storage takes. Whoever dies meanwhile ends the run."""
 _REMIND_SECONDS = 60.0
+_NICENESS = 10
+"""Of a writer. A step that computes beside it has ten times its share of a core."""
 """After which the leader's log says that a checkpoint is still being written; then after twice as long, and so on."""
 
 
@@ -297,6 +302,7 @@ class Checkpoints:
         last: bool,
     ) -> None:
         """Write this rank's part and, on the leader, make it a checkpoint once all have. In a thread of its own."""
+        _step_back()
         started, size = time.monotonic(), 0
         try:
             written = self._write_part(shards, unfinished)
@@ -395,6 +401,12 @@ class Checkpoints:
             mine = {name.removeprefix(prefix): tensor for name, tensor in states.items() if name.startswith(prefix)}
             restore_random_states(mine)
         self.saved_step, self.last = manifest.step, f"the last checkpoint is {folder}"
+
+
+def _step_back() -> None:
+    """Have the thread that calls this compute when others do not: on a CPU, the ranks and their step come first."""
+    if sys.platform == "linux":  # elsewhere, threads have no priority of their own
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
 
 
 def _said(error: BaseException) -> str:

@@ -31,6 +31,8 @@ from dapo_megatron.errors import DapoError
 LATEST, BEST = "latest", "best"
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d+)")
+_BLOCK = 16 << 20
+"""Bytes that are read and hashed at once: between two, a thread may wait for the interpreter while others compute."""
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -109,9 +111,11 @@ def describe(path: Path) -> File:
     Raises:
         OSError: where it cannot be read.
     """
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return File(file.tell(), digest)
+    digest, block = hashlib.sha256(), memoryview(bytearray(_BLOCK))
+    with path.open("rb", buffering=0) as file:
+        while size := file.readinto(block):
+            digest.update(block[:size])
+        return File(file.tell(), digest.hexdigest())
 
 
 def complete(unfinished: Path, manifest: Manifest) -> Path:

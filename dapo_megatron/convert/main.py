@@ -6,7 +6,6 @@ import argparse
 import io
 import json
 import os
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from typing import Any
 
 from dapo_megatron.config import ParallelConfig
 from dapo_megatron.errors import ConfigError
-from dapo_megatron.signals import end_when_interrupted, raise_when_interrupted
+from dapo_megatron.signals import end_when_interrupted, exit_when_ended, raise_when_interrupted
 
 _CONVERT_CODES = (
     "Exit codes: 0 done, 1 it failed, or --verify found a difference, 2 input that cannot work (nothing was written), "
@@ -37,8 +36,8 @@ def add_convert(parser: argparse.ArgumentParser, *, to: str | None = None) -> No
         to: megatron or hf; None where the input decides.
     """
     source = {"megatron": "HF_DIR", "hf": "CHECKPOINT", None: "SOURCE"}[to]
-    parser.add_argument("source", metavar=source, type=_path, help="the folder of the checkpoint, or of a run")
-    parser.add_argument("target", metavar="OUT", type=_path, help="the folder to write, which must not be there")
+    parser.add_argument("source", metavar=source, type=path_argument, help="the folder of the checkpoint, or of a run")
+    parser.add_argument("target", metavar="OUT", type=path_argument, help="folder to write, which must not be there")
     if to != "hf":
         only = "" if to else " (to Megatron)"
         for name, what in _SIZES.items():
@@ -47,7 +46,7 @@ def add_convert(parser: argparse.ArgumentParser, *, to: str | None = None) -> No
         parser.add_argument(
             "--hf-files",
             metavar="DIR",
-            type=_path,
+            type=path_argument,
             help="config.json, tokenizer and the like, for a checkpoint without an hf/ folder",
         )
     parser.add_argument("--dtype", choices=_DTYPES, help="cast the weights; default: keep what each has")
@@ -62,7 +61,8 @@ def add_convert(parser: argparse.ArgumentParser, *, to: str | None = None) -> No
         parser.set_defaults(hf_files=None)
 
 
-def _path(text: str) -> Path:
+def path_argument(text: str) -> Path:
+    """Return the path of an argument, and refuse what a shell has made nothing of."""
     if not text:
         raise argparse.ArgumentTypeError("it is empty, as a shell variable that is not set; give a folder")
     if text.startswith("~"):
@@ -76,7 +76,7 @@ def _path(text: str) -> Path:
 
 def add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "path", metavar="PATH", type=_path, help="the folder of a checkpoint, of whatever kind, or a run"
+        "path", metavar="PATH", type=path_argument, help="the folder of a checkpoint, of whatever kind, or a run"
     )
     parser.add_argument(
         "--hashes",
@@ -192,14 +192,7 @@ def _prepare() -> None:
     # What libraries lack on this machine is no news to a person who converts.
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
-    # What is unfinished is removed on the way out.
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, _leave)
-
-
-def _leave(number: int, frame: Any) -> None:
-    sys.exit(128 + number)
+    exit_when_ended()
 
 
 def _inspect(arguments: argparse.Namespace) -> int:

@@ -22,6 +22,15 @@ _WEIGHTS = {
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
+def refuse_existing(target: Path) -> None:
+    """
+    Raises:
+        ConfigError: where `target` is there.
+    """
+    if target.exists() or target.is_symlink():
+        raise ConfigError(f"{target} is there already; give another name, or remove it first")
+
+
 @contextmanager
 def unfinished(target: Path, nbytes: int) -> Iterator[Path]:
     """Yield a folder that becomes `target` on leaving; whatever ends it before, an interrupt too, leaves nothing.
@@ -33,8 +42,7 @@ def unfinished(target: Path, nbytes: int) -> Iterator[Path]:
         ConfigError: where `target` is there already, its folder cannot be written to, or the disk has no room.
         DapoError: where writing fails later.
     """
-    if target.exists() or target.is_symlink():
-        raise ConfigError(f"{target} is there already; give another name, or remove it first")
+    refuse_existing(target)
     parent = target.absolute().parent
     there = next(folder for folder in (parent, *parent.parents) if folder.exists())
     if (free := shutil.disk_usage(there).free) < nbytes + _MARGIN:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dapo_megatron.config import DataConfig
@@ -29,32 +29,50 @@ def load_prompts(
         warn: is told how many prompts were dropped, where any were.
 
     Raises:
-        ConfigError: as `read_rows`; for a row without question or answer, or with one of a wrong type; where
-            chat_template is on and the tokenizer has none; for prompts that the tokenizer changes (see
-            `check_lossless`), and for those that are too long, unless they are dropped.
+        ConfigError: as `read_rows` and `encode`; for a row without question or answer, or with one of a wrong type, and
+            for prompts that are too long, unless they are dropped.
+    """
+    uids, questions, answers = [], [], []
+    for uid, row in read_rows(source):
+        uids.append(uid)
+        questions.append(_question(row, config.prompt_field, uid))
+        answers.append(_answer(row, config.answer_field, uid))
+    encoded = encode(questions, uids, config, tokenizer)
+    prompts = [
+        Prompt(uid, token_ids, text, answer)
+        for uid, (text, token_ids), answer in zip(uids, encoded, answers, strict=True)
+    ]
+    return _within_limit(prompts, config, source, warn)
+
+
+def encode(
+    questions: Sequence[str], uids: Sequence[str], config: DataConfig, tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[str, tuple[int, ...]]]:
+    """Return what the model is given for each question: its text, templates included, and the tokens of that.
+
+    Args:
+        uids: what to call each question.
+
+    Raises:
+        ConfigError: where chat_template is on and the tokenizer has none; for a question without tokens, and for those
+            that the tokenizer changes (see `check_lossless`).
     """
     if config.chat_template and not tokenizer.chat_template:
         raise ConfigError("data.chat_template is true, but the tokenizer has no chat template; set it to false")
-    uids, texts, answers = [], [], []
-    for uid, row in read_rows(source):
-        uids.append(uid)
-        texts.append(_text(_question(row, config.prompt_field, uid), config, tokenizer))
-        answers.append(_answer(row, config.answer_field, uid))
+    texts = [_text(question, config, tokenizer) for question in questions]
     encoded = tokenizer(
         texts, add_special_tokens=not config.chat_template, return_special_tokens_mask=True, verbose=False
     )
-    prompts = [
-        Prompt(uid, tuple(ids), text, answer)
-        for uid, ids, text, answer in zip(uids, encoded["input_ids"], texts, answers, strict=True)
-    ]
-    if empty := next((prompt for prompt in prompts if not prompt.token_ids), None):
-        raise ConfigError(f"{empty.uid}: the prompt {empty.text!r} has no tokens")
+    token_ids = [tuple(ids) for ids in encoded["input_ids"]]
+    for uid, text, ids in zip(uids, texts, token_ids, strict=True):
+        if not ids:
+            raise ConfigError(f"{uid}: the prompt {text!r} has no tokens")
     own = [
         [token for token, added in zip(ids, mask, strict=True) if not added]
-        for ids, mask in zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True)
+        for ids, mask in zip(token_ids, encoded["special_tokens_mask"], strict=True)
     ]
     check_lossless(tokenizer, texts, own, uids)
-    return _within_limit(prompts, config, source, warn)
+    return list(zip(texts, token_ids, strict=True))
 
 
 def _within_limit(prompts: list[Prompt], config: DataConfig, source: str, warn: Callable[[str], None]) -> list[Prompt]:

@@ -43,10 +43,11 @@ def rule_results(grades_PK: Grades) -> dict[str, Any]:
         name: {"value": float(np.mean(values_P)), "over_problems": interval_of_mean(values_P)}
         for name, values_P in of_problems(extracted_PK, correct_PK).items()
     }
-    metrics[f"avg@{len(correct_PK[0])}"] |= {
-        "over_problems_and_samples": interval_over_both(correct_PK),
-        "over_samples": interval_over_samples(correct_PK),
-    }
+    if (samples := len(correct_PK[0])) > 1:
+        metrics[f"avg@{samples}"] |= {
+            "over_problems_and_samples": interval_over_both(correct_PK),
+            "over_samples": interval_over_samples(correct_PK),
+        }
     return {
         "metrics": metrics,
         "no_answer": float(np.mean([grade.extracted is None for row in grades_PK for grade in row])),

@@ -160,7 +160,7 @@ def quantiles(values: Sequence[float]) -> dict[str, float]:
 
 
 def _means(correct_PK: Sequence[Sequence[bool]]) -> NDArray[np.float64]:
-    return np.array([np.mean(row) for row in correct_PK])
+    return np.array([np.mean(row) for row in correct_PK], np.float64)
 
 
 def _expanded(draw: _Draw, problems: int, seed: int) -> Interval:

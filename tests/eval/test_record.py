@@ -42,6 +42,7 @@ def test_a_record_goes_on_where_it_was_cut_short_and_ends_in_the_order_of_the_pr
         assert missing == (["x:1", "x:2"] if torn == written[:-1] else ["x:2"])
         assert again.origin == {"model": "models/a"}
     again.add("aime", both("x:2"))
+    assert open_record(tmp_path / "cut").missing("aime", PROMPTS) == []  # nothing is left of what was torn
     for record in (whole, again):
         rows = record.finish("aime", PROMPTS)
         assert [[one.uid for one in of_prompt] for of_prompt in rows] == [[f"x:{n}"] * 2 for n in (1, 2, 3)]

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 ROOT = Path(__file__).parents[2]
-_TIMES = re.compile(r"time|seconds/.*|eval/seconds|tokens_per_second|memory/.*|engine/.*|push/.*")
+_TIMES = re.compile(r"time|seconds/.*|eval/(.*/)?seconds|tokens_per_second|memory/.*|engine/.*|push/.*")
 """What differs between two runs of the same: seconds, memory, engines that failed and what they got."""
 
 

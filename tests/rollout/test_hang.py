@@ -76,6 +76,7 @@ def fails(engines: Engines, work: Any, says: str, limit: str = "engine.stall_sec
     assert limit in str(failure.value) and "engine0.log" in str(failure.value)
 
 
+@pytest.mark.long
 def test_an_engine_that_hangs_as_a_whole(running: tuple[Engines, Family]) -> None:
     engines, family = running
     fails(engines, writing(engines, family), "engine 0 does not answer: 3 questions in 6 s")
@@ -93,6 +94,7 @@ def test_a_model_that_hangs_in_a_transfer(running: tuple[Engines, Family]) -> No
     fails(engines, engine.begin_transfer(), "engine 0, /pause.*: no answer within 8 s", "weights.push_seconds")
 
 
+@pytest.mark.long
 def test_an_engine_that_hangs_in_a_transfer(running: tuple[Engines, Family]) -> None:
     """Its server, too, which the watch notices first."""
     engines, family = running

@@ -84,9 +84,9 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({}, 1),
         ({"tp": 2}, 2),
         ({"tp": 4}, 4),  # more ranks than heads of keys
-        ({"pp": 2}, 2),
+        pytest.param({"pp": 2}, 2, marks=pytest.mark.long),
         ({"pp": 2, "vpp": 2}, 2),
-        ({"tp": 2, "pp": 2}, 4),
+        pytest.param({"tp": 2, "pp": 2}, 4, marks=pytest.mark.long),
         ({"tp": 2, "pp": 2, "vpp": 2}, 4),
     ],
     ids=lambda value: "x".join(f"{axis}{size}" for axis, size in value.items()) if isinstance(value, dict) else "",

@@ -22,7 +22,7 @@ from tests.weights.test_gloo import PROMPT, SAMPLING, make_model, weights_of, wo
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
-@pytest.fixture(params=["gloo", "disk"])
+@pytest.fixture(params=[pytest.param("gloo", marks=pytest.mark.long), "disk"])
 def config(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
     make_model(0, tied=False).save_pretrained(tmp_path / "model")
     values = {
