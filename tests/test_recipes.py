@@ -19,6 +19,7 @@ from dapo_megatron import config_file
 from dapo_megatron.actor.topology import Topology
 from dapo_megatron.config import Config
 from dapo_megatron.preflight import preflight
+from dapo_megatron.prepare.sets import TEMPLATE
 from dapo_megatron.rollout.place import place
 from dapo_megatron.train import learning_rate
 from dapo_megatron.types import Completion, FinishReason, MiniBatch, Prompt
@@ -91,8 +92,7 @@ def test_numbers_that_follow_from_the_recipe() -> None:
     assert (config.rollout.batch_size, updates, config.train.steps * updates) == (8_192, 16, 5_280)
     assert config.rollout.max_response_tokens - config.reward.overlong.cache == 16_384
     assert [learning_rate(config.optimizer, step) for step in (0, 8, 9, 329)] == pytest.approx([1e-7, 9e-7, 1e-6, 1e-6])
-    assert config.data.template.format(problem="1+1?").endswith('\n\n1+1?\n\nRemember to put your answer on its own '
-                                                                'line after "Answer:".')  # fmt: skip
+    assert config.data.template == TEMPLATE
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -213,16 +213,16 @@ def right_responses(prompt: Prompt) -> int:
 
 
 def script(config: Config) -> Callable[[Prompt, int], list[Completion]]:
-    words = tokenizer()
+    vocabulary = tokenizer().get_vocab()
     form = "\\boxed{%s}\n" if config.reward.rule == "math_verify" else "Answer: %s\n"
-    filler, end = (words.convert_tokens_to_ids(token) for token in (".", END))
+    filler, end = vocabulary["."], vocabulary[END]
 
     def respond(prompt: Prompt, n: int) -> list[Completion]:
         assert n == 4
         responses = []
         for index, length in enumerate(LENGTHS):
             stated = int(prompt.answer) if index < right_responses(prompt) else 1 - int(prompt.answer)
-            answer = [words.convert_tokens_to_ids(form % stated)]
+            answer = [vocabulary[form % stated]]
             if length == CAP:
                 responses.append(completion([filler] * (CAP - 1) + answer, finish=FinishReason.LENGTH))
             else:

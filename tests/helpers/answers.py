@@ -20,8 +20,8 @@ CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-STRENGTH = {END: 7.0, TURN_END: 7.0, **dict.fromkeys(ANSWERS, 8.0)}
-"""Logits; those of other tokens are near 0."""
+STRENGTH = {END: 8.2, TURN_END: 7.0, **dict.fromkeys(ANSWERS, 8.0)}
+"""Logits; those of other tokens are near 0. The likeliest token ends a response, so that one ends at any top-p."""
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
