@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import os
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -151,7 +151,10 @@ def _steps(path: Path, sections: dict[str, Any], ranks: int, rank: int, loss: st
         for transport, device in (("gloo", "cpu"), ("nccl", "cuda:0")):
             with phase(f"publish over {transport}"):
                 weights = checkpoint.export(actor.chunks)
-                facts.buckets[transport] = devices_of(_flats(checkpoint, weights, torch.device(device)))
+                if topo.is_leader:
+                    facts.buckets[transport] = devices_of(_flats(checkpoint, weights, torch.device(device)))
+                else:
+                    deque(weights, maxlen=0)  # it takes part in gathering
         with actor.gradients_as_weights():
             facts.state["gradients as weights"] = devices_of(dict(checkpoint.export(actor.chunks)).values())
         return facts
