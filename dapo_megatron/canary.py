@@ -75,7 +75,7 @@ class Canary:
         if self._leader and not self._config.engine.sleeps:
             # One that sleeps cannot be asked; the canary of the push before is in what it should have forgotten.
             with suppress(EngineError):  # one that has failed is not pushed to, or fails then
-                self._ask(self._leader, self._prompt, tokens=1)
+                self._ask(self._leader, list(self._leader.engines), self._prompt, tokens=1)
         asked = time.monotonic()
         measures: Measures = {}
         failure: EngineError | None = None
@@ -116,9 +116,10 @@ class Canary:
         """
         answers: list[Completion] = []
         if self._leader and not failure:
+            engines = list(self._leader.engines)  # one may be gone as soon as it has answered
             try:
-                answers = self._ask(self._leader, prompt, self._tokens)
-                _check_versions(self._leader.engines, answers, version)
+                answers = self._ask(self._leader, engines, prompt, self._tokens)
+                _check_versions(engines, answers, version)
             except EngineError as error:
                 failure = error
         if not self._peers.leader_says("canary", bool(answers) and not failure):
@@ -136,7 +137,7 @@ class Canary:
         )
         return self._topo.max(differences(mini_batches, self._config.engine.count))
 
-    def _ask(self, leader: Leader, prompt: Prompt | None, tokens: int) -> list[Completion]:
+    def _ask(self, leader: Leader, engines: Sequence[Engine], prompt: Prompt | None, tokens: int) -> list[Completion]:
         """Return the answer of each engine; all are asked at once."""
         assert prompt
         config, limit = self._config, self._config.weights.push_seconds
@@ -160,7 +161,7 @@ class Canary:
                 ) from None
 
         async def answers() -> list[Completion]:
-            return await asyncio.gather(*map(answer_of, leader.engines))
+            return await asyncio.gather(*map(answer_of, engines))
 
         return leader.engines.run(answers())
 

@@ -10,6 +10,7 @@ from dapo_megatron.actor.architecture import attention_tokens
 from dapo_megatron.config import HELD_OUT, Config, HeldOut
 from dapo_megatron.data.stream import PromptStream
 from dapo_megatron.data.tokenizer import decoder
+from dapo_megatron.errors import EngineError, WeightsError
 from dapo_megatron.eval.evaluate import EvalResult, evaluate
 from dapo_megatron.measures import Measures
 from dapo_megatron.obs.metrics import step_metrics
@@ -135,19 +136,24 @@ class Leader:
                 continue
             result: EvalResult | None = None
             what = f"evaluating ({when})" if name == HELD_OUT else f"evaluating {name} ({when})"
-            with suppress(StopRequested), stop.interruptible(), self._obs.phase(what):
-                result = self.engines.sample(
-                    evaluate(
-                        self.engines,
-                        self._held_out[name],
-                        self._judges[its.rule],
-                        self._decode,
-                        its,
-                        seed=self.config.sampling_seed,
-                        max_tokens=self.sampling.max_tokens,
-                        stop_token_ids=self.sampling.stop_token_ids,
+            try:
+                with suppress(StopRequested), stop.interruptible(), self._obs.phase(what):
+                    result = self.engines.sample(
+                        evaluate(
+                            self.engines,
+                            self._held_out[name],
+                            self._judges[its.rule],
+                            self._decode,
+                            its,
+                            seed=self.config.sampling_seed,
+                            max_tokens=self.sampling.max_tokens,
+                            stop_token_ids=self.sampling.stop_token_ids,
+                        )
                     )
-                )
+            except WeightsError:
+                raise
+            except EngineError as error:  # as in a rollout: what is done can be saved
+                stop.ask(f"error: {error}", error.exit_code)
             if result is None:
                 return
             self.evaluations.value.setdefault(name, {})[when] = result

@@ -41,6 +41,7 @@ from dapo_megatron.rollout.nodes import Nodes
 from dapo_megatron.signals import Insistence, heeded, listen
 from dapo_megatron.stop import REQUEUE, Stop, StopRequested
 from dapo_megatron.train import train
+from dapo_megatron.weights.group import let_us_end_transmissions
 
 log = logging.getLogger(__name__)
 
@@ -144,6 +145,8 @@ class _Rank:
             self._offer_engines(config, peers)
         peers.after_leader("checks")
         limit = timedelta(seconds=launch.collective_seconds) + (_LEADER_PATIENCE if self._is_leader else timedelta())
+        if config.weights.transport == "nccl":
+            let_us_end_transmissions(os.environ)
         return config, topology.initialize(config.parallel, timeout=limit, store=store), obs, checked
 
     def _offer_engines(self, config: Config, peers: Peers) -> None:

@@ -23,7 +23,7 @@ from dapo_megatron.heartbeat import Peers
 from dapo_megatron.measures import Measures
 from dapo_megatron.rollout.engine import KV_CACHE, WEIGHTS
 from dapo_megatron.rollout.engines import Engines
-from dapo_megatron.stop import Stop
+from dapo_megatron.stop import Stop, StopRequested
 from dapo_megatron.weights.hf import HfCheckpoint
 from dapo_megatron.weights.publish import Publisher
 
@@ -68,8 +68,7 @@ class Supply:
         Collective. Yields what `push` returns, and raises what it does.
         """
         yield self.hand_over(version)
-        # A run that stops waits for no engine: its actor has to be saved.
-        self._sleep(self._phase, wait=self._stop.reason is None)
+        self._sleep(self._phase, heed_stop=True)
         self._actor.come_back(self._phase)
 
     def hand_over(self, version: int) -> Measures:
@@ -143,13 +142,32 @@ class Supply:
         self._actor.leave()
         self._wake(WEIGHTS, KV_CACHE)
 
-    def _sleep(self, phase: Phase = nullcontext, *, wait: bool = True) -> None:
+    def _sleep(self, phase: Phase = nullcontext, *, heed_stop: bool = False) -> None:
         if not self._in_turns:
             return
         with phase("sleep"):
             if self._engines:
-                self._engines.sleep(wait=wait)
+                with self._saved_where_it_fails():
+                    self._put_to_sleep(self._engines, heed_stop)
             self._peers.after_leader("engines that sleep")
+
+    def _put_to_sleep(self, engines: Engines, heed_stop: bool) -> None:
+        if not heed_stop:
+            engines.sleep()
+            return
+        try:
+            with self._stop.interruptible():
+                engines.sleep()
+        except StopRequested:  # a run that stops waits for no engine that starts: its actor has to be saved
+            engines.sleep(wait=False)
+
+    @contextmanager
+    def _saved_where_it_fails(self) -> Iterator[None]:
+        """Around what only the leader does, while the others wait: an engine that cannot be ended stops the run."""
+        try:
+            yield
+        except EngineError as error:
+            self._stop.ask(f"error: {error}", error.exit_code)
 
     def _wake(self, *tags: str, phase: Phase = nullcontext) -> None:
         if not self._in_turns:
@@ -157,5 +175,6 @@ class Supply:
         with phase("wake"):
             self._peers.together("memory for the engines")
             if self._engines:
-                self._engines.wake(*tags)
+                with self._saved_where_it_fails():
+                    self._engines.wake(*tags)
             self._peers.after_leader("engines that wake")

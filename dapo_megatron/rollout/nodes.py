@@ -179,7 +179,8 @@ class Nodes:
         if "refused" in said:
             raise ConfigError(f"engine.nodes: {self.share(number)}, and rank {rank} on {host} says: {said['refused']}")
         where = zip(indices, said["ports"], said["gpus"], strict=True)
-        places = [Place(index, said["address"], port, tuple(gpus), 0.0, 0) for index, port, gpus in where]
+        sleeps = self._config.engine.sleeps
+        places = [Place(index, said["address"], port, tuple(gpus), 0.0, 0, sleeps) for index, port, gpus in where]
         return Node(number, rank, host, said["address"], int(said["ranks"]), tuple(places))
 
     def _answers(self, ranks: Sequence[int] | dict[int, Any]) -> dict[int, dict[str, Any]]:

@@ -109,7 +109,12 @@ class _Broadcast:
     async def carry(self, bucket: Bucket) -> None:
         assert self.group
         self._sending = True
-        await self.group.sent([self.group.transmit(flat) for flat in bucket.flats])
+        try:
+            await self.group.sent([self.group.transmit(flat) for flat in bucket.flats])
+        except BaseException:
+            # On a GPU, the transmission goes on waiting for who is gone, and whoever waits for the GPU waits for it.
+            self.group.abandon()
+            raise
         self._sending = False
 
     def close(self) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -25,6 +25,8 @@ from dapo_megatron.weights.buckets import HOST
 
 _POLL_SECONDS = 0.0005
 _ERROR_HANDLING = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
+_NEVER = timedelta(days=30)
+"""Limit of NCCL's own watchdog: `Group` has the one that counts."""
 
 
 class Group:
@@ -41,6 +43,7 @@ class Group:
 
     def __init__(self, processes: Any, device: torch.device, timeout_seconds: float) -> None:
         self._processes, self.device, self._timeout = processes, device, timeout_seconds
+        self._left = False
 
     def transmit(self, flat: Tensor) -> c10d.Work:
         """Start sending or receiving; all members make the same calls.
@@ -73,7 +76,8 @@ class Group:
 
     def abandon(self) -> None:
         """Leave the group without the others. NCCL's kernels, which wait for them, end; gloo ends by itself."""
-        if self.device != HOST:
+        if self.device != HOST and not self._left:
+            self._left = True
             self._processes.abort()
 
     def _settle(self, work: c10d.Work) -> None:
@@ -114,7 +118,7 @@ def join_group(
     if device == HOST:
         return Group(_over_gloo(store, host, rank, world_size, timeout), device, timeout_seconds)
     _compare_versions(store, rank)
-    group = Group(_over_nccl(store, rank, world_size, timeout), device, timeout_seconds)
+    group = Group(_over_nccl(store, rank, world_size), device, timeout_seconds)
     # NCCL connects when it is first used.
     group.wait([group.transmit(torch.zeros(1, dtype=torch.uint8, device=device))])
     return group
@@ -129,9 +133,19 @@ def _over_gloo(store: Any, host: str, rank: int, world_size: int, timeout: timed
     return c10d.ProcessGroupGloo(c10d.PrefixStore("weights", store), rank, world_size, options)
 
 
-def _over_nccl(store: Any, rank: int, world_size: int, timeout: timedelta) -> Any:
+def let_us_end_transmissions(environment: MutableMapping[str, str]) -> None:
+    """Have a process whose default group is one of NCCL survive an error of another group, such as this one.
+
+    To be called before the default group is made. By torch's sources, every group's watchdog tells that one's to write
+    a dump when it sees an error, whoever handles the error, and that ends the process some minutes later. A value that
+    is there is kept.
+    """
+    environment.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
+
+
+def _over_nccl(store: Any, rank: int, world_size: int) -> Any:
     options = c10d.ProcessGroupNCCL.Options()
-    options._timeout = timeout  # pyright: ignore[reportAttributeAccessIssue]
+    options._timeout = _NEVER  # pyright: ignore[reportAttributeAccessIssue]
     with _errors_are_ours():
         return c10d.ProcessGroupNCCL(c10d.PrefixStore("weights", store), rank, world_size, options)
 
