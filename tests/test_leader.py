@@ -11,6 +11,7 @@ import pytest
 
 from dapo_megatron import config_file
 from dapo_megatron.config import HELD_OUT, HeldOut
+from dapo_megatron.errors import EngineError, WeightsError
 from dapo_megatron.eval.evaluate import EvalResult
 from dapo_megatron.leader import Evaluations, Leader
 from dapo_megatron.obs.observer import RunObserver
@@ -83,3 +84,25 @@ def test_the_best_step_is_the_first_of_the_highest_accuracy_among_those_that_are
     leader: Any = SimpleNamespace(config=config, evaluations=Kept(Evaluations, {"aime": results, "math": other}))
     bests = [Leader.best(leader, steps) for steps in ([10, 20, 30, 40], [10, 20, 25], [40, 10], [25], [])]
     assert bests == [30, 10, 40, None, None]
+
+
+@pytest.mark.parametrize("error", [EngineError("gone for good"), WeightsError("others than were sent")])
+def test_an_evaluation_without_engines_has_the_run_save_and_one_of_other_weights_ends_it(
+    monkeypatch: pytest.MonkeyPatch, error: EngineError
+) -> None:
+    def sample(work: Any) -> Any:
+        raise error
+
+    asked: list[tuple[str, int]] = []
+    stop: Any = SimpleNamespace(interruptible=nullcontext, ask=lambda *reason: asked.append(reason))
+    leader: Any = object.__new__(Leader)
+    leader.config = config_file.parse({"model": {"path": "x"}, "data": {"train": "x"}, "eval": {"data": "x"}})
+    leader.evaluations, leader.engines = Kept(Evaluations, {}), SimpleNamespace(sample=sample)
+    leader.sampling = SimpleNamespace(max_tokens=4, stop_token_ids=())
+    leader._held_out, leader._judges, leader._decode = {HELD_OUT: []}, {"dapo": None}, None
+    leader._obs = SimpleNamespace(phase=lambda name: nullcontext())
+    monkeypatch.setattr("dapo_megatron.leader.evaluate", lambda *_, **__: None)
+    with nullcontext() if type(error) is EngineError else pytest.raises(WeightsError):
+        leader.evaluate_due(0, stop)
+    assert asked == ([("error: gone for good", 1)] if type(error) is EngineError else [])
+    assert not leader.evaluations.value

@@ -84,3 +84,47 @@ def test_other_failures_are_the_engines(stop: Stop) -> None:
     assert [str(error) for error in scene.failed] == ["died"] and stop.reason is None
     with pytest.raises(WeightsError, match="others"):
         scene.supply.push(4)
+
+
+class Sleepy:
+    """Engines of which one does not go to sleep as it should."""
+
+    def __init__(self, stop: Stop, *, fails: bool) -> None:
+        self._stop, self._fails = stop, fails
+        self.waited: list[bool] = []
+
+    def sleep(self, *, wait: bool = True) -> None:
+        self.waited.append(wait)
+        if self._fails:
+            raise EngineError("engine 0 did not end")
+        if wait:
+            self._stop.ask("SIGUSR1")  # while it waits for one that starts
+            pytest.fail("a stop is heard at once")
+
+    def wake(self, *tags: str) -> None: ...
+    def expect(self, version: int) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("fails", "waited", "reason"), [(False, [True, False], "SIGUSR1"), (True, [True], "error: engine 0 did not end")]
+)
+def test_whatever_becomes_of_engines_that_go_to_sleep_the_others_are_told_and_the_actor_is_back_to_be_saved(
+    stop: Stop, fails: bool, waited: list[bool], reason: str
+) -> None:
+    told: list[str] = []
+
+    class Told(Peers):
+        def leader_says(self, what: str, value: Any = None) -> Any:
+            told.append(what)
+            return value
+
+        def together(self, what: str) -> None: ...
+
+    actor: Any = SimpleNamespace(leave=lambda *_, **__: None, come_back=lambda *_: told.append("back"), chunks=[])
+    publisher: Any = SimpleNamespace(push=lambda *_: {})
+    hf: Any = SimpleNamespace(gathers=False)
+    engines: Any = Sleepy(stop, fails=fails)
+    with Supply(publisher, actor, hf, Told(), engines, stop, in_turns=True).sampling(7):
+        pass
+    assert told[-2:] == ["engines that sleep", "back"]
+    assert (engines.waited, stop.reason) == (waited, reason)

@@ -262,6 +262,13 @@ def test_engines_have_the_gpus_of_their_own_machine(
     )
 
 
+@pytest.mark.parametrize("sleep", [None, False])
+def test_the_leader_knows_that_engines_of_other_nodes_sleep(meet: Meet, sleep: bool | None) -> None:
+    """They forget their weights then: nothing may be left out of a push."""
+    nodes, _ = meet(nodes="all", count=2, placement="colocated", sleep=sleep)
+    assert nodes.place(1).sleeps is (sleep is None)
+
+
 def test_a_node_of_many_without_engines_is_not_told_and_starts_none(meet: Meet, tmp_path: Path) -> None:
     nodes, boxes = meet(machines=3, nodes=[2])
     assert plan(config(tmp_path), LOCAL_RANKS, nodes)[1:] == (f"  node 2, {HERE}, 127.0.0.1: 2 ranks, engine 0",)
