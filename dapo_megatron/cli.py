@@ -378,7 +378,8 @@ def _compared(first: Path, second: Path) -> Told:
 def _engines(arguments: argparse.Namespace) -> int:
     from dapo_megatron.serve import serve
 
-    here = ["engine.placement=split", "engine.urls=[]", "engine.kinds=[]"]  # the others are for the run
+    # The others are for the run.
+    here = ["engine.placement=split", "engine.urls=[]", "engine.kinds=[]", "engine.nodes=[0]", "engine.sleep=null"]
     serve(config_file.load(arguments.config, [*arguments.overrides, *here]), tell, _say)
     return 0
 

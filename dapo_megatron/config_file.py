@@ -72,10 +72,13 @@ def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def _over(under: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Lay `values` over those of a base: sections key by key, anything else as a whole."""
+    """Lay `values` over those of a base: sections key by key, anything else as a whole; null takes a section away."""
     for key, value in values.items():
         below = under.get(key)
-        under[key] = _over(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+        if isinstance(below, dict) and value is None:
+            del under[key]
+        else:
+            under[key] = _over(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
     return under
 
 

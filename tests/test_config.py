@@ -280,6 +280,14 @@ def test_a_file_says_what_it_has_different_from_its_base(tmp_path: Path) -> None
     assert config_file.parse(config.model_dump(mode="json")) == config, "what a run keeps needs no base"
 
 
+def test_null_takes_away_what_the_base_has(tmp_path: Path) -> None:
+    sets = "eval: {sets: {one: {data: a}, other: {data: b}}}\nreward: {overlong: {cache: 8}}\n"
+    (tmp_path / "base.yaml").write_text(MINIMAL + sets)
+    config = load(tmp_path, "base: base.yaml\neval: {sets: {one: null, mine: {data: c}}}\nreward: null\n")
+    assert list(config.eval.sets) == ["other", "mine"]
+    assert config.reward == type(config.reward)()
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -87,7 +87,8 @@ class EvalConfig(Section):
     def _one_set_or_several(self) -> EvalConfig:
         if self.data is not None and self.sets:
             raise ValueError(
-                f"data is one set, and sets are several ({', '.join(self.sets)}); make it one of them, or set data=null"
+                f"data is one set, and sets are several ({', '.join(self.sets)}); make it one of them, or set "
+                f"data=null, or sets={{}}"
             )
         if HELD_OUT in self.sets:
             raise ValueError(f"sets.{HELD_OUT}: this is what the set of data is called; choose another name")

@@ -221,10 +221,11 @@ class EngineConfig(Section):
         if self.urls and self.on_other_nodes:
             raise ValueError(
                 f"nodes({self.nodes}) say where a run starts engines, but placement=external is for those that run "
-                f"already; leave nodes out"
+                f"already; leave nodes out, or set nodes=[0]"
             )
         if self.urls and self.count != len(self.urls):
-            raise ValueError(f"count({self.count}), but {len(self.urls)} urls; leave count out")
+            urls = len(self.urls)
+            raise ValueError(f"count({self.count}), but {urls} urls; leave count out, or set count={urls}")
         if twice := sorted({url for url in self.urls if self.urls.count(url) > 1}):
             raise ValueError(f"urls: {', '.join(twice)} more than once: an engine counts once")
         return self
