@@ -52,12 +52,13 @@ def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """
     if path in above:
         raise ConfigError(f"base leads back to where it began: {' -> '.join(map(str, (*above, path)))}")
+    named = f"the base {path} of {above[-1]}" if above else f"the config {path}"
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"cannot read the config {path}: {error.strerror}") from error
+        raise ConfigError(f"cannot read {named}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"cannot read the config {path}: {error}; write it in UTF-8") from error
+        raise ConfigError(f"cannot read {named}: {error}; write it in UTF-8") from error
     values = _yaml(text, str(path))
     if values is None:
         raise ConfigError(f"{path} is empty: expected sections such as model: and data:")

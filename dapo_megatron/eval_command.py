@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import json
 import re
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
@@ -30,6 +31,7 @@ from dapo_megatron.rollout.collect import sample_groups
 from dapo_megatron.rollout.engine import Responder, Sampling, request_seed
 from dapo_megatron.rollout.engines import Engines
 from dapo_megatron.types import Completion, Decode, Group, Prompt
+from dapo_megatron.units import counted
 
 
 def find_model(path: Path) -> Path:
@@ -52,11 +54,13 @@ def find_model(path: Path) -> Path:
             f"--model {path} is neither a Hugging Face checkpoint (config.json, *.safetensors) nor the folder of a run "
             f"that has saved one (hf/, checkpoints/)"
         )
-    target = path.resolve().parent / f"{label(newest)}-hf"
+    place = newest.resolve()
+    run = place.parents[1] if place.parent.name == "checkpoints" else place
+    target = run.parent / f"{label(newest)}-hf"
     raise ConfigError(
         f"--model {path} has its weights in Megatron's format only; write them as a Hugging Face checkpoint with\n"
-        f"  dapo-megatron convert {newest} {target}\n"
-        f"and give --model {target}"
+        f"  dapo-megatron convert {shlex.quote(str(newest))} {shlex.quote(str(target))}\n"
+        f"and give --model {shlex.quote(str(target))}"
     )
 
 
@@ -123,10 +127,12 @@ def evaluate_model(
         start: starts engines that write their logs to a folder. Not called where nothing is missing.
 
     Raises:
-        ConfigError: where the folder holds an evaluation with other settings, or another process works on it.
+        ConfigError: where the folder is the model's or in it, holds an evaluation with other settings, or another
+            process works on it.
         EngineError: when an engine fails. What was finished is there, and the next call goes on with it.
     """
     held_out = config.held_out
+    _check_beside_model(folder, config.model.path)
     settings = settings_of(config, checked)
     with ExitStack() as stack:
         with _writable(folder, ConfigError):
@@ -138,8 +144,8 @@ def evaluate_model(
         left = {name: record.missing(name, checked.held_out[name]) for name in held_out}
         for name, its in held_out.items():
             number = len(checked.held_out[name])
-            there = f"; {done:,} prompts are done already" if (done := number - len(left[name])) else ""
-            say(f"{name}: {number:,} prompts x {its.samples} responses{there}")
+            there = f"; done already: {counted(done, 'prompt')}" if (done := number - len(left[name])) else ""
+            say(f"{name}: {counted(number, 'prompt')} x {counted(its.samples, 'response')}{there}")
         with _writable(folder, DapoError):
             if any(left.values()):
                 say(f"starting engines; responses and {TABLE} go to {folder}, with the engines' logs")
@@ -210,6 +216,15 @@ class Sampler:
             )
             for sample, (completion, text) in enumerate(zip(completions, texts, strict=True))
         ]
+
+
+def _check_beside_model(folder: Path, model: Path) -> None:
+    """What is written into a model's folder would count as part of the model (`_digest`)."""
+    if folder.resolve().is_relative_to(model.resolve()):
+        raise ConfigError(
+            f"the evaluation would be written to {folder}, into the folder of the model itself, {model}; choose another "
+            f"folder: --out DIR"
+        )
 
 
 def _other_versions(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

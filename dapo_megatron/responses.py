@@ -16,6 +16,8 @@ from dapo_megatron.errors import ConfigError
 from dapo_megatron.eval.record import END, Graded
 from dapo_megatron.eval.report import Grades, Told, columns, set_results, table
 from dapo_megatron.preflight import check_grading
+from dapo_megatron.prepare.rows import answer_of
+from dapo_megatron.prepare.sets import Answers
 from dapo_megatron.reward.math import Rule
 from dapo_megatron.reward.pool import GradingPool
 
@@ -107,7 +109,7 @@ def read_answered(path: Path) -> list[Answered]:
     places: list[str] = []
     for place, row in read_rows(str(path)):
         try:
-            answered = _ROW.validate_python(_with_text(row))
+            answered = _ROW.validate_python(_with_text(place, row))
         except ValidationError as error:
             issue = error.errors()[0]
             field = ".".join(map(str, issue["loc"]))
@@ -130,10 +132,14 @@ def read_answered(path: Path) -> list[Answered]:
     return list(found.values())
 
 
-def _with_text(row: dict[str, object]) -> dict[str, object]:
-    """Spell an answer that is an integer as its digits, as data.train does."""
-    answer = row.get("answer")
-    return {**row, "answer": str(answer)} if isinstance(answer, int) and not isinstance(answer, bool) else row
+def _with_text(place: str, row: dict[str, object]) -> dict[str, object]:
+    """Spell a uid and an answer that are integers as their digits, and an answer without blanks around it."""
+    texts = {}
+    if isinstance(uid := row.get("uid"), int) and not isinstance(uid, bool):
+        texts["uid"] = str(uid)
+    if "answer" in row:
+        texts["answer"] = answer_of(place, row["answer"], "answer", Answers.VERBATIM)
+    return {**row, **texts}
 
 
 def _grade(answered: Sequence[Answered], rule: Rule) -> list[list[Graded]]:

@@ -292,7 +292,7 @@ def test_null_takes_away_what_the_base_has(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("base: 3", "config.yaml: base = 3; give the name of a file, relative to"),
-        ("base: nowhere.yaml", "nowhere.yaml: No such file"),
+        ("base: nowhere.yaml", "{folder}/nowhere.yaml of {folder}/config.yaml: No such file"),
         ("base: ../{folder}/config.yaml", "base leads back to where it began: "),
         ("base: over.yaml", "unknown key modle; did you mean model?"),
     ],

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
+import shlex
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -116,7 +118,7 @@ def test_stopped_in_the_middle_and_started_again_it_comes_to_the_same(
     again, said = Fake(), list[str]()
     measure(config, tmp_path / "parts", again, said)
     assert len(again.asked) == 10 - lives
-    assert lives == 0 or any("prompts are done already" in line for line in said)
+    assert lives == 0 or any("done already: " in line for line in said)
     for name in ("sums.jsonl", "all.jsonl", "all.differ.jsonl", "results.json", "results.txt", "settings.json"):
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
@@ -153,6 +155,15 @@ def test_a_folder_that_cannot_be_made_is_refused(config: Config, tmp_path: Path)
         measure(config, tmp_path / "file/out", Fake())
 
 
+def test_a_folder_in_that_of_the_model_is_refused(config: Config, tmp_path: Path) -> None:
+    before = sorted(config.model.path.iterdir())
+    (tmp_path / "link").symlink_to(config.model.path)
+    for folder in (config.model.path, tmp_path / "link", config.model.path / "evaluation"):
+        with pytest.raises(ConfigError, match=r"into the folder of the model itself, .*: --out DIR"):
+            measure(config, folder, Fake())
+    assert sorted(config.model.path.iterdir()) == before
+
+
 def a_run(folder: Path, *, hf: bool = False, exported: bool = False, steps: Sequence[int] = ()) -> Path:
     for step in steps:
         checkpoint = folder / f"checkpoints/step-{step}"
@@ -175,11 +186,13 @@ def test_the_model_of_a_run_is_found(tmp_path: Path) -> None:
 
 
 def test_a_run_with_megatron_checkpoints_only_is_told_how_to_convert_them(tmp_path: Path) -> None:
-    run = a_run(tmp_path / "run", steps=[2, 4])
+    run = a_run(tmp_path / "a run", steps=[2, 4])
     for given, step in ((run, 4), (run / "checkpoints/step-2", 2)):
         with pytest.raises(ConfigError) as error:
             find_model(given)
-        assert f"dapo-megatron convert {run}/checkpoints/step-{step} " in str(error.value)
+        (command,) = re.findall(r"dapo-megatron convert .*", str(error.value))
+        words = [str(run / f"checkpoints/step-{step}"), str(tmp_path / f"a_run-step-{step}-hf")]
+        assert shlex.split(command) == ["dapo-megatron", "convert", *words]
 
 
 @pytest.mark.parametrize("folder", ["nowhere", "."])

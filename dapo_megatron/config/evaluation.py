@@ -15,6 +15,8 @@ SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 HELD_OUT = "held-out"
 """What the set of eval.data is called."""
+DIFFER = ".differ"
+"""How no set's name ends: SET.differ.jsonl is a file beside SET.jsonl."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +94,12 @@ class EvalConfig(Section):
             )
         if HELD_OUT in self.sets:
             raise ValueError(f"sets.{HELD_OUT}: this is what the set of data is called; choose another name")
+        for name in self.sets:
+            if name.endswith(DIFFER):
+                raise ValueError(
+                    f"sets.{name}: {name}.jsonl is the file of what rules do not agree on in set "
+                    f"{name.removesuffix(DIFFER)}; choose a name that does not end in {DIFFER}"
+                )
         return self
 
     def held_out(self, data: DataConfig, rule: RuleName) -> dict[str, HeldOut]:

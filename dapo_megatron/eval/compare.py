@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,21 +10,23 @@ from typing import Any
 import numpy as np
 
 from dapo_megatron.errors import ConfigError
-from dapo_megatron.eval.record import RESULTS, Row, read_rows, read_settings
+from dapo_megatron.eval.record import RESULTS, SETTINGS, Row, read_rows, read_settings
 from dapo_megatron.eval.report import Grades, Told, columns, grades_by_rule, shown
 from dapo_megatron.eval.statistics import of_problems, paired
+from dapo_megatron.units import counted
 
 _TO_COMPARE = ("problems", "samples", "rules")
 """What has to be the same of each set."""
+_COPY_AGAIN = "copy the whole folder again"
 
 
 def compare_folders(first: Path, second: Path) -> Told:
     """Compare two evaluations of the same problems, by a paired bootstrap over problems.
 
     Raises:
-        ConfigError: where one is none or unfinished, or problems, samples or rules differ.
+        ConfigError: where one is none, unfinished or not whole, or problems, samples or rules differ.
     """
-    one, two = read_settings(first).decisive, read_settings(second).decisive
+    one, two = _settings(first), _settings(second)
     for folder in (first, second):
         if not (folder / RESULTS).is_file():
             raise ConfigError(f"the evaluation in {folder} is not finished ({RESULTS} is missing); start it again")
@@ -34,11 +37,19 @@ def compare_folders(first: Path, second: Path) -> Told:
             + "\n".join(problems)
             + "\nevaluate both with the same sets, samples and rules"
         )
-    rows = [
-        {name: [*read_rows(folder / f"{name}.jsonl", one[f"{name}.samples"]).values()] for name in one["sets"]}
-        for folder in (first, second)
-    ]
-    compared = compare(*rows)
+    ones, twos = (
+        {name: _rows(folder, name, one[f"{name}.samples"]) for name in one["sets"]} for folder in (first, second)
+    )
+    for name in ones:
+        if other := [uid for uid in ones[name] if uid not in twos[name]]:
+            raise ConfigError(
+                f"{second / f'{name}.jsonl'} has other problems than {first / f'{name}.jsonl'}, such as not {other[0]}, "
+                f"although their settings say the same; {_COPY_AGAIN}"
+            )
+    compared = compare(
+        {name: [*of_set.values()] for name, of_set in ones.items()},
+        {name: [twos[name][uid] for uid in of_set] for name, of_set in ones.items()},
+    )
     other = {
         key: [one.get(key), two.get(key)]
         for key in {**one, **two}
@@ -51,13 +62,40 @@ def compare_folders(first: Path, second: Path) -> Told:
     )
 
 
+def _settings(folder: Path) -> dict[str, Any]:
+    decisive = read_settings(folder).decisive
+    sets = decisive.get("sets") or []
+    for key in ("sets", *(f"{name}.{key}" for name in sets for key in _TO_COMPARE)):
+        if not decisive.get(key):
+            raise ConfigError(f"{folder / SETTINGS} is not whole: {key} is missing; {_COPY_AGAIN}")
+    return decisive
+
+
+def _rows(folder: Path, name: str, samples: int) -> dict[str, list[Row]]:
+    """Return uid -> its rows, for as many problems as the results are about."""
+    path = folder / f"{name}.jsonl"
+    try:
+        expected = json.loads((folder / RESULTS).read_bytes())["sets"][name]["problems"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{folder / RESULTS} does not say how many problems {name} has; {_COPY_AGAIN}") from error
+    if not path.is_file():
+        raise ConfigError(f"{path} is missing; {_COPY_AGAIN}")
+    rows = read_rows(path, samples)
+    if len(rows) != expected:
+        raise ConfigError(
+            f"{path} has the responses to {counted(len(rows), 'problem')}, and {RESULTS} is about {expected}; "
+            f"{_COPY_AGAIN}"
+        )
+    return rows
+
+
 def compare(
     first: Mapping[str, Sequence[Sequence[Row]]], second: Mapping[str, Sequence[Sequence[Row]]]
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """Compare two evaluations of the same problems.
 
     Args:
-        first, second: set -> its rows [P, K].
+        first, second: set -> its rows [P, K], problems in the same order.
 
     Returns:
         Set -> rule -> metric -> first, second, difference (second - first) and its interval over problems, paired.

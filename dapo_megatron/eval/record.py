@@ -191,8 +191,15 @@ def read_settings(folder: Path) -> Settings:
         return _SETTINGS.validate_json(path.read_bytes())
     except FileNotFoundError as error:
         raise ConfigError(f"{folder} holds no evaluation: {SETTINGS} is missing") from error
-    except (OSError, ValidationError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+    except ValidationError as error:
+        issue = error.errors()[0]
+        where = "".join(f"{part}: " for part in issue["loc"])
+        raise ConfigError(
+            f"{path} is damaged: {where}{issue['msg']}; copy it anew from where it is whole, or begin anew in another "
+            f"folder: --out DIR"
+        ) from error
 
 
 def read_rows(path: Path, samples: int, *, cut: bool = False) -> dict[str, list[Row]]:

@@ -17,6 +17,7 @@ from dapo_megatron.eval.statistics import (
     of_problems,
     quantiles,
 )
+from dapo_megatron.units import counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +95,7 @@ def grades_by_rule(rows_PK: Sequence[Sequence[Row]]) -> dict[str, Grades]:
 def table(name: str, found: Mapping[str, Any]) -> str:
     """Return the results of a set (`set_results`, with `temperature` and `top_p` where it was sampled) for people."""
     how = f", temperature {found['temperature']:g}, top-p {found['top_p']:g}" if "top_p" in found else ""
-    lines = [f"{name}: {found['problems']:,} problems x {found['samples']} responses{how}"]
+    lines = [f"{name}: {counted(found['problems'], 'problem')} x {counted(found['samples'], 'response')}{how}"]
     if "length" in found:
         at = found["length"]["quantiles"]
         lines.append(

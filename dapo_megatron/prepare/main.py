@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dapo_megatron.convert.main import path_argument
-from dapo_megatron.errors import ConfigError
+from dapo_megatron.errors import ConfigError, DapoError
 from dapo_megatron.prepare.sets import SETS, TEMPLATE
 from dapo_megatron.signals import end_when_interrupted, exit_when_ended, raise_when_interrupted
 
@@ -26,7 +26,7 @@ DESCRIPTION = (
 )
 _CODES = (
     "Exit codes: 0 done, 1 the hub cannot be reached or the disk takes no more, 2 input that cannot work, 129, 130 and "
-    "143 ended by SIGHUP, Ctrl-C or SIGTERM. Where it is not 0, nothing is left of OUT. Started again, it does all but "
+    "143 ended by SIGHUP, Ctrl-C or SIGTERM. Where it is not 0, nothing is left of OUT, unless it could not only be printed, which is said. Started again, it does all but "
     "downloads anew. docs/data.md has more."
 )
 _TRAIN = "dapo-math-17k"
@@ -108,7 +108,7 @@ def prepare_data(argv: Sequence[str] | None = None) -> int:
 def _prepare(arguments: argparse.Namespace) -> int:
     end_when_interrupted()
     from dapo_megatron.cli import tell
-    from dapo_megatron.prepare.output import config_lines
+    from dapo_megatron.prepare.output import README, config_lines
     from dapo_megatron.prepare.prepare import Plan, prepare
     from dapo_megatron.prepare.rows import Fields
 
@@ -132,7 +132,10 @@ def _prepare(arguments: argparse.Namespace) -> int:
     )
     card = prepare(plan, arguments.target, _say)
     _say(f"wrote {arguments.target}; to train on it:")
-    tell(config_lines(arguments.target, card).removesuffix("\n"))
+    try:
+        tell(config_lines(arguments.target, card).removesuffix("\n"))
+    except DapoError as error:
+        raise DapoError(f"{error}; {arguments.target} is complete, and {README} in it has what was not printed") from error
     return 0
 
 

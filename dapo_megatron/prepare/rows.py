@@ -162,7 +162,9 @@ def answer_of(uid: str, value: Any, name: str, answers: Answers) -> str:
         return str(value)
     if answers is Answers.INTEGERS and isinstance(value, float) and value.is_integer():
         return str(int(value))
-    if not isinstance(value, str) or not value.strip():
+    if isinstance(value, str) and not value.strip():
+        raise ConfigError(f"{uid}: the answer in {name} is empty")
+    if not isinstance(value, str):
         hint = '; write 34.0 as 34 or "34.0", whichever it means' if isinstance(value, float) else ""
         raise ConfigError(
             f"{uid}: the answer in {name} must be text or an integer; got {value!r} ({type(value).__name__}){hint}"

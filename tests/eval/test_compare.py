@@ -33,7 +33,7 @@ def write(folder: Path, right: int, settings: Settings = SETTINGS) -> Path:
         rows = [Row(prompt.uid, sample, "3", 7, 4, False, grades[sample], "", []) for sample in range(2)]
         record.add("aime", rows)
     record.finish("aime", PROMPTS)
-    record.conclude({}, "")
+    record.conclude({"sets": {"aime": {"problems": len(PROMPTS)}}}, "")
     return folder
 
 
@@ -58,7 +58,8 @@ def test_a_difference_and_its_interval(tmp_path: Path) -> None:
 )
 def test_what_differs_in_problems_samples_or_rules_is_refused(tmp_path: Path, key: str, value: object) -> None:
     write(tmp_path / "a", 2)
-    write(tmp_path / "b", 2, replace(SETTINGS, decisive={**SETTINGS.decisive, key: value}))
+    other_set = {"math.problems": "p", "math.samples": 2, "math.rules": ["dapo"]}
+    write(tmp_path / "b", 2, replace(SETTINGS, decisive={**SETTINGS.decisive, **other_set, key: value}))
     with pytest.raises(ConfigError, match=rf"cannot be compared problem by problem:\n(?s:.*){key}: "):
         compare_folders(tmp_path / "a", tmp_path / "b")
 
@@ -70,3 +71,46 @@ def test_only_finished_evaluations_are_compared(tmp_path: Path) -> None:
         compare_folders(tmp_path / "a", tmp_path / "a")
     with pytest.raises(ConfigError, match=r"holds no evaluation: settings.json is missing"):
         compare_folders(tmp_path, tmp_path / "a")
+
+
+def test_problems_are_paired_by_their_names(tmp_path: Path) -> None:
+    write(tmp_path / "a", 2)
+    file = write(tmp_path / "b", 2) / "aime.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[8:] + lines[:8]))
+    found = compare_folders(tmp_path / "a", tmp_path / "b").results["sets"]["aime"]["dapo"]["avg@2"]
+    assert (found["difference"], found["over_problems"]) == (0.0, (0.0, 0.0))
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("aime.jsonl", None, r"b/aime.jsonl is missing; copy the whole folder again"),
+        ("aime.jsonl", 6, r"b/aime.jsonl has the responses to 3 problems, and results.json is about 8; copy"),
+        ("aime.jsonl", 7, r"b/aime.jsonl ends within the responses to a prompt"),
+        ("aime.jsonl", "other", r"b/aime.jsonl has other problems than .*a/aime.jsonl, such as not x:3, although"),
+        ("results.json", "{}", r"b/results.json does not say how many problems aime has; copy"),
+        ("settings.json", '{"decisive": {}, "origin": {}}', r"b/settings.json is not whole: sets is missing; copy"),
+        (
+            "settings.json",
+            '{"decisive": {"sets": ["aime"]}, "origin": {}}',
+            r"b/settings.json is not whole: aime.problems is missing; copy",
+        ),
+        ("settings.json", '{"decisive', r"b/settings.json is damaged: Invalid JSON: .*; copy it anew"),
+        ("settings.json", '{"decisive": {}}', r"b/settings.json is damaged: origin: Field required; copy it anew"),
+    ],
+)
+def test_folders_that_are_not_whole_are_refused(
+    tmp_path: Path, file: str, content: str | int | None, message: str
+) -> None:
+    write(tmp_path / "a", 2)
+    path = write(tmp_path / "b", 2) / file
+    if content is None:
+        path.unlink()
+    elif isinstance(content, int):
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:content]))
+    else:
+        path.write_text(path.read_text().replace('"x:3"', '"x:9"') if content == "other" else content)
+    with pytest.raises(ConfigError, match=f"^.*{message}") as error:
+        compare_folders(tmp_path / "a", tmp_path / "b")
+    assert "pydantic" not in str(error.value)

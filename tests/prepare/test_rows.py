@@ -76,7 +76,7 @@ def test_answers(tmp_path: Path, name: str, answer: Any, expected: str) -> None:
     ("name", "answer", "said"),
     [
         ("own", None, r"must be text or an integer; got None \(NoneType\)"),
-        ("own", " ", "must be text or an integer"),
+        ("own", " ", "is empty$"),
         ("own", True, r"got True \(bool\)"),
         ("own", ["3"], r"got \['3'\] \(list\)"),
         ("own", 34.0, 'write 34.0 as 34 or "34.0"'),
