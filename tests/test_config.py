@@ -301,7 +301,7 @@ def test_bases_that_cannot_work(tmp_path: Path, text: str, message: str) -> None
     (tmp_path / "over.yaml").write_text(MINIMAL + "modle: {path: x}\n")
     with pytest.raises(ConfigError) as error:
         load(tmp_path, text.format(folder=tmp_path.name))
-    assert message in str(error.value)
+    assert message.format(folder=tmp_path) in str(error.value)
 
 
 @pytest.mark.parametrize(("world", "copies"), [(4, 1), (8, 2), (12, 3)])
@@ -348,6 +348,7 @@ def test_sets_have_what_the_section_has_unless_they_say_otherwise(tmp_path: Path
     [
         (["eval.data=x", "eval.sets={a: {data: a}}"], "eval: data is one set, and sets are several (a)"),
         (["eval.sets={held-out: {data: a}}"], "eval: sets.held-out: this is what the set of data is called"),
+        (["eval.sets={a.differ: {data: a}}"], "eval: sets.a.differ: a.differ.jsonl is the file of what rules"),
         (["eval.sets={a: {}}"], "eval.sets.a.data is missing"),
         (["eval.sets={a: {data: a, sample: 3}}"], "unknown key eval.sets.a.sample; did you mean eval.sets.a.samples?"),
         (["eval.sets={a: {data: a, template: x}}"], "eval.sets.a.template: must hold {problem}"),

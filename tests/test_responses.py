@@ -63,8 +63,14 @@ def test_rules_are_compared_with_labels(tmp_path: Path, capsys: pytest.CaptureFi
             [{"answer": "3", "responses": ["x"]}],
             "responses.jsonl:1: uid: field required; the row has answer, responses",
         ),
-        ([GIVEN[0], {**GIVEN[1], "answer": 2.5}], "responses.jsonl:2: the answer in answer must be text or an integer; got 2.5"),
-        ([{**GIVEN[0], "answer": None}], "responses.jsonl:1: the answer in answer must be text or an integer; got None"),
+        (
+            [GIVEN[0], {**GIVEN[1], "answer": 2.5}],
+            "responses.jsonl:2: the answer in answer must be text or an integer; got 2.5",
+        ),
+        (
+            [{**GIVEN[0], "answer": None}],
+            "responses.jsonl:1: the answer in answer must be text or an integer; got None",
+        ),
         ([{**GIVEN[0], "answer": " "}], "responses.jsonl:1: the answer in answer is empty"),
         ([{**GIVEN[0], "uid": 7}, {**GIVEN[0], "uid": "7"}], "responses.jsonl:2: uid: '7' is there already"),
         ([{**GIVEN[0], "responses": []}], "responses.jsonl:1: responses: list should have at least 1 item"),

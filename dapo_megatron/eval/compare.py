@@ -41,10 +41,10 @@ def compare_folders(first: Path, second: Path) -> Told:
         {name: _rows(folder, name, one[f"{name}.samples"]) for name in one["sets"]} for folder in (first, second)
     )
     for name in ones:
-        if other := [uid for uid in ones[name] if uid not in twos[name]]:
+        if missing := [uid for uid in ones[name] if uid not in twos[name]]:
             raise ConfigError(
-                f"{second / f'{name}.jsonl'} has other problems than {first / f'{name}.jsonl'}, such as not {other[0]}, "
-                f"although their settings say the same; {_COPY_AGAIN}"
+                f"{second / f'{name}.jsonl'} lacks problem {missing[0]}, which {first / f'{name}.jsonl'} has, although "
+                f"by their settings both have the same problems; {_COPY_AGAIN}"
             )
     compared = compare(
         {name: [*of_set.values()] for name, of_set in ones.items()},

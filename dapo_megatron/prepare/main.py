@@ -26,7 +26,7 @@ DESCRIPTION = (
 )
 _CODES = (
     "Exit codes: 0 done, 1 the hub cannot be reached or the disk takes no more, 2 input that cannot work, 129, 130 and "
-    "143 ended by SIGHUP, Ctrl-C or SIGTERM. Where it is not 0, nothing is left of OUT, unless it could not only be printed, which is said. Started again, it does all but "
+    "143 ended by SIGHUP, Ctrl-C or SIGTERM. Where it is not 0, nothing is left of OUT, except where only printing failed: then it is complete. Started again, it does all but "
     "downloads anew. docs/data.md has more."
 )
 _TRAIN = "dapo-math-17k"
@@ -135,7 +135,9 @@ def _prepare(arguments: argparse.Namespace) -> int:
     try:
         tell(config_lines(arguments.target, card).removesuffix("\n"))
     except DapoError as error:
-        raise DapoError(f"{error}; {arguments.target} is complete, and {README} in it has what was not printed") from error
+        raise DapoError(
+            f"{error}; {arguments.target} is complete, and {README} in it says how to train on it"
+        ) from error
     return 0
 
 

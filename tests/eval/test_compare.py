@@ -88,7 +88,7 @@ def test_problems_are_paired_by_their_names(tmp_path: Path) -> None:
         ("aime.jsonl", None, r"b/aime.jsonl is missing; copy the whole folder again"),
         ("aime.jsonl", 6, r"b/aime.jsonl has the responses to 3 problems, and results.json is about 8; copy"),
         ("aime.jsonl", 7, r"b/aime.jsonl ends within the responses to a prompt"),
-        ("aime.jsonl", "other", r"b/aime.jsonl has other problems than .*a/aime.jsonl, such as not x:3, although"),
+        ("aime.jsonl", "other", r"b/aime.jsonl lacks problem x:3, which .*a/aime.jsonl has, although"),
         ("results.json", "{}", r"b/results.json does not say how many problems aime has; copy"),
         ("settings.json", '{"decisive": {}, "origin": {}}', r"b/settings.json is not whole: sets is missing; copy"),
         (

@@ -257,6 +257,16 @@ def test_help_has_exit_codes_and_where_to_read_on(command: str, capsys: pytest.C
     assert "Exit codes: 0 done, 1 the hub" in said and "docs/data.md" in said and "gsm8k-train" in said
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_where_only_printing_fails_the_folder_is_said_to_be_complete(data: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, TOOL, data.parent / "out", "--from", data, "--eval", "aime-2024"]
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=250, check=False)
+    assert ended.returncode == 1
+    assert f"No space left on device; {data.parent / 'out'} is complete, and README.md in it says how" in ended.stderr
+    assert (data.parent / "out/card.json").is_file()
+
+
 def program(data: Path, *arguments: str, code: str | None = None, **environment: str) -> subprocess.Popen[str]:
     command = [sys.executable, *(["-c", code] if code else [str(TOOL)]), str(data.parent / "out"), *arguments]
     return subprocess.Popen(
