@@ -222,8 +222,8 @@ def _check_beside_model(folder: Path, model: Path) -> None:
     """What is written into a model's folder would count as part of the model (`_digest`)."""
     if folder.resolve().is_relative_to(model.resolve()):
         raise ConfigError(
-            f"the evaluation would be written to {folder}, into the folder of the model itself, {model}; choose another "
-            f"folder: --out DIR"
+            f"the evaluation would be written to {folder}, into the folder of the model itself, {model}; choose "
+            f"another folder: --out DIR"
         )
 
 

@@ -26,8 +26,8 @@ DESCRIPTION = (
 )
 _CODES = (
     "Exit codes: 0 done, 1 the hub cannot be reached or the disk takes no more, 2 input that cannot work, 129, 130 and "
-    "143 ended by SIGHUP, Ctrl-C or SIGTERM. Where it is not 0, nothing is left of OUT, except where only printing failed: then it is complete. Started again, it does all but "
-    "downloads anew. docs/data.md has more."
+    "143 ended by SIGHUP, Ctrl-C or SIGTERM. Where it is not 0, nothing is left of OUT, except where only "
+    "printing failed: then it is complete. Started again, it does all but downloads anew. docs/data.md has more."
 )
 _TRAIN = "dapo-math-17k"
 _EVAL = "aime-2024,aime-2025,amc-2023,math-500,gsm8k-test"
