@@ -74,7 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def environment(own: str, inherited: Mapping[str, str]) -> dict[str, str]:
     """What the command is told: that temporary files go to its `own` folder, and kernels that torch compiles do not."""
     kernels = f"{tempfile.gettempdir()}/torchinductor_{os.getuid()}"  # beside torch's own place for them
-    return {"TORCHINDUCTOR_CACHE_DIR": kernels, **inherited, "TMPDIR": own}
+    # Behind the others: processes that give themselves a name find its place by the first variable, as long as it is
+    # where they got it, and vLLM sets this one anew.
+    return {**inherited, "TORCHINDUCTOR_CACHE_DIR": inherited.get("TORCHINDUCTOR_CACHE_DIR", kernels), "TMPDIR": own}
 
 
 def end_descendants(grace_seconds: float) -> None:

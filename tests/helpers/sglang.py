@@ -23,7 +23,5 @@ NOTICED_SECONDS = 5.0
 
 
 def the_model(family: Iterable[psutil.Process]) -> list[psutil.Process]:
-    """Of an engine's processes, the one that holds the weights: the first that SGLang spawns."""
-    spawned = [process for process in family if any("spawn_main" in word for word in process.cmdline())]
-    named = [process for process in family if process.cmdline()[0].startswith("sglang::scheduler")]
-    return named or sorted(spawned, key=psutil.Process.create_time)[:1]
+    """Of an engine's processes, those that hold the weights; each has a name instead of a command line."""
+    return [process for process in family if process.cmdline()[0].startswith("sglang::scheduler")]

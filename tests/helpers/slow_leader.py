@@ -66,6 +66,7 @@ class SlowEngines:
         return iter([self._keeper])
 
     refill = None
+    address = "127.0.0.1"
 
     @property
     def version(self) -> int:

@@ -151,6 +151,8 @@ def test_compiled_kernels_are_kept() -> None:
     told = [environment(f"/tmp/{name}", {}) for name in "ab"]
     assert told[0]["TMPDIR"] == "/tmp/a" and told[0]["TORCHINDUCTOR_CACHE_DIR"] == told[1]["TORCHINDUCTOR_CACHE_DIR"]
     assert environment("/tmp/a", {"TORCHINDUCTOR_CACHE_DIR": "/x"})["TORCHINDUCTOR_CACHE_DIR"] == "/x"
+    first = next(iter(environment("/tmp/a", {"PATH": "/bin"})))
+    assert first == "PATH", "where a process finds the place of its name"
 
 
 @pytest.mark.parametrize(("command", "status"), [("exit 3", 3), ("kill -9 $$", 128 + 9)])
