@@ -124,6 +124,7 @@ def _evaluation(source: Source, plan: Plan, say: Say) -> _Set:
             "an evaluation set is not changed here: leave one of the rows in it"
         )
     say(f"{source.name}: {counted(filtered.rows, 'row')}, {counted(len(filtered.problems), 'problem')}")
+    _warn_of_turns(source.name, filtered, say)
     if images := sum(problem.has_image for problem in filtered.problems):
         say(f"warning: {source.name}: {counted(images, 'problem')} with an image or a link stay in it")
     if long := sum(tokens > plan.prompt.max_prompt_tokens for tokens in _tokens(filtered.problems, plan)):
@@ -138,6 +139,7 @@ def _training(sources: Sequence[Source], held_out: Sequence[_Set], plan: Plan, s
     say(f"{TRAIN}: reading {', '.join(source.name for source in sources)} ...")
     filtered = filters.distinct(problem for source in sources for problem in problems_of(source, plan.fields))
     say(f"{TRAIN}: {counted(filtered.rows, 'row')}")
+    _warn_of_turns(TRAIN, filtered, say)
     filters.without_images(filtered)
     if plan.languages:
         filters.only_languages(filtered, plan.languages)
@@ -166,6 +168,14 @@ def _training(sources: Sequence[Source], held_out: Sequence[_Set], plan: Plan, s
     for step in filtered.steps:
         say(f"{TRAIN}: {step['filter']}: {step['removed']:,} left out, {step['left']:,} stay")
     return _Set(TRAIN, sources, filtered), pairs
+
+
+def _warn_of_turns(name: str, filtered: Filtered, say: Say) -> None:
+    if more := sum(problem.has_other_turns for problem in filtered.problems):
+        say(
+            f"warning: {name}: {counted(more, 'problem')} with other chat messages beside the user's last one, such as "
+            "the system's; they are left out: what every prompt needs of them belongs into data.template"
+        )
 
 
 def _tokens(problems: Sequence[Problem], plan: Plan) -> list[int]:

@@ -44,6 +44,8 @@ class Problem:
     source: str
     language: str
     has_image: bool = False
+    has_other_turns: bool = False
+    """Whether the row has chat messages beside it, such as the system's, which are not taken over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +85,7 @@ def problems_of(source: Source, fields: Fields) -> Iterator[Problem]:
                 source.name,
                 _said_language(row) or _language(bare),
                 has_image or any(row.get(field) for field in _IMAGE_FIELDS) or _shows_image(bare),
+                has_other_turns=isinstance(prompt, list) and len(prompt) > 1,
             )
 
 

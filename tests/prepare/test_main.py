@@ -208,6 +208,23 @@ def test_ones_own_data_in_several_files(data: Path, tmp_path: Path) -> None:
     assert [row["source"] for row in rows] == ["dapo-math-17k", "own"]
 
 
+def test_messages_that_are_not_taken_over_are_told(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    system = {"role": "system", "content": "Answer in French."}
+    for name, numbers in (("own", (1, 2)), ("heldout", (3,))):
+        rows = [
+            {"prompt": [system, {"role": "user", "content": problem(number)}], "answer": str(number)}
+            for number in numbers
+        ]
+        rows.append({"prompt": [{"role": "user", "content": problem(9 + len(numbers))}], "answer": "9"})
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    assert prepare(data, "--train", tmp_path / "own.jsonl", "--eval", tmp_path / "heldout.jsonl") == 0
+    said = capsys.readouterr().err
+    assert "warning: train: 2 problems with other chat messages beside the user's last one" in said
+    assert "warning: heldout: 1 problem with other chat messages" in said and "data.template" in said
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
