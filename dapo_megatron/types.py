@@ -93,6 +93,8 @@ class Completion:
     finish: FinishReason
     versions: tuple[VersionSpan, ...]
     """Which weights wrote it, at least one span."""
+    cached_tokens: int = 0
+    """Tokens of the prompt whose keys and values were in the engine's cache."""
 
     def __post_init__(self) -> None:
         if self.token_ids.shape != self.logprobs.shape or self.token_ids.ndim != 1:

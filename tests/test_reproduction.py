@@ -79,7 +79,7 @@ def test_from_published_rows_to_a_comparison_of_checkpoints(tmp_path: Path) -> N
     command(*train, "--resume", *config, "train.steps=3")
     rows = metrics(tmp_path / "run")
     steps = [row for row in rows if "loss" in row]
-    assert [row["step"] for row in steps] == [0, 1, 2]
+    assert [row["step"] for row in steps] == [1, 2, 3]
     assert all(row["groups/kept"] == 8 and row["mismatch/abs_max"] < 2e-5 for row in steps)
 
     evaluate = ["-m", "dapo_megatron", "eval"]

@@ -37,6 +37,8 @@ METRICS = {
     "groups/discarded": "mixed groups beyond rollout.prompts",
     "generation_batches": "how often prompts were drawn to fill the step",
     "tokens_per_second": "tokens sampled, over the seconds that sampling and grading took",
+    "engine/cached": "share of the tokens of prompts, once for each response, whose keys and values the engines had in "
+    "their prefix caches; of vLLM, the last response to a prompt stands for all",
     "engine/restarts": "how often engines that failed were started again",
     "engine/tokens_per_second_min": "tokens a second of sampling (evaluations since the step before included) of the "
     "engine that wrote least; far from the other one says that an engine is slow, or was not there",

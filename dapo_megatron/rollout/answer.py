@@ -24,8 +24,8 @@ def encode(completions: Sequence[Completion]) -> bytes:
     """Lay the responses to one prompt, at least one, end to end.
 
     `token_ids` int32 [T] and `logprobs` float32 [T] hold all tokens, `lengths` int64 [G] says where they are parted,
-    `finish` uint8 [G] counts the members of `FinishReason`, and a row of `versions` int64 [S, 4] is response, version,
-    start and end of a span.
+    `finish` uint8 [G] counts the members of `FinishReason`, `cached` int64 [G] has the tokens of the prompt that were
+    cached, and a row of `versions` int64 [S, 4] is response, version, start and end of a span.
     """
     spans = [(index, s.version, s.start, s.end) for index, c in enumerate(completions) for s in c.versions]
     return save(
@@ -34,6 +34,7 @@ def encode(completions: Sequence[Completion]) -> bytes:
             "logprobs": np.concatenate([completion.logprobs for completion in completions]),
             "lengths": np.array([completion.length for completion in completions], np.int64),
             "finish": np.array([_FINISH.index(completion.finish) for completion in completions], np.uint8),
+            "cached": np.array([completion.cached_tokens for completion in completions], np.int64),
             "versions": np.array(spans, np.int64).reshape(-1, 4),
         }
     )
@@ -59,6 +60,8 @@ def decode(content: bytes) -> list[Completion]:
         spans[index].append(VersionSpan(*span))
     finish = [_FINISH[index] for index in arrays["finish"].tolist()]
     return [
-        Completion(token_ids, values, reason, tuple(own))
-        for token_ids, values, reason, own in zip(tokens, logprobs, finish, spans, strict=True)
+        Completion(token_ids, values, reason, tuple(own), cached)
+        for token_ids, values, reason, own, cached in zip(
+            tokens, logprobs, finish, spans, arrays["cached"].tolist(), strict=True
+        )
     ]

@@ -135,6 +135,7 @@ def _measures(
     rewards = [reward for group in groups for reward in group.rewards]
     ages = [version - min(span.version for span in completion.versions) for completion in _completions(chosen)]
     truncated = sum(completion.truncated for completion in completions)
+    read = sum(len(group.prompt.token_ids) * len(group.completions) for group in groups)
     return {
         "accuracy": Mean(sum(rights), len(rights)),
         "reward": Mean(math.fsum(rewards), len(rewards)),
@@ -150,6 +151,7 @@ def _measures(
         "groups/discarded": Sum(discarded),
         "generation_batches": Sum(batches),
         "tokens_per_second": Mean(sum(lengths), time.monotonic() - started),
+        "engine/cached": Mean(sum(completion.cached_tokens for completion in completions), read),
     }
 
 

@@ -16,12 +16,15 @@ RESPONSES = [
     completion([7, 0, 2**31 - 1], [-0.5, -1e-30, -np.inf], versions=[VersionSpan(3, 0, 1), VersionSpan(2**40, 1, 3)]),
     completion([], finish=FinishReason.ABORT),
     completion([2]),
-    replace(completion([5, 6], finish=FinishReason.LENGTH), versions=()),
+    replace(completion([5, 6], finish=FinishReason.LENGTH), versions=(), cached_tokens=2**40),
 ]
 
 
 def plain(completion: Completion) -> tuple[Any, ...]:
-    return completion.token_ids.tolist(), completion.logprobs.tolist(), completion.finish, completion.versions
+    return (
+        *(completion.token_ids.tolist(), completion.logprobs.tolist()),
+        *(completion.finish, completion.versions, completion.cached_tokens),
+    )
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
@@ -51,6 +54,7 @@ def changed(**changes: np.ndarray) -> bytes:
         (changed(logprobs=np.zeros(6, np.float64)), "logprobs float64"),
         (changed(finish=np.array([0, 0, 0, 9], np.uint8)), "range"),
         (changed(finish=np.array([0, 0, 0], np.uint8)), "zip"),
+        (changed(cached=np.zeros(3, np.int64)), "zip"),
         (changed(versions=np.array([[4, 0, 0, 1]])), "range"),
         (changed(versions=np.array([[0, 0, 0]])), "positional|missing"),
     ],

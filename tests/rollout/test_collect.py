@@ -251,6 +251,15 @@ def test_means_are_over_every_graded_response() -> None:
     assert isinstance(tokens, Mean) and tokens.total == 96
 
 
+def test_prompts_that_engines_had_are_counted() -> None:
+    class Remembering(Engine):
+        async def generate(self, prompt: Prompt, sampling: Sampling, n: int) -> list[Completion]:
+            first, *others = await super().generate(prompt, sampling, n)
+            return [first, *(replace(written, cached_tokens=len(prompt.token_ids)) for written in others)]
+
+    assert roll(Prompts(["mixed"]), engine=Remembering()).measures["engine/cached"].value == 0.75
+
+
 def test_truncated_responses_are_counted() -> None:
     assert roll(Prompts(["mixed"]), engine=Engine(FinishReason.LENGTH)).measures["truncated"].value == 1.0
 

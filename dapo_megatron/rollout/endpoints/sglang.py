@@ -146,6 +146,7 @@ def _completion(output: dict[str, Any]) -> Completion:
         versions=tuple(
             VersionSpan(version(span["version"]), span["start"], span["end"]) for span in about["weight_versions"]
         ),
+        cached_tokens=about["cached_tokens"],
     )
 
 

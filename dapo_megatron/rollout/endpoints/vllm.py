@@ -84,10 +84,12 @@ class Endpoint(Middleware):
             ]
         finally:
             del self._open[name]
-        return encode([_completion(output) for output in outputs[-1].outputs])
+        # vLLM tells it once for all responses to a prompt: of the last one.
+        cached = outputs[-1].num_cached_tokens or 0
+        return encode([_completion(output, cached) for output in outputs[-1].outputs])
 
 
-def _completion(output: CompletionOutput) -> Completion:
+def _completion(output: CompletionOutput, cached_tokens: int) -> Completion:
     spans = getattr(output, "weight_versions", None) or ()
     logprobs: Any = output.logprobs  # flat: one entry for each token, as no alternatives are asked for
     return Completion(
@@ -95,4 +97,5 @@ def _completion(output: CompletionOutput) -> Completion:
         logprobs=np.array(logprobs.logprobs, np.float32),
         finish=FinishReason(output.finish_reason),
         versions=tuple(VersionSpan(version(span.version), span.start, span.end) for span in spans),
+        cached_tokens=cached_tokens,
     )

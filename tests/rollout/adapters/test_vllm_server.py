@@ -176,6 +176,13 @@ def test_the_shortest_prompt_and_the_shortest_response(engines: Engines) -> None
     assert [(completion.length, completion.finish) for completion in cut] == [(1, FinishReason.LENGTH)] * 3
 
 
+def test_what_the_cache_had_of_a_prompt_is_counted(engines: Engines) -> None:
+    """In whole blocks, of 128 tokens on CPU."""
+    long = Prompt("long", tuple(3 + 7 * j % 250 for j in range(130)), "", "")
+    asked = [engines.run(engines.generate(long, sampling(max_tokens=2), 1)) for _ in range(2)]
+    assert [completion.cached_tokens for (completion,) in asked] == [0, 128]
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
