@@ -169,8 +169,12 @@ def _apply(values: dict[str, Any], override: str) -> None:
     node[last] = _yaml(text, f"override {override!r}")
 
 
+_OF_A_NAME = "[key]"
+"""What pydantic puts behind the place of a name that is not one."""
+
+
 def _explain(issue: Any) -> str:
-    location = [part for part in issue["loc"] if isinstance(part, str)]
+    location = [part for part in issue["loc"] if isinstance(part, str) and part != _OF_A_NAME]
     key = ".".join(location)
     given = issue.get("input")
     match issue["type"]:

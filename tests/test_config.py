@@ -60,7 +60,12 @@ def load(folder: Path, text: str = MINIMAL, *overrides: str) -> Config:
         (["engine.placement=external", "engine.urls=[http://a:1]", "engine.nodes=all"], "nodes(all) say where a run"),
         (["engine.nodes=[]"], "names each node that has engines once, at least one; got []"),
         (["engine.nodes=[1,0,1]"], "names each node that has engines once, at least one; got [1, 0, 1]"),
-        (["engine.nodes=[-1]"], "engine.nodes"),
+        (
+            ["engine.nodes=[-1]"],
+            "from 0, such as [0,1], or all; got [-1]",
+        ),
+        (["engine.nodes=1"], "engine.nodes: is a list of the numbers of nodes, from 0, such as [0,1], or all; got 1"),
+        (["engine.nodes=[a]"], "or all; got ['a']"),
         (["engine.placement=external", "engine.urls=[http://a:1,http://a:1/]"], "http://a:1 more than once"),
         (
             ["engine.placement=external", "engine.urls=[http://a:1]", "engine.kinds=[vllm,sglang]"],
@@ -349,6 +354,7 @@ def test_sets_have_what_the_section_has_unless_they_say_otherwise(tmp_path: Path
         (["eval.data=x", "eval.sets={a: {data: a}}"], "eval: data is one set, and sets are several (a)"),
         (["eval.sets={held-out: {data: a}}"], "eval: sets.held-out: this is what the set of data is called"),
         (["eval.sets={a.differ: {data: a}}"], "eval: sets.a.differ: a.differ.jsonl is the file of what rules"),
+        (["eval.sets={a b: {data: a}}"], "eval.sets.a b: a set's name is that of files: A-Z,"),
         (["eval.sets={a: {}}"], "eval.sets.a.data is missing"),
         (["eval.sets={a: {data: a, sample: 3}}"], "unknown key eval.sets.a.sample; did you mean eval.sets.a.samples?"),
         (["eval.sets={a: {data: a, template: x}}"], "eval.sets.a.template: must hold {problem}"),

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, model_validator
 
 from dapo_megatron.config.rollout import DataConfig, Template
 from dapo_megatron.config.section import FilePattern, Fraction, NonNegativeInt, PositiveInt, Section, Temperature
 
 RuleName = Literal["dapo", "lenient", "math_verify"]
-SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+
+
+def _set_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise ValueError(
+            f"a set's name is that of files: A-Z, a-z, 0-9, and behind the first '.', '_' and '-', too; got {name!r}"
+        )
+    return name
+
+
+SetName = Annotated[str, AfterValidator(_set_name)]
 
 HELD_OUT = "held-out"
 """What the set of eval.data is called."""

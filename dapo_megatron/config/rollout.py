@@ -171,6 +171,13 @@ class EngineConfig(Section):
         """Whether ranks of other machines than the leader's may be asked to start engines."""
         return self.nodes != [0]
 
+    @field_validator("nodes", mode="before")
+    @classmethod
+    def _numbers_or_all(cls, nodes: Any) -> Any:
+        if nodes != "all" and not (isinstance(nodes, list) and all(isinstance(n, int) and n >= 0 for n in nodes)):
+            raise ValueError(f"is a list of the numbers of nodes, from 0, such as [0,1], or all; got {nodes!r}")
+        return nodes
+
     @field_validator("nodes")
     @classmethod
     def _every_node_once(cls, nodes: list[int] | Literal["all"]) -> list[int] | Literal["all"]:
