@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from itertools import chain, cycle, islice
 
@@ -63,6 +63,8 @@ class Canary:
         self._tolerance = config.weights.canary_tolerance or TOLERANCE[config.model.dtype]
         self._tokens = min(_TOKENS, config.max_sequence_tokens // 2)
         length = min(_PROMPT_TOKENS, config.max_sequence_tokens - self._tokens)
+        self._asked: list[str] = []
+        """On the leader, the engines that have answered last, in the order of the rows of `_apart`."""
         self._prompt, self._fresh = (_prompt(prompts, length, start) for start in (1, 2)) if leader else (None, None)
 
     def push(self, weights: Iterable[tuple[str, Tensor]] | None, version: int) -> Measures:
@@ -90,10 +92,11 @@ class Canary:
         if apart is None:
             return measures
         if bool((apart[:, 0] > self._tolerance).any()):
+            found = dict(zip(self._asked, apart.tolist(), strict=False))
             # Where the cache is stale, a prompt that it does not know tells.
             fresh = self._apart(self._fresh, version)
             if self._leader and fresh is not None:
-                raise WeightsError(self._message(self._leader, version, apart, fresh))
+                raise WeightsError(self._message(version, found, dict(zip(self._asked, fresh.tolist(), strict=False))))
         if not self._leader:
             return {}
         mean, largest = apart.amax(0).tolist()
@@ -111,12 +114,14 @@ class Canary:
             failure: on the leader, why there is nothing to ask for: raised once the others know.
 
         Returns:
-            float32 [engines, 2], the same on all ranks: |difference| of log-probs in nats, mean and largest. None where
-            the leader has a failure, or no engine is there.
+            float32 [engines, 2], the same on all ranks: |difference| of log-probs in nats, mean and largest, of those
+            `_asked`; 0 in the rows of engines that are not there. None where the leader has a failure, or no engine is
+            there.
         """
         answers: list[Completion] = []
         if self._leader and not failure:
             engines = list(self._leader.engines)  # one may be gone as soon as it has answered
+            self._asked = [engine.name for engine in engines]
             try:
                 answers = self._ask(self._leader, engines, prompt, self._tokens)
                 _check_versions(engines, answers, version)
@@ -165,13 +170,12 @@ class Canary:
 
         return leader.engines.run(answers())
 
-    def _message(self, leader: Leader, version: int, apart: Tensor, fresh: Tensor) -> str:
-        engines = [engine.name for engine in leader.engines]
-        wrong = [index for index, (mean, _) in enumerate(apart.tolist()) if mean > self._tolerance]
-        stale = [index for index in wrong if fresh[index, 0] <= self._tolerance]
+    def _message(self, version: int, apart: Mapping[str, list[float]], fresh: Mapping[str, list[float]]) -> str:
+        """Of engines by name: how far they are apart at the canary, and at a prompt that no cache knows."""
+        wrong = [name for name, (mean, _) in apart.items() if mean > self._tolerance]
+        stale = [name for name in wrong if name in fresh and fresh[name][0] <= self._tolerance]
         found = "; ".join(
-            f"{engines[index]}: {mean:.3g} in the mean, {largest:.3g} at most"
-            for index, (mean, largest) in enumerate(apart.tolist())
+            f"{name}: {mean:.3g} in the mean, {largest:.3g} at most" for name, (mean, largest) in apart.items()
         )
         if stale == wrong:
             what = "has answered with cached keys and values of the old weights"
@@ -180,9 +184,9 @@ class Canary:
             what = "does not use the weights that it was sent"
             others = "all engines are off: look at the model's config and dtype on both sides, and at mismatch/* so far"
             one = "others are right: look at the log of this one"
-            advice = others if len(wrong) == len(engines) else one
+            advice = others if len(wrong) == len(apart) else one
         return (
-            f"{', '.join(engines[index] for index in wrong)} {what}, after the push of version {version}. Of "
+            f"{', '.join(wrong)} {what}, after the push of version {version}. Of "
             f"{self._tokens} tokens of a canary prompt, log-probs differ from the actor's by, in nats: {found}. "
             f"{self._tolerance:g} in the mean is taken for rounding (weights.canary_tolerance); {advice}"
         )

@@ -142,13 +142,17 @@ class Scoring:
         return [replace(x, micro_batches=tuple(map(scored, x.micro_batches))) for x in mini_batches], {}
 
 
-def push_to(topo: Any, folder: Path, *engines: Answering) -> Any:
-    """What a canary says that asks these engines. There are more of them than samples of a mini-batch."""
+def push_to(topo: Any, folder: Path, *engines: Answering, gone: int = 0) -> Any:
+    """What a canary says that asks these engines. There are more of them than samples of a mini-batch.
+
+    Args:
+        gone: engines of the run that are not there.
+    """
 
     class Running(list[Answering]):
         run = staticmethod(asyncio.run)
 
-    config = make_config(folder, count=len(engines)).model_copy(update={"train": TrainConfig(mini_batch=2)})
+    config = make_config(folder, count=len(engines) + gone).model_copy(update={"train": TrainConfig(mini_batch=2)})
     leader: Any = SimpleNamespace(config=config, engines=Running(engines), _attention_tokens=math.inf)
     leader.pack = partial(Leader.pack, leader)
     publisher: Any = SimpleNamespace(push=lambda weights, version: {"seconds/verify": Sum(0.0)})
@@ -166,6 +170,10 @@ def test_of_several_engines_those_that_are_off_are_named(alone: Any, tmp_path: P
     )
     with pytest.raises(WeightsError, match=says):
         push_to(alone, tmp_path / "one", *right[:3], Answering("engine 3", 0.25), right[4])
+    with pytest.raises(
+        WeightsError, match=r"^engine 3 does .* differ .*: engine 1: 1\S+ .*; engine 3: 0.25 in .*others are"
+    ):
+        push_to(alone, tmp_path / "gone", Answering("engine 1", 1e-6), Answering("engine 3", 0.25), gone=2)
     with pytest.raises(WeightsError, match=r"^engine 0, engine 1 does not use .*all engines are off"):
         push_to(alone, tmp_path / "all", Answering("engine 0", -0.5), Answering("engine 1", 0.5))
 

@@ -12,7 +12,7 @@ from dapo_megatron.weights.buckets import HOST
 
 
 class Rooms:
-    """Gives room for a bucket, the same again once no tensor looks at it any more.
+    """Gives room for a bucket, the same again once no tensor looks at it any more, in the next push as well.
 
     New memory of the host costs more than what is done with it: the system hands it out page by page, with zeros. That
     of a GPU is torch's to keep.
@@ -39,7 +39,3 @@ class Rooms:
         spare = [(other, ref(other[:0])) for other in free if other is not room]
         self._rooms = [*used, *spare, (room, ref(part))]
         return torch.from_numpy(part)
-
-    def clear(self) -> None:
-        """Give back what nobody looks at."""
-        self._rooms = [(room, part) for room, part in self._rooms if part() is not None]

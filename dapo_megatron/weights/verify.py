@@ -194,7 +194,6 @@ class Arrivals:
         """All buckets have come."""
         self._tally.end()
         self._has, self._kept = self._came, {}
-        self._rooms.clear()
 
     def loaded(self, parameters: Mapping[str, Tensor], parts: Mapping[str, Sequence[str]]) -> None:
         """Look at what the engine has after loading, as far as it keeps tensors as they come.

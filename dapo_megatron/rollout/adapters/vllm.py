@@ -13,6 +13,8 @@ and what it wants besides is `trainer_send_weights` (see `weights.workers.vllm`)
 from __future__ import annotations
 
 import ast
+import os
+import socket
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -37,6 +39,7 @@ ENDPOINT = "dapo_megatron.rollout.endpoints.vllm.Endpoint"
 _UPDATE = ("tensors", "checksums", "kept", "room", "starts", "folder")
 """What workers are told of a bucket, or of a whole push (`WeightReceiver.receive`)."""
 
+_CACHE = "VLLM_CACHE_ROOT"
 _PACKAGE, _CPU_ATTENTION = "vllm", "v1/attention/backends/cpu_attn.py"
 
 _BATCHED_TOKENS = 8192
@@ -131,7 +134,7 @@ class Adapter(EngineAdapter):
             "VLLM_HOST_IP": "127.0.0.1",
         }
         if place.gpus:
-            return env | ({"VLLM_BATCH_INVARIANT": "1"} if engine.batch_invariant else {})
+            return env | _own_cache(place) | ({"VLLM_BATCH_INVARIANT": "1"} if engine.batch_invariant else {})
         return env | {
             "VLLM_CPU_KVCACHE_SPACE": str(engine.kv_cache_gib or 1),
             "TORCH_COMPILE_DISABLE": "1",
@@ -219,6 +222,16 @@ class VllmEngine(HttpEngine):
             asleep = answer["is_sleeping"]
         if asleep != bool(self.asleep - tags):
             raise EngineError(f"{self.name} {'sleeps' if asleep else 'is awake'} after it was woken for {sorted(tags)}")
+
+
+def _own_cache(place: Place) -> dict[str, str]:
+    """Have each engine keep compiled kernels where no other does: in a home that machines share, one engine would read
+    the list of them, by its source, while another is writing it. A restart finds them again.
+    """
+    if _CACHE in os.environ:
+        return {}
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return {_CACHE: str(home / "vllm" / f"{socket.gethostname()}-gpu{place.gpus[0]}")}
 
 
 def _cpu_head_sizes(python: Path | None) -> list[int] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -117,6 +118,15 @@ def test_on_cpu_whole_prompts_go_through_the_model_however_long_and_many() -> No
     many = adapter(**small, engine={"max_sequences": 9000}).command(CPU)
     assert argument(many, "--max-num-batched-tokens") == "9000"
     assert "--max-num-batched-tokens" not in adapter().command(replace(CPU, gpus=("0",)))
+
+
+def test_no_two_engines_write_to_one_cache_of_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_CACHE_ROOT", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/shared")
+    caches = [adapter().environment(replace(CPU, gpus=(gpu, "7")))["VLLM_CACHE_ROOT"] for gpu in ("0", "4")]
+    assert caches == [f"/shared/vllm/{socket.gethostname()}-gpu{gpu}" for gpu in "04"]
+    monkeypatch.setenv("VLLM_CACHE_ROOT", "/mine")
+    assert "VLLM_CACHE_ROOT" not in adapter().environment(replace(CPU, gpus=("0",)))
 
 
 def test_batch_invariant_kernels_are_for_gpus() -> None:
