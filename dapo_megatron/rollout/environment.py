@@ -22,7 +22,7 @@ def environment(engine: EngineConfig, place: Place, inherited: Mapping[str, str]
     if place.gpus:
         return env | {"CUDA_VISIBLE_DEVICES": ",".join(place.gpus)}
     return env | {
-        "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // engine.count)),
+        "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // (engine.count * engine.tensor_parallel))),
         # Spinning threads would take the cores from the trainer, which waits while we work and works while we wait.
         "OMP_WAIT_POLICY": "PASSIVE",
         "KMP_BLOCKTIME": "0",

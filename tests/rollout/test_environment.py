@@ -36,6 +36,7 @@ def test_engines_on_cpu_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None
         return environment(EngineConfig(**engine), CPU, {"OMP_NUM_THREADS": "64"})["OMP_NUM_THREADS"]
 
     assert (threads(9), threads(9, count=2), threads(1)) == ("9", "4", "1")
+    assert threads(9, count=2, tensor_parallel=2) == "2"
 
 
 def test_engines_on_gpus_see_theirs() -> None:

@@ -39,7 +39,7 @@ ENDPOINT = "dapo_megatron.rollout.endpoints.vllm.Endpoint"
 _UPDATE = ("tensors", "checksums", "kept", "room", "starts", "folder")
 """What workers are told of a bucket, or of a whole push (`WeightReceiver.receive`)."""
 
-_CACHE = "VLLM_CACHE_ROOT"
+_CACHE, _BINDING = "VLLM_CACHE_ROOT", "VLLM_CPU_OMP_THREADS_BIND"
 _PACKAGE, _CPU_ATTENTION = "vllm", "v1/attention/backends/cpu_attn.py"
 
 _BATCHED_TOKENS = 8192
@@ -135,6 +135,9 @@ class Adapter(EngineAdapter):
         }
         if place.gpus:
             return env | _own_cache(place) | ({"VLLM_BATCH_INVARIANT": "1"} if engine.batch_invariant else {})
+        if engine.tensor_parallel > 1 and _BINDING not in os.environ:
+            # Otherwise it wants a NUMA node of its own for each of its processes.
+            env[_BINDING] = "nobind"
         return env | {
             "VLLM_CPU_KVCACHE_SPACE": str(engine.kv_cache_gib or 1),
             "TORCH_COMPILE_DISABLE": "1",

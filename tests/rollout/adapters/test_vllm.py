@@ -57,6 +57,8 @@ def test_gpu_and_cpu_differ_in_what_concerns_them() -> None:
     assert "--distributed-executor-backend" not in adapter(engine=two).command(CPU)
     assert adapter().environment(CPU)["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
     assert adapter(engine=two).environment(CPU)["VLLM_ENABLE_V1_MULTIPROCESSING"] == "1"
+    assert adapter(engine=two).environment(CPU)["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
+    assert "VLLM_CPU_OMP_THREADS_BIND" not in adapter().environment(CPU)
 
 
 @pytest.mark.vllm
