@@ -10,7 +10,7 @@ from dapo_megatron.actor.architecture import attention_tokens
 from dapo_megatron.config import HELD_OUT, Config, HeldOut
 from dapo_megatron.data.stream import PromptStream
 from dapo_megatron.data.tokenizer import decoder
-from dapo_megatron.errors import EngineError, RolloutError, WeightsError
+from dapo_megatron.errors import EngineError, RolloutError
 from dapo_megatron.eval.evaluate import EvalResult, evaluate
 from dapo_megatron.measures import Measures
 from dapo_megatron.obs.metrics import step_metrics
@@ -150,8 +150,6 @@ class Leader:
                             stop_token_ids=self.sampling.stop_token_ids,
                         )
                     )
-            except WeightsError:
-                raise
             except (EngineError, RolloutError) as error:  # as in a rollout: what is done can be saved
                 stop.ask(f"error: {error}", error.exit_code)
             if result is None:

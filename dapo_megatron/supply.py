@@ -86,13 +86,11 @@ class Supply:
         parameters and the engines' memory for weights are there.
 
         Where one fails meanwhile, does not keep up, or gets something else than was sent, all are to be started again,
-        and get the weights `on_demand`. Where the weights cannot be written, as on a full disk, the run is to stop.
+        and get the weights `on_demand`. Where the weights cannot be written, as on a full disk, or an engine samples
+        with others all the same, the run is to save what is done, and stop: nothing of it was sampled so.
 
         Returns:
             On the leader, what was verified; nothing, where the push did not succeed.
-
-        Raises:
-            WeightsError: on the leader, where an engine samples with other weights all the same.
         """
         self._version = version
         if self._engines:
@@ -101,9 +99,7 @@ class Supply:
         try:
             chunks = self._actor.chunks  # on every rank: what is left to gather of a step is gathered here
             verified = self._publisher.push(self._hf.export(chunks) if self._hf.gathers else None, version)
-        except WeightsError:
-            raise
-        except StorageError as error:
+        except (StorageError, WeightsError) as error:
             log.warning("%s; the run saves what is done and ends", error)
             self._stop.ask(f"error: {error}", error.exit_code)
         except EngineError as error:

@@ -15,7 +15,7 @@ from dapo_megatron.algo.weighing import weigh
 from dapo_megatron.canary import Canary
 from dapo_megatron.checkpoint.checkpoints import Checkpoints
 from dapo_megatron.config import Config, OptimizerConfig, ParallelConfig
-from dapo_megatron.errors import DapoError, EngineError, RolloutError, WeightsError
+from dapo_megatron.errors import DapoError, EngineError, RolloutError
 from dapo_megatron.heartbeat import Peers
 from dapo_megatron.leader import Batch, Leader
 from dapo_megatron.obs.lock import hold
@@ -232,8 +232,6 @@ def make_batch(leader: Leader, replicas: int, step: int, stop: Stop) -> Batch | 
     except StopRequested:
         leader.prompts.load_state_dict(place)
         return None
-    except WeightsError:
-        raise
     except (EngineError, RolloutError) as error:  # nothing to train on; what is done can be saved
         stop.ask(f"error: {error}", error.exit_code)
         leader.prompts.load_state_dict(place)

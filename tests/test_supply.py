@@ -79,11 +79,18 @@ def test_before_the_first_step_there_is_nothing_to_save(stop: Stop) -> None:
 
 
 def test_other_failures_are_the_engines(stop: Stop) -> None:
-    scene = Scene(stop, EngineError("died"), WeightsError("others"))
+    scene = Scene(stop, EngineError("died"))
     assert scene.supply.push(3) == {}
     assert [str(error) for error in scene.failed] == ["died"] and stop.reason is None
-    with pytest.raises(WeightsError, match="others"):
-        scene.supply.push(4)
+
+
+def test_with_other_weights_nothing_is_sampled_and_what_is_done_is_saved(stop: Stop) -> None:
+    scene = Scene(stop, WeightsError("engine 1 has others"))
+    assert scene.supply.push(3) == {} and not scene.failed
+    assert scene.peers.said == ["publish"], "the others are not left waiting"
+    with pytest.raises(StopRequested), stop.interruptible():
+        pytest.fail("nothing is sampled")
+    assert stop.reason == "error: engine 1 has others"
 
 
 class Sleepy:
