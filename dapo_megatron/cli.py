@@ -84,11 +84,13 @@ def answered(run: Callable[[], int]) -> int:
 
 
 def tell(text: str) -> None:
-    """Print what a program or a person has asked for to standard output.
+    """Print what a program or a person has asked for to standard output; letters that it lacks as escapes.
 
     Raises:
         DapoError: where it cannot be written there, such as on a full disk.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         print(text, flush=True)
     except BrokenPipeError:

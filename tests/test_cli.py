@@ -53,6 +53,14 @@ def test_a_run_whose_output_goes_to_a_full_disk_is_refused_by_a_line(
     assert dropped == [1] and not (config.parent / "runs").exists()
 
 
+def test_letters_that_a_terminal_lacks_are_escapes(tmp_path: Path) -> None:
+    (tmp_path / "回答.jsonl").write_text('{"uid": "a", "answer": "1", "responses": ["Answer: 1"]}')
+    command = [sys.executable, "-m", "dapo_megatron", "eval", "--responses", "回答.jsonl"]
+    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(command, cwd=tmp_path, env=ascii_only, capture_output=True, timeout=100, check=False)
+    assert done.returncode == 0 and rb"\u56de\u7b54.jsonl" in done.stdout, done
+
+
 def test_where_not_even_an_error_can_be_written_the_exit_code_tells(config: Path) -> None:
     with Path("/dev/full").open("w") as full:
         command = [sys.executable, "-m", "dapo_megatron", "train", config, "train.steps=many"]

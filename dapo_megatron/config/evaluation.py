@@ -13,9 +13,20 @@ from dapo_megatron.config.section import FilePattern, Fraction, NonNegativeInt, 
 
 RuleName = Literal["dapo", "lenient", "math_verify"]
 
+HELD_OUT = "held-out"
+"""What the set of eval.data is called."""
+DIFFER = ".differ"
+"""How no set's name ends: SET.differ.jsonl is a file beside SET.jsonl."""
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+def is_set_name(name: str) -> bool:
+    """Whether one of several sets can have this name."""
+    return bool(_NAME.fullmatch(name)) and name != HELD_OUT and not name.endswith(DIFFER)
+
 
 def _set_name(name: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+    if not _NAME.fullmatch(name):
         raise ValueError(
             f"a set's name is that of files: A-Z, a-z, 0-9, and behind the first '.', '_' and '-', too; got {name!r}"
         )
@@ -23,11 +34,6 @@ def _set_name(name: str) -> str:
 
 
 SetName = Annotated[str, AfterValidator(_set_name)]
-
-HELD_OUT = "held-out"
-"""What the set of eval.data is called."""
-DIFFER = ".differ"
-"""How no set's name ends: SET.differ.jsonl is a file beside SET.jsonl."""
 
 
 @dataclass(frozen=True, slots=True)

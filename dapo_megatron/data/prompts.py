@@ -26,17 +26,25 @@ def load_prompts(
     A plain prompt gets the special tokens that the tokenizer adds; a chat template has put its own into the text.
 
     Args:
-        warn: is told how many prompts were dropped, where any were.
+        warn: is told how many prompts were dropped, and from how many chat messages were, where any were.
 
     Raises:
         ConfigError: as `read_rows` and `encode`; for a row without question or answer, or with one of a wrong type, and
             for prompts that are too long, unless they are dropped.
     """
     uids, questions, answers = [], [], []
+    shortened = 0
     for uid, row in read_rows(source):
         uids.append(uid)
         questions.append(_question(row, config.prompt_field, uid))
+        given = _value(row, config.prompt_field, uid, "data.prompt_field")
+        shortened += isinstance(given, list) and len(given) > 1
         answers.append(_answer(row, config.answer_field, uid))
+    if shortened:
+        warn(
+            f"{shortened} of {len(uids)} prompts of {source} have other chat messages beside the user's last one, such "
+            "as the system's; they are left out: what every prompt needs of them belongs into data.template"
+        )
     encoded = encode(questions, uids, config, tokenizer)
     prompts = [
         Prompt(uid, token_ids, text, answer)
@@ -114,10 +122,7 @@ def _question(row: Mapping[str, Any], field: str, uid: str) -> str:
         value = turns[-1].get("content")
     if not isinstance(value, str) or not value.strip():
         raise ConfigError(f"{uid}: the question in {field} must be text or a list of chat messages; got {value!r}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise ConfigError(f"{uid}: the question in {field} has half a character: {error}") from error
+    check_characters(value, f"{uid}: the question in {field}")
     return value
 
 
@@ -130,7 +135,19 @@ def _answer(row: Mapping[str, Any], field: str, uid: str) -> str:
         raise ConfigError(
             f"{uid}: the answer in {field} must be text or an integer; got {value!r} ({type(value).__name__})"
         )
+    check_characters(value, f"{uid}: the answer in {field}")
     return value
+
+
+def check_characters(text: str, what: str) -> None:
+    """
+    Raises:
+        ConfigError: where a text has half a character, which no file can hold; `what` is what it is called.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{what} has half a character: {error}") from error
 
 
 def _value(row: Mapping[str, Any], field: str, uid: str, key: str) -> Any:

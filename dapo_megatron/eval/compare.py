@@ -35,7 +35,8 @@ def compare_folders(first: Path, second: Path) -> Told:
         raise ConfigError(
             f"{first} and {second} cannot be compared problem by problem:\n"
             + "\n".join(problems)
-            + "\nevaluate both with the same sets, samples and rules"
+            + "\nevaluate both with the same sets, samples and rules; problems are known by the names of their files, "
+            "so one by another name is another set"
         )
     ones, twos = (
         {name: _rows(folder, name, one[f"{name}.samples"]) for name in one["sets"]} for folder in (first, second)
@@ -50,16 +51,19 @@ def compare_folders(first: Path, second: Path) -> Told:
         {name: [*of_set.values()] for name, of_set in ones.items()},
         {name: [twos[name][uid] for uid in of_set] for name, of_set in ones.items()},
     )
-    other = {
-        key: [one.get(key), two.get(key)]
-        for key in {**one, **two}
-        if one.get(key) != two.get(key) and not key.endswith(".prompts")
-    }
-    lines = [f"first   {first}", f"second  {second}", *(f"{key}: {a} and {b}" for key, (a, b) in other.items())]
+    other = {key: [one.get(key), two.get(key)] for key in {**one, **two} if one.get(key) != two.get(key)}
+    lines = [f"first   {first}", f"second  {second}", *(_difference(key, *values) for key, values in other.items())]
     return Told(
         {"first": str(first), "second": str(second), "settings_differ": other, "sets": compared},
         "\n".join([*lines, "", comparison_table(compared)]),
     )
+
+
+def _difference(key: str, one: Any, two: Any) -> str:
+    said = f"{key}: {one} and {two}"
+    if not key.endswith(".prompts"):
+        return said
+    return f"{said}: the models got other tokens, by another template, tokenizer or wording of the questions"
 
 
 def _settings(folder: Path) -> dict[str, Any]:

@@ -271,7 +271,8 @@ def _check_same(folder: Path, old: Settings, new: Settings) -> None:
         raise ConfigError(
             f"{folder} holds an evaluation with other settings:\n"
             + "\n".join(lines)
-            + "\nset them back to go on with it, or choose another folder: --out DIR"
+            + "\nset them back (problems are known by the names of their files, too) to go on with it, or choose "
+            "another folder: --out DIR"
         )
 
 

@@ -112,6 +112,8 @@ def _prepare(arguments: argparse.Namespace) -> int:
     from dapo_megatron.prepare.prepare import Plan, prepare
     from dapo_megatron.prepare.rows import Fields
 
+    if arguments.folder and not arguments.folder.is_dir():
+        raise ConfigError(f"--from {arguments.folder}: no such folder")
     if arguments.ngram < 1:
         raise ConfigError(f"--ngram {arguments.ngram}: a run has at least 1 word")
     if not 0 < arguments.overlap <= 1:

@@ -9,6 +9,7 @@ from typing import Any
 
 from dapo_megatron import disk
 from dapo_megatron.checkpoint.folder import describe
+from dapo_megatron.config.evaluation import is_set_name
 from dapo_megatron.prepare.rows import Problem
 
 CARD, README, REMOVED, OVERLAP = "card.json", "README.md", "removed.jsonl", "overlap.jsonl"
@@ -161,6 +162,10 @@ def config_lines(folder: str | Path, card: Mapping[str, Any]) -> str:
 
     Dumper.add_representer(str, block)
     sections: dict[str, Any] = {"data": {"train": f"{folder}/{card['train']['file']}", **card["prompt"]}}
-    if card["evaluation"]:
-        sections["eval"] = {"data": f"{folder}/{next(iter(card['evaluation'].values()))['file']}"}
+    files = {name: f"{folder}/{part['file']}" for name, part in card["evaluation"].items()}
+    if len(files) == 1:
+        sections["eval"] = {"data": next(iter(files.values()))}
+    elif files:
+        names = [name if is_set_name(name) else f"set{number}" for number, name in enumerate(files, start=1)]
+        sections["eval"] = {"sets": {name: {"data": file} for name, file in zip(names, files.values(), strict=True)}}
     return yaml.dump(sections, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=1000)

@@ -3,8 +3,8 @@
 A word is a run of letters or a run of digits, a CJK character is one by itself; case, blanks, punctuation and the signs
 of formulas do not count. Runs of n words (n-grams) of an evaluation problem are looked for in each training problem.
 Contest problems share phrases, "where m and n are relatively prime positive integers. Find m + n", so one shared run
-means little: the share of the evaluation problem's runs decides. One of fewer than n words has to be the same, word by
-word.
+means little: the share of the evaluation problem's runs decides. One of fewer than n words has to be the same, signs of
+operations included.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from dapo_megatron.prepare.rows import Problem
 
 _CJK = r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]"
 _WORD = re.compile(rf"{_CJK}|\d+|(?:(?!{_CJK})[^\W\d_])+")
+
+_SIGNS = "-*/%"
+"""Of operations, and yet punctuation to Unicode."""
 
 Gram = tuple[str, ...]
 
@@ -48,9 +51,22 @@ def words(text: str) -> list[str]:
     return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
 
 
-def grams(of: Sequence[str], n: int) -> set[Gram]:
-    """Return all runs of n words; all words where there are fewer."""
-    return {tuple(of[start : start + n]) for start in range(max(1, len(of) - n + 1))}
+def grams(text: str, n: int) -> set[Gram]:
+    """Return all runs of n words; where there are fewer, the whole without case, blanks and punctuation, with signs.
+
+    >>> grams("What is $3-1$?", n=8)
+    {('whatis3-1',)}
+    """
+    of = words(text)
+    if len(of) < n:
+        whole = "".join(filter(_matters, unicodedata.normalize("NFKC", text).casefold()))
+        return {(whole,)} if whole else set()
+    return {tuple(of[start : start + n]) for start in range(len(of) - n + 1)}
+
+
+def _matters(character: str) -> bool:
+    kind = unicodedata.category(character)
+    return kind[0] in "LMN" or kind in ("Sm", "So") or character in _SIGNS
 
 
 def overlaps(train: Sequence[Problem], held_out: Sequence[Problem], n: int, least: float) -> list[Overlap]:
@@ -60,14 +76,14 @@ def overlaps(train: Sequence[Problem], held_out: Sequence[Problem], n: int, leas
         held_out: problems of evaluation sets.
         least: share of the runs of an evaluation problem that a pair has.
     """
-    of = [grams(words(problem.text), n) for problem in held_out]
+    of = [grams(problem.text, n) for problem in held_out]
     where = defaultdict[Gram, list[int]](list)
     for index, runs in enumerate(of):
         for run in runs:
             where[run].append(index)
     found = []
     for problem in train:
-        shared = Counter(index for run in grams(words(problem.text), n) for index in where.get(run, ()))
+        shared = Counter(index for run in grams(problem.text, n) for index in where.get(run, ()))
         pairs = [
             Overlap(problem, held_out[index], count, len(of[index]), _longest(problem.text, held_out[index].text))
             for index, count in shared.items()

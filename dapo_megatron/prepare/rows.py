@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from dapo_megatron.data.prompts import check_characters
 from dapo_megatron.data.sources import read_rows
 from dapo_megatron.errors import ConfigError
 from dapo_megatron.prepare.sets import WRAPPERS, Answers
@@ -83,7 +84,7 @@ def problems_of(source: Source, fields: Fields) -> Iterator[Problem]:
                 bare,
                 answer_of(uid, value_of(uid, row, found.answer or ""), found.answer or "", answers),
                 source.name,
-                _said_language(row) or _language(bare),
+                _said_language(uid, row) or _language(bare),
                 has_image or any(row.get(field) for field in _IMAGE_FIELDS) or _shows_image(bare),
                 has_other_turns=isinstance(prompt, list) and len(prompt) > 1,
             )
@@ -141,10 +142,7 @@ def _problem(uid: str, value: Any, name: str) -> tuple[str, bool]:
         value = "".join(str(part.get("text") or "") for part in parts if part.get("type") == "text")
     if not isinstance(value, str):
         raise ConfigError(f"{uid}: the problem in {name} must be text or a list of chat messages; got {value!r}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise ConfigError(f"{uid}: the problem in {name} has half a character: {error}") from error
+    check_characters(value, f"{uid}: the problem in {name}")
     return value, any(part.get("type") != "text" for part in parts if isinstance(part, Mapping))
 
 
@@ -173,6 +171,7 @@ def answer_of(uid: str, value: Any, name: str, answers: Answers) -> str:
             f"{uid}: the answer in {name} must be text or an integer; got {value!r} ({type(value).__name__}){hint}"
         )
     text = value.strip()
+    check_characters(text, f"{uid}: the answer in {name}")
     if answers is Answers.INTEGERS:
         if not _INTEGER.fullmatch(text):
             raise ConfigError(f"{uid}: the answer in {name} must be an integer; got {value!r}")
@@ -185,9 +184,13 @@ def answer_of(uid: str, value: Any, name: str, answers: Answers) -> str:
     return text
 
 
-def _said_language(row: Mapping[str, Any]) -> str | None:
-    said = (row.get(field) for field in _LANGUAGE_FIELDS)
-    return next((language.strip().lower() for language in said if isinstance(language, str) and language.strip()), None)
+def _said_language(uid: str, row: Mapping[str, Any]) -> str | None:
+    for field in _LANGUAGE_FIELDS:
+        language = row.get(field)
+        if isinstance(language, str) and language.strip():
+            check_characters(language, f"{uid}: {field}")
+            return language.strip().lower()
+    return None
 
 
 # Published rows come a hundred times over: what only depends on the text is found out once.

@@ -23,7 +23,9 @@ def write_tensors(weights: Iterable[Named], folder: Path) -> None:
     shards: list[list[str]] = []
     total_bytes = 0
     for shard in weights:
-        save_file(dict(shard), folder / f"model-{len(shards) + 1:05d}.safetensors", metadata={"format": "pt"})
+        path = folder / f"model-{len(shards) + 1:05d}.safetensors"
+        save_file(dict(shard), path, metadata={"format": "pt"})
+        _let_others_read(path)
         shards.append([name for name, _ in shard])
         total_bytes += sum(tensor.nbytes for _, tensor in shard)
     weight_map: dict[str, str] = {}
@@ -34,3 +36,11 @@ def write_tensors(weights: Iterable[Named], folder: Path) -> None:
     if len(shards) > 1:
         index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _let_others_read(path: Path) -> None:
+    """Give a file the mode that any other here would have: safetensors makes it for its owner alone."""
+    other = path.with_suffix(".mode")
+    other.touch()
+    path.chmod(other.stat().st_mode)
+    other.unlink()

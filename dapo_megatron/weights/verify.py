@@ -217,23 +217,24 @@ class Arrivals:
 
     def _rows(self, name: str, parameters: Mapping[str, Tensor], parts: Mapping[str, Sequence[str]]) -> Tensor | None:
         """Return where a tensor may be, byte for byte; None where there is nothing of its form."""
-        place, start = name, 0
+        place, start, whole = name, 0, 0
         for joined, members in parts.items():
             for position, member in enumerate(members):
                 if name not in parameters and f".{member}." in name:
-                    before = [name.replace(f".{member}.", f".{other}.") for other in members[:position]]
-                    if any(other not in self._index for other in before):
+                    names = [name.replace(f".{member}.", f".{other}.") for other in members]
+                    if any(other not in self._index for other in names):
                         return None
                     place = name.replace(f".{member}.", f".{joined}.")
-                    start = sum(self._inventory.shapes[self._index[other]][0] for other in before)
+                    rows = [self._inventory.shapes[self._index[other]][0] for other in names]
+                    start, whole = sum(rows[:position]), sum(rows)
         parameter, shape = parameters.get(place), self._inventory.shapes[self._index[name]]
         if parameter is None or parameter.dtype != getattr(torch, self._inventory.dtypes[self._index[name]]):
             return None
         if len(shape) != parameter.dim() or not shape or list(parameter.shape[1:]) != shape[1:] or parameter.is_meta:
             return None
-        # A vocabulary may have more rows than there are tokens.
+        # A vocabulary may have more rows than there are tokens. What joins others and has fewer has a share of each.
         end = start + shape[0]
-        return parameter.detach()[start:end] if end <= len(parameter) else None
+        return parameter.detach()[start:end] if max(end, whole) <= len(parameter) else None
 
     def _compare(self, tensors: Mapping[str, Tensor], wanted: Mapping[str, int], problem: str) -> None:
         found = checksums(list(tensors.values()))

@@ -105,6 +105,20 @@ def test_long_prompts_are_refused_with_both_remedies(load):
         load(row("1+1="), row("10+1="), row("100+100"), max_prompt_tokens=5)
 
 
+def test_messages_that_are_left_out_are_counted(load, caplog):
+    turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "1+1="}]
+    load(row(turns), row(turns[1:]))
+    assert "1 of 2 prompts of" in caplog.text and "other chat messages beside the user's last one" in caplog.text
+    caplog.clear()
+    load(row(turns[1:]))
+    assert not caplog.text
+
+
+def test_half_a_character_in_an_answer_is_refused(load):
+    with pytest.raises(ConfigError, match="the answer in answer has half a character"):
+        load({"prompt": "1+1=", "answer": "2\ud800"})
+
+
 def test_long_prompts_are_dropped_and_counted(load, caplog):
     kept = load(row("1+1="), row("10+1="), row("2+2="), max_prompt_tokens=5, long_prompts="drop")
     assert [prompt.uid for prompt in kept] == ["train.jsonl:1", "train.jsonl:3"]

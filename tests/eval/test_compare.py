@@ -46,7 +46,12 @@ def test_a_difference_and_its_interval(tmp_path: Path) -> None:
     assert found["pass@2"]["difference"] == 0.5
     low, high = found["avg@2"]["over_problems"]
     assert 0 < low < 0.25 < high < 0.5
-    assert told.results["settings_differ"] == {"model": ["a1", "b2"], "aime.top_p": [0.7, 1.0]}
+    assert told.results["settings_differ"] == {
+        "model": ["a1", "b2"],
+        "aime.prompts": ["t", "u"],
+        "aime.top_p": [0.7, 1.0],
+    }
+    assert "aime.prompts: t and u: the models got other tokens" in told.table
     assert "model: a1 and b2" in told.table and "+25.00%" in told.table
     same = compare_folders(tmp_path / "a", tmp_path / "a").results["sets"]["aime"]["dapo"]["maj@2"]
     assert (same["difference"], same["over_problems"]) == (0.0, (0.0, 0.0))

@@ -18,7 +18,7 @@ import pyarrow.parquet
 import pytest
 import yaml
 
-from dapo_megatron import cli
+from dapo_megatron import cli, config_file
 from dapo_megatron.config import DataConfig
 from dapo_megatron.data.prompts import load_prompts
 from dapo_megatron.prepare import main
@@ -225,6 +225,18 @@ def test_messages_that_are_not_taken_over_are_told(
     assert "warning: heldout: 1 problem with other chat messages" in said and "data.template" in said
 
 
+def test_several_evaluation_sets_are_all_in_the_sections_to_train_with(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "评测.jsonl").write_text(json.dumps({"prompt": "一加一等于几?", "answer": 2}), "utf-8")
+    assert prepare(data, "--eval", f"aime-2024,{tmp_path / '评测.jsonl'}") == 0
+    sections = yaml.safe_load(capsys.readouterr().out)
+    files = {name: Path(part["data"]).name for name, part in sections["eval"]["sets"].items()}
+    assert files == {"aime-2024": "aime-2024.parquet", "set2": "评测.parquet"}
+    config = config_file.parse({"model": {"path": "x"}, **sections})
+    assert list(config.held_out) == list(files)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -242,6 +254,7 @@ def test_messages_that_are_not_taken_over_are_told(
         (["--max-tokens", "9"], "--max-tokens 9 needs a tokenizer to count with"),
         (["--max-tokens", "0"], "--max-tokens 0: at least 1 is needed"),
         (["--tokenizer", "data"], "no tokenizer in data"),
+        (["--from", "nowhere"], "--from nowhere: no such folder"),
     ],
 )
 def test_input_that_cannot_work_is_answered_with_2(

@@ -25,8 +25,9 @@ def test_words_of_formulas_numbers_and_chinese() -> None:
 
 
 def test_grams() -> None:
-    assert grams(list("abca"), 3) == {("a", "b", "c"), ("b", "c", "a")}
-    assert grams(list("ab"), 3) == {("a", "b")}
+    assert grams("a b, c: a", 3) == {("a", "b", "c"), ("b", "c", "a")}
+    assert grams("A  b?", 3) == {("ab",)}
+    assert grams("?!", 3) == set()
 
 
 def test_a_copy_with_other_signs_is_found() -> None:
@@ -53,6 +54,8 @@ def test_a_short_problem_is_compared_as_a_whole() -> None:
     assert [pair.share for pair in compare("Compute $\\sin 60^\\circ$", "compute sin 60 circ.")] == [1]
     assert compare("Compute $\\sin 60^\\circ + 1$", "compute sin 60 circ.") == []
     assert compare("compute sin 60 circ", HELD_OUT) == []
+    assert compare("3-1=", "3+1=") == [] and compare("🍌-🍌=?", "🍎+🍎=?") == [] and compare("?", "!") == []
+    assert len(compare("🍎 + 🍎 = ?", "🍎+🍎=")) == 1
 
 
 def test_chinese_is_compared_by_characters() -> None:

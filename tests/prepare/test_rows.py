@@ -111,6 +111,8 @@ def test_what_is_no_answer_is_refused_by_row_and_field(tmp_path: Path, name: str
         ([{"problem": None, "answer": "1"}], "own.jsonl:1: the problem in problem must be text"),
         ([{"problem": " \n", "answer": "1"}], "own.jsonl:1: the problem in problem is empty"),
         ([{"problem": "x\ud800", "answer": "1"}], "own.jsonl:1: the problem in problem has half a character"),
+        ([{"problem": "x", "answer": "1\ud800"}], "own.jsonl:1: the answer in answer has half a character"),
+        ([{"problem": "x", "answer": "1", "lang": "\ud800"}], "own.jsonl:1: lang has half a character"),
         ([{"prompt": [{"role": "system", "content": "s"}], "answer": "1"}], "without a chat message of role 'user'"),
     ],
 )

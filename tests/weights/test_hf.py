@@ -15,6 +15,7 @@ from torch import Tensor
 from dapo_megatron.check_reduction.reference import as_in_files
 from dapo_megatron.config import ParallelConfig
 from dapo_megatron.errors import ConfigError, DapoError
+from dapo_megatron.weights.shards import write_tensors
 from dapo_megatron.weights.verify import Tally
 from tests.helpers.distributed import run_distributed
 from tests.helpers.models import FAMILIES, load_reference, make_config, save_qwen2, save_tiny
@@ -176,6 +177,13 @@ def test_large_models_are_saved_in_shards(tmp_path: Path, monkeypatch: pytest.Mo
     want = load_reference(tmp_path / "a").state_dict()
     got = load_reference(tmp_path / "b").state_dict()
     assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+def test_whoever_may_read_other_files_may_read_weights(tmp_path: Path) -> None:
+    write_tensors([[("a", torch.zeros(3))]], tmp_path)
+    (tmp_path / "other").touch()
+    modes = {path.name: path.stat().st_mode for path in tmp_path.iterdir()}
+    assert modes["model.safetensors"] == modes["other"] and len(modes) == 2
 
 
 @pytest.mark.usefixtures("alone")

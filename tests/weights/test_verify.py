@@ -165,6 +165,15 @@ def test_an_engine_that_keeps_old_weights_is_noticed(arrivals: Arrivals, stale: 
         load(arrivals, new, parameters(kept))
 
 
+def test_a_share_of_joined_rows_is_not_taken_for_the_whole_of_one_of_them(arrivals: Arrivals) -> None:
+    """In tensor parallel, half of q, k and v together may have as many rows as q, and all be zeros at first."""
+    for sent in ({name: torch.zeros_like(tensor) for name, tensor in weights(1).items()}, weights(2)):
+        has = parameters(sent)
+        joined = has["model.layers.0.self_attn.qkv_proj.weight"]
+        has["model.layers.0.self_attn.qkv_proj.weight"] = joined[-(len(joined) // 2) :]
+        load(arrivals, sent, has)
+
+
 def test_what_an_engine_keeps_in_another_form_is_left_to_the_canary(arrivals: Arrivals) -> None:
     for seed in (1, 2):
         sent = weights(seed)
