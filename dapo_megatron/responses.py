@@ -100,6 +100,17 @@ def _columns_against(rules: Mapping[str, Mapping[str, int]]) -> list[str]:
     return columns(rows)
 
 
+_WORDS = {
+    "too_short": "there is none; give one at least",
+    "string_too_short": "is empty",
+    "string_unicode": "has half a character",
+    "list_type": "must be a list",
+    "string_type": "must be text",
+    "bool_type": "must be true or false",
+}
+"""Kind of pydantic's errors -> in other words."""
+
+
 def read_answered(path: Path) -> list[Answered]:
     """
     Raises:
@@ -114,7 +125,8 @@ def read_answered(path: Path) -> list[Answered]:
             issue = error.errors()[0]
             field = ".".join(map(str, issue["loc"]))
             here = f"; the row has {', '.join(row) or 'nothing'}" if issue["type"].startswith("missing") else ""
-            raise ConfigError(f"{place}: {field}: {issue['msg'].lower()}{here}") from error
+            said = _WORDS.get(issue["type"], issue["msg"].lower())
+            raise ConfigError(f"{place}: {field}: {said}{here}") from error
         if answered.labels is not None and len(answered.labels) != len(answered.responses):
             raise ConfigError(f"{place}: labels: {len(answered.labels)} for {len(answered.responses)} responses")
         if answered.uid in found:
