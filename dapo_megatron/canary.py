@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from functools import partial
 from itertools import chain, cycle, islice
 
 import torch
@@ -29,6 +29,7 @@ from dapo_megatron.leader import Leader
 from dapo_megatron.measures import Max, Measures, Sum
 from dapo_megatron.pack import Share
 from dapo_megatron.rollout.engine import KV_CACHE, WEIGHTS, Engine, Sampling, request_seed
+from dapo_megatron.rollout.server import UNKNOWN
 from dapo_megatron.types import Completion, MiniBatch, Prompt, TrainSample
 from dapo_megatron.weights.publish import Publisher
 
@@ -76,8 +77,7 @@ class Canary:
         began = time.monotonic()
         if self._leader and not self._config.engine.sleeps:
             # One that sleeps cannot be asked; the canary of the push before is in what it should have forgotten.
-            with suppress(EngineError):  # one that has failed is not pushed to, or fails then
-                self._ask(self._leader, list(self._leader.engines), self._prompt, tokens=1)
+            self._leader.engines.ask(self._remember)
         asked = time.monotonic()
         measures: Measures = {}
         failure: EngineError | None = None
@@ -110,6 +110,8 @@ class Canary:
     def _apart(self, prompt: Prompt | None, version: int, failure: EngineError | None = None) -> Tensor | None:
         """Have every engine answer and the actor score the answers. Collective.
 
+        An engine that does not answer, or by other weights than those of `version`, is to be started again.
+
         Args:
             failure: on the leader, why there is nothing to ask for: raised once the others know.
 
@@ -118,22 +120,17 @@ class Canary:
             `_asked`; 0 in the rows of engines that are not there. None where the leader has a failure, or no engine is
             there.
         """
-        answers: list[Completion] = []
+        answers: dict[str, Completion] = {}
         if self._leader and not failure:
-            engines = list(self._leader.engines)  # one may be gone as soon as it has answered
-            self._asked = [engine.name for engine in engines]
-            try:
-                answers = self._ask(self._leader, engines, prompt, self._tokens)
-                _check_versions(engines, answers, version)
-            except EngineError as error:
-                failure = error
-        if not self._peers.leader_says("canary", bool(answers) and not failure):
+            answers = dict(self._leader.engines.ask(partial(self._named_answer, prompt, version)))
+            self._asked = list(answers)
+        if not self._peers.leader_says("canary", bool(answers)):
             if failure:
                 raise failure
             return None
         packed = None
         if self._leader:
-            samples = [_sample(prompt, answer, index) for index, answer in enumerate(answers)]
+            samples = [_sample(prompt, answer, index) for index, answer in enumerate(answers.values())]
             packed, _ = self._leader.pack(samples, self._topo.dp, version)
         parallel = self._config.parallel
         share = Share(*self._topo.scatter(packed.share if packed else None))
@@ -142,8 +139,18 @@ class Canary:
         )
         return self._topo.max(differences(mini_batches, self._config.engine.count))
 
-    def _ask(self, leader: Leader, engines: Sequence[Engine], prompt: Prompt | None, tokens: int) -> list[Completion]:
-        """Return the answer of each engine; all are asked at once."""
+    async def _remember(self, engine: Engine) -> None:
+        """Have an engine know the canary by the weights that it has."""
+        if engine.version != UNKNOWN:  # otherwise they may be half of a push, and the answer not even numbers
+            await self._answer(engine, self._prompt, 1)
+
+    async def _named_answer(self, prompt: Prompt | None, version: int, engine: Engine) -> tuple[str, Completion]:
+        answer = await self._answer(engine, prompt, self._tokens)
+        if any(span.version != version for span in answer.versions):
+            raise EngineError(f"{engine.name} answers with {answer.versions} after a push of version {version}")
+        return engine.name, answer
+
+    async def _answer(self, engine: Engine, prompt: Prompt | None, tokens: int) -> Completion:
         assert prompt
         config, limit = self._config, self._config.weights.push_seconds
         sampling = Sampling(
@@ -154,21 +161,14 @@ class Canary:
             stop_token_ids=(),
             seed=request_seed(config.sampling_seed, prompt.uid, 0, prompt.uid),
         )
-
-        async def answer_of(engine: Engine) -> Completion:
-            try:
-                async with asyncio.timeout(limit):
-                    (answer,) = await engine.generate(prompt, sampling, 1)
-                    return answer
-            except TimeoutError:
-                raise EngineError(
-                    f"{engine.name} has not answered the canary within {limit:g} s (weights.push_seconds)"
-                ) from None
-
-        async def answers() -> list[Completion]:
-            return await asyncio.gather(*map(answer_of, engines))
-
-        return leader.engines.run(answers())
+        try:
+            async with asyncio.timeout(limit):
+                (answer,) = await engine.generate(prompt, sampling, 1)
+                return answer
+        except TimeoutError:
+            raise EngineError(
+                f"{engine.name} has not answered the canary within {limit:g} s (weights.push_seconds)"
+            ) from None
 
     def _message(self, version: int, apart: Mapping[str, list[float]], fresh: Mapping[str, list[float]]) -> str:
         """Of engines by name: how far they are apart at the canary, and at a prompt that no cache knows."""
@@ -190,12 +190,6 @@ class Canary:
             f"{self._tokens} tokens of a canary prompt, log-probs differ from the actor's by, in nats: {found}. "
             f"{self._tolerance:g} in the mean is taken for rounding (weights.canary_tolerance); {advice}"
         )
-
-
-def _check_versions(engines: Iterable[Engine], answers: Sequence[Completion], version: int) -> None:
-    for engine, answer in zip(engines, answers, strict=True):
-        if any(span.version != version for span in answer.versions):
-            raise EngineError(f"{engine.name} answers with {answer.versions} after a push of version {version}")
 
 
 def differences(mini_batches: Iterable[MiniBatch], engines: int) -> Tensor:

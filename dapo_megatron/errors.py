@@ -18,7 +18,13 @@ class LossError(DapoError, TypeError):
 
 
 class EngineError(DapoError):
-    """A rollout engine did not start, died, or answered with an error."""
+    """A rollout engine did not start, died, or answered with an error.
+
+    Attributes:
+        engine: the name of the one that is at fault, where several had a part in what failed and one is known to be.
+    """
+
+    engine: str | None = None
 
 
 class RefusedError(EngineError):

@@ -100,7 +100,7 @@ class _Rank:
             with self._stop.interruptible():  # there is nothing to save yet
                 config, topo, obs, checked = self._begin(path, overrides)
             self._train(config, topo, obs, checked)
-            self._opened.close()
+            self._close()
         except BaseException as error:
             self._end(error)
         return 0
@@ -170,6 +170,13 @@ class _Rank:
         self._done = True  # whatever was asked meanwhile
         self._limit.cancel()
         topology.shutdown()
+
+    def _close(self) -> None:
+        """After all steps: an engine that does not end does not undo them."""
+        try:
+            self._opened.close()
+        except EngineError as error:
+            self._print(f"dapo-megatron: warning: {error}")
 
     def _stop_after(self, hours: float) -> None:
         """Stop in time to have saved and closed when this process is so old."""

@@ -85,9 +85,10 @@ class Supply:
         """Put the actor's weights to use in all engines that are there, as `version`. Collective; the actor's
         parameters and the engines' memory for weights are there.
 
-        Where one fails meanwhile, does not keep up, or gets something else than was sent, all are to be started again,
-        and get the weights `on_demand`. Where the weights cannot be written, as on a full disk, or an engine samples
-        with others all the same, the run is to save what is done, and stop: nothing of it was sampled so.
+        Where one fails meanwhile, does not keep up, or gets something else than was sent, the push breaks off, that
+        engine is to be started again, and the others get the weights `on_demand` (`Engines.recover`). Where the weights
+        cannot be written, as on a full disk, or an engine samples with others all the same, the run is to save what is
+        done, and stop: nothing of it was sampled so.
 
         Returns:
             On the leader, what was verified; nothing, where the push did not succeed.
@@ -105,7 +106,7 @@ class Supply:
         except EngineError as error:
             if not self._engines:
                 raise
-            self._engines.fail(error)
+            self._engines.recover(error)
         self._peers.after_leader("publish")
         return verified
 

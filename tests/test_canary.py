@@ -124,7 +124,7 @@ class Answering:
     """An engine of whose log-probs each is off by `off`, of tokens that the actor gives log-probs of -1."""
 
     def __init__(self, name: str, off: float) -> None:
-        self.name, self._off = name, off
+        self.name, self.version, self._off = name, 0, off
 
     async def generate(self, prompt: Prompt, sampling: Sampling, n: int) -> list[Completion]:
         logprobs = np.full(sampling.max_tokens, self._off - 1.0, np.float32)
@@ -150,7 +150,11 @@ def push_to(topo: Any, folder: Path, *engines: Answering, gone: int = 0) -> Any:
     """
 
     class Running(list[Answering]):
-        run = staticmethod(asyncio.run)
+        def ask(self, question: Any) -> list[Any]:
+            async def answers() -> list[Any]:
+                return await asyncio.gather(*map(question, self))
+
+            return asyncio.run(answers())
 
     config = make_config(folder, count=len(engines) + gone).model_copy(update={"train": TrainConfig(mini_batch=2)})
     leader: Any = SimpleNamespace(config=config, engines=Running(engines), _attention_tokens=math.inf)
@@ -194,7 +198,7 @@ class DeafEngines:
     """`Engines` that report success and keep the weights that they have."""
 
     def __init__(self, engines: Engines) -> None:
-        self.run, self._all = engines.run, [Deaf(engine) for engine in engines]
+        self.run, self.ask, self._all = engines.run, engines.ask, [Deaf(engine) for engine in engines]
 
     def __iter__(self) -> Iterator[Deaf]:
         return iter(self._all)

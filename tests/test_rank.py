@@ -226,6 +226,25 @@ def test_a_rank_that_took_engines_along_is_the_reason_and_not_they(monkeypatch: 
     assert _Rank()._cause(EngineError("engine 0 hangs")).reason == "error: engine 0 hangs"
 
 
+def test_an_engine_that_does_not_end_does_not_undo_a_run_that_is_over(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stays() -> None:
+        raise EngineError("engine 0 did not end within 10 s; end process 4242 and its children")
+
+    closed: list[str] = []
+    leader = _Rank()
+    leader._opened.callback(closed.append, "what was opened before")
+    leader._opened.callback(stays)
+    monkeypatch.setattr(leader, "_begin", lambda *_: (None,) * 4)
+    monkeypatch.setattr(leader, "_train", lambda *_: None)
+    monkeypatch.setattr("dapo_megatron.rank.listen", lambda *_: None)
+    monkeypatch.setattr("dapo_megatron.rank.end_with_parent", lambda: None)
+    assert leader.run(config, []) == 0 and closed
+    warning = "dapo-megatron: warning: engine 0 did not end within 10 s; end process 4242 and its children\n"
+    assert capsys.readouterr().err == warning
+
+
 def test_input_that_only_the_leader_sees_to_be_wrong_ends_the_run_at_once(config: Path) -> None:
     with job(config, "end,end", "run.dir=/proc/x") as process:
         started = time.monotonic()

@@ -41,7 +41,7 @@ class Scene:
         publisher: Any = SimpleNamespace(push=self._push)
         actor: Any = SimpleNamespace(chunks=[], leave=lambda **_: None, come_back=lambda **_: None)
         hf: Any = SimpleNamespace(gathers=False)
-        self.engines: Any = SimpleNamespace(expect=lambda version: None, fail=self.failed.append, refill=None)
+        self.engines: Any = SimpleNamespace(expect=lambda version: None, recover=self.failed.append, refill=None)
         self.supply = Supply(publisher, actor, hf, self.peers, self.engines, stop)
 
     def _push(self, weights: object, version: int) -> Any:

@@ -155,8 +155,8 @@ class EngineConfig(Section):
     stall_seconds: PositiveFloat = 45.0
     """How long an engine may go without a sign of life, an answer or, while it writes responses, a new token."""
     max_restarts: NonNegativeInt = 3
-    """How often an engine that died, hangs or answers nonsense in a step is started again; once more, and the run saves
-    and ends."""
+    """How often an engine that died, hangs or answers nonsense is started again; once more, and the run saves and ends.
+    The count begins anew when the engine has kept the weights of one push until the next."""
     batch_invariant: bool = False
     """On GPUs, use the engine's batch-invariant kernels, which are slower: a response then depends on the weights and
     its seed alone, and not on what else an engine has to do. On CPU it does nothing: docs/architecture.md says how far

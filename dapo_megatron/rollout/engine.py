@@ -108,7 +108,8 @@ class Engine(Responder, Protocol):
         ...
 
     async def reset(self) -> None:
-        """Be as an engine that has just started, but for the weights, whatever another run left it in the middle of."""
+        """Be as an engine that has just started, whatever a push or another run has left it in the middle of. Only
+        nobody knows which weights it has (`version`)."""
         ...
 
     async def join_group(self, info: dict[str, Any]) -> None:

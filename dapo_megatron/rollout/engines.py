@@ -36,6 +36,8 @@ _BATCHES = 2
 _BACKOFF_SECONDS = 1.0
 """Before an engine is started again; twice as long each time."""
 
+_RESET_SECONDS = 30.0
+"""For an engine to be ready for another push after one that broke off, or it is started again, which takes longer."""
 _LOOK_SECONDS = 1.0
 """How long a push waits for each engine that was started again."""
 
@@ -89,9 +91,12 @@ class Engines:
         self._runner = asyncio.Runner()
         self._lives: list[Life] = []
         self._failures = [0] * engine.count
-        """Of each engine, since the weights in use were pushed."""
+        """Of each engine, since it last kept the weights of one push until the next."""
         self._books = Books(engine.count)
         self._version = 0
+        self._pushed_to: list[Life] = []
+        self._broken_off = False
+        """Whether a push of the weights in use has broken off before."""
         self._admission = Admission(engine.count, _BATCHES * engine.max_sequences)
         if at_once:
             self._start()
@@ -163,14 +168,43 @@ class Engines:
         Those that were started again and are there by now get them, too.
         """
         self._run(self._look())
+        self._pushed_to = [life for life in self._lives if life.ready and not life.failure]
         if version != self._version:
-            self._version, self._failures = version, [0] * len(self._failures)
+            kept = [self._can_sample(life) for life in self._lives]
+            self._failures = [0 if well else count for well, count in zip(kept, self._failures, strict=True)]
+            self._version, self._broken_off = version, False
 
-    def fail(self, error: EngineError) -> None:
-        """Have all engines that are there started again, because of them one broke off a push to all."""
-        for life in self._lives:
-            if life.ready:
+    def recover(self, error: EngineError) -> None:
+        """Get ready for another push after one that broke off. Engines may have any weights then, and sample with none.
+
+        Where the push was broken off by an engine, that one is to be started again, and the others go back to where
+        they can be pushed to. All are started again where it cannot be told whose fault it was, or those that were
+        not seem to have had a part in it: where another push of the same weights breaks off.
+        """
+        there = self._pushed_to
+        for life in there:
+            if not life.server.alive:
                 life.fail(error)
+        if not self._broken_off:
+            self.ask(lambda engine: _within(_RESET_SECONDS, engine, engine.reset(), "got ready for another push"))
+        if self._broken_off or not any(life.failure for life in there):
+            at_fault = [life for life in there if life.engine.name == error.engine and not self._broken_off]
+            for life in at_fault or there:
+                life.fail(error)
+        self._broken_off = True
+        if spared := [life.server.name for life in there if not life.failure]:
+            log.warning("%s\na push broke off; %s can be pushed to again", error, ", ".join(spared))
+
+    def ask(self, question: Callable[[Engine], Coroutine[Any, Any, T]]) -> list[T]:
+        """Ask all engines that are there, at once. One that fails, or hangs, is of no use any more, and no other with
+        it; `sample` starts it again.
+
+        Returns:
+            What the others answer.
+        """
+        there = [index for index, life in enumerate(self._lives) if life.ready]
+        answers = self._run(_gathered(self._asked(index, question) for index in there))
+        return [answer for some in answers for answer in some]
 
     def wait_ready(self) -> None:
         """Block until every engine has written a token: some compile kernels when they are first asked for one.
@@ -201,13 +235,13 @@ class Engines:
             await self._turn(index, lambda engine: engine.sleep())
 
         with self._books.turning("sleep"):
-            self._run(_all(put_to_sleep(index) for index in range(len(self._lives))))
+            self._run(_gathered(put_to_sleep(index) for index in range(len(self._lives))))
 
     def wake(self, *tags: str) -> None:
         """Have all engines that are there take memory again (`Engine.wake`). One that fails is ended, as in `sleep`."""
         there = [index for index, life in enumerate(self._lives) if life.ready]
         with self._books.turning("wake"):
-            self._run(_all(self._turn(index, lambda engine: engine.wake(*tags)) for index in there))
+            self._run(_gathered(self._turn(index, lambda engine: engine.wake(*tags)) for index in there))
 
     async def _turn(self, index: int, ask: Callable[[Engine], Coroutine[Any, Any, None]]) -> None:
         """Ask one engine, once it is there, and end it where it fails: it must not keep memory that others take."""
@@ -215,11 +249,20 @@ class Engines:
         try:
             if not life.failure:
                 await life.come_up()
-                await _first(life.with_it(ask(life.engine)), self._watch(index))
         except EngineError as error:
             life.fail(error)
+        await self._asked(index, ask)
         if life.failure:
             await life.close()
+
+    async def _asked(self, index: int, question: Callable[[Engine], Coroutine[Any, Any, T]]) -> list[T]:
+        """The answer of one engine; none, where it fails or has failed."""
+        life = self._lives[index]
+        try:
+            return [] if life.failure else [await _first(life.with_it(question(life.engine)), self._watch(index))]
+        except EngineError as error:
+            life.fail(error)
+            return []
 
     async def _look(self) -> None:
         for life in self._lives:
@@ -268,7 +311,8 @@ class Engines:
         in use: with the next push, or `refill`, which is called where no other has them.
 
         Raises:
-            EngineError: when an engine has failed more than engine.max_restarts times since the last push.
+            EngineError: when an engine has failed more than engine.max_restarts times, and did not keep the weights
+                of one push until the next meanwhile.
         """
         main = self._run(_begun(work))
         with self._books.sampling():
@@ -302,16 +346,17 @@ class Engines:
 
     async def _watched(self, work: Coroutine[Any, Any, T]) -> T:
         main = asyncio.ensure_future(work)
-        watchers = [
-            asyncio.ensure_future(life.with_it(self._watch(index)))
+        watchers = {
+            asyncio.ensure_future(life.with_it(self._watch(index))): life
             for index, life in enumerate(self._lives)
             if life.ready and not life.failure
-        ]
+        }
         try:
             await asyncio.wait([main, *watchers], return_when=asyncio.FIRST_COMPLETED)
-            for watcher in watchers:
-                if watcher.done() and not main.done():
-                    watcher.result()
+            for watcher, life in watchers.items():
+                if not main.done() and watcher.done() and isinstance(error := watcher.exception(), EngineError):
+                    life.fail(error)
+                    raise error
             return await main
         finally:
             await _cancel(main, *watchers)
@@ -368,7 +413,8 @@ class Engines:
     def _given_up(self, life: Life) -> EngineError:
         most = self._config.engine.max_restarts
         again = "waited for" if self._config.engine.urls else "started again"
-        how = f"it was {again} {most} times since the last push" if most else "engine.max_restarts is 0"
+        count = f"it was {again} {most} times since it last kept its weights until the next push"
+        how = count if most else "engine.max_restarts is 0"
         error = EngineError(f"{life.failure}\n{life.server.name} is given up: {how}")
         error.__cause__ = life.failure
         return error
@@ -455,8 +501,16 @@ async def _first(work: Coroutine[Any, Any, T], watcher: Coroutine[Any, Any, NoRe
         await _cancel(*tasks)
 
 
-async def _all(steps: Iterable[Awaitable[None]]) -> None:
-    await asyncio.gather(*steps)
+async def _within(seconds: float, engine: Engine, work: Awaitable[T], what: str) -> T:
+    try:
+        async with asyncio.timeout(seconds):
+            return await work
+    except TimeoutError:
+        raise EngineError(f"{engine.name} has not {what} within {seconds:g} s") from None
+
+
+async def _gathered(steps: Iterable[Awaitable[T]]) -> list[T]:
+    return await asyncio.gather(*steps)
 
 
 async def _begun(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:

@@ -20,7 +20,7 @@ from dapo_megatron.units import size
 from dapo_megatron.weights.buckets import Named, grouped
 from dapo_megatron.weights.checksum import checksums
 from dapo_megatron.weights.gathering import Gathered, Gathering
-from dapo_megatron.weights.publish import LeaderSays, Receivers, WeightReceiver
+from dapo_megatron.weights.publish import LeaderSays, Receivers, WeightReceiver, asked
 from dapo_megatron.weights.verify import Inventory, Tally
 from dapo_megatron.weights.version_folders import newest, remove_others, version_folder
 from dapo_megatron.weights.versions import write_version
@@ -128,15 +128,15 @@ class DiskPublisher:
     async def _load(self, receivers: Receivers, written: Path, version: int, sums: dict[str, int]) -> None:
         engines = list(receivers)
         new = [engine for engine in engines if engine not in self._members]
-        await _all(engine.join_group({"inventory": asdict(self._inventory)}) for engine in new)
+        await _all(asked(engine, engine.join_group({"inventory": asdict(self._inventory)})) for engine in new)
         self._members = engines
-        await _all(engine.begin_transfer() for engine in engines)
+        await _all(asked(engine, engine.begin_transfer()) for engine in engines)
         info: dict[str, Any] = {
             "folder": str(written),
             "checksums": [sums[name] for name in self._inventory.names] if self._with_checksums else None,
         }
-        await _all(engine.receive(info) for engine in engines)
-        await _all(engine.finish_transfer(version) for engine in engines)
+        await _all(asked(engine, engine.receive(info)) for engine in engines)
+        await _all(asked(engine, engine.finish_transfer(version)) for engine in engines)
 
 
 async def _all(steps: Iterable[Awaitable[Any]]) -> Sequence[Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dapo_megatron.config import WeightsConfig
+from dapo_megatron.errors import EngineError
 from dapo_megatron.measures import Measures
 from dapo_megatron.routes import LOOPBACK
 from dapo_megatron.weights.verify import Inventory
@@ -75,6 +76,15 @@ class WeightReceiver(Protocol):
         ...
 
     async def finish_transfer(self, version: int) -> None: ...
+
+
+async def asked(engine: WeightReceiver, answer: Awaitable[T]) -> T:
+    """What an engine answers, or its error, which says whose it is."""
+    try:
+        return await answer
+    except EngineError as error:
+        error.engine = engine.name
+        raise
 
 
 class Receivers(Protocol):

@@ -17,7 +17,7 @@ from dapo_megatron.measures import Max, Measures, Sum
 from dapo_megatron.weights.delta import Delta
 from dapo_megatron.weights.gathering import Passes
 from dapo_megatron.weights.outgoing import Bucket, Outgoing
-from dapo_megatron.weights.publish import Receivers, WeightReceiver
+from dapo_megatron.weights.publish import Receivers, WeightReceiver, asked
 from dapo_megatron.weights.verify import Inventory, Tally
 
 
@@ -82,7 +82,8 @@ class Sender:
         engines, inventory = list(self._receivers), asdict(self._inventory)
         told, joining = self.carrier.connect(engines)
         joins = [
-            engine.join_group({**info, "inventory": inventory}) for engine, info in zip(engines, told, strict=True)
+            asked(engine, engine.join_group({**info, "inventory": inventory}))
+            for engine, info in zip(engines, told, strict=True)
         ]
         await _all([joining, *joins], "joining the weight-transfer group")
         self._members = engines
@@ -93,7 +94,7 @@ class Sender:
             await self._connect()
         engines, delta, outgoing = self._members, self._delta, self._outgoing
         began = time.monotonic()
-        await _all([engine.begin_transfer() for engine in engines], "beginning to send weights")
+        await _all([asked(engine, engine.begin_transfer()) for engine in engines], "beginning to send weights")
         self._tally.begin()
         delta.begin()
         sent = await self._deliver_all(outgoing.buckets(passes.take(), delta))
@@ -101,7 +102,7 @@ class Sender:
             sent += await self._deliver_all(outgoing.buckets(passes.take(), delta, only=late))
         await self._leave(delta.kept)
         self._tally.end()
-        await _all([engine.finish_transfer(version) for engine in engines], "putting weights to use")
+        await _all([asked(engine, engine.finish_transfer(version)) for engine in engines], "putting weights to use")
         delta.confirm()
         seconds = time.monotonic() - began
         return {
@@ -134,7 +135,7 @@ class Sender:
     async def _deliver(self, bucket: Bucket) -> None:
         self._tally.count(bucket.tensors)
         info = {**self._announcement(bucket.tensors, bucket.sums, kept=False), **bucket.place}
-        announced = [engine.receive(info) for engine in self._members]
+        announced = [asked(engine, engine.receive(info)) for engine in self._members]
         doing = f"sending {self._inventory.names[bucket.tensors[0]]} and what follows it"
         await _all([self.carrier.carry(bucket), *announced], doing)
 
@@ -144,7 +145,8 @@ class Sender:
             tensors = [self._index[name] for name in names]
             self._tally.count(tensors)
             info = self._announcement(tensors, [self._delta.sums[name] for name in names], kept=True)
-            await _all([engine.receive(info) for engine in self._members], f"leaving out {names[0]} and others")
+            steps = [asked(engine, engine.receive(info)) for engine in self._members]
+            await _all(steps, f"leaving out {names[0]} and others")
 
     def _announcement(self, tensors: Sequence[int], sums: Sequence[int] | None, *, kept: bool) -> dict[str, Any]:
         described = self._inventory.describe(tensors)

@@ -13,7 +13,7 @@ from dapo_megatron.rollout.adapter import EngineAdapter
 from dapo_megatron.rollout.client import Client
 from dapo_megatron.rollout.engine import KV_CACHE, WEIGHTS, Engine, Progress, Sampling
 from dapo_megatron.rollout.place import Place
-from dapo_megatron.rollout.server import Server
+from dapo_megatron.rollout.server import UNKNOWN, Server
 from dapo_megatron.types import Completion, Prompt, VersionSpan
 from tests.helpers.completions import written
 
@@ -78,7 +78,9 @@ class GreeterEngine:
     async def about(self) -> About:
         return About(**await self.http.call("GET", "/about"))
 
-    async def reset(self) -> None: ...
+    async def reset(self) -> None:
+        await self.http.call("GET", "/")
+        self.version = UNKNOWN
 
     async def join_group(self, info: dict[str, Any]) -> None: ...
 

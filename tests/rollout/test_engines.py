@@ -148,8 +148,19 @@ def test_an_engine_that_was_started_again_answers_nothing_before_it_has_the_weig
 def test_an_engine_that_fails_too_often_is_given_up_until_the_next_weights(opened: Any) -> None:
     engines = opened(max_restarts=1)
     engines.sample(asked(engines, signal.SIGKILL, 0))
-    with pytest.raises(EngineError, match=r"(?s)engine 0.*given up: it was started again 1 times since the last push"):
+    with pytest.raises(EngineError, match=r"(?s)engine 0.*given up: it was started again 1 times since it last"):
         engines.sample(asked(engines, signal.SIGKILL, 0))
+
+
+def test_one_that_fails_with_all_weights_is_given_up(opened: Any) -> None:
+    engines = opened(count=2, max_restarts=1)
+    push(engines, 1)
+    engines.sample(asked(engines, signal.SIGKILL, 1))
+    while len(names(engines)) < 2:
+        engines.sample(asyncio.sleep(0.1))
+    push(engines, 2)
+    with pytest.raises(EngineError, match=r"(?s)engine 1.*given up: it was started again 1 times since it last kept"):
+        engines.sample(asked(engines, signal.SIGKILL, 1))
 
 
 def test_the_count_begins_anew_with_the_next_weights(opened: Any) -> None:
@@ -160,14 +171,99 @@ def test_the_count_begins_anew_with_the_next_weights(opened: Any) -> None:
         assert len(engines.sample(asked(engines, signal.SIGKILL, 0))) == 8
 
 
-def test_a_push_that_broke_off_has_all_engines_started_again(opened: Any) -> None:
+def names(engines: Engines) -> list[str]:
+    return [engine.name for engine in engines]
+
+
+def broken(engine: str | None = None) -> EngineError:
+    """What a push broke off with, and whose answer that was."""
+    error = EngineError(f"{engine}: HTTP 500: connection closed by peer")
+    error.engine = engine
+    return error
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_push_that_an_engine_broke_off_by_dying_or_hanging_is_made_again_with_the_others(
+    opened: Any, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever of them said first that something was wrong."""
+    monkeypatch.setattr(module, "_RESET_SECONDS", 1.0)
     engines = opened(count=2)
+    pushed: list[list[str]] = []
+
+    def refill() -> None:
+        pushed.append(names(engines))
+        push(engines, 5)
+
+    engines.refill = refill
+    push(engines, 4)
+    engines.expect(5)
+    hurt(number, 1)
+    engines.recover(broken("engine 0"))
+    assert names(engines) == ["engine 0"] and restarts(engines) == 0
+    assert "hello from 0" in engines.sample(asked(engines, signal.SIGCONT))
+    assert pushed[0] == ["engine 0"] and engines.version == 5, "it may have had anything"
+    assert restarts(engines) == 1
+
+
+def test_the_engine_whose_answer_broke_off_a_push_is_started_again(opened: Any) -> None:
+    engines = opened(count=2)
+    engines.expect(5)
+    engines.recover(broken("engine 0"))
+    assert names(engines) == ["engine 1"]
+
+
+def test_one_that_hangs_in_a_push_is_known_by_it(opened: Any) -> None:
+    engines = opened(count=2)
+
+    async def forever() -> None:
+        hurt(signal.SIGSTOP, 1)
+        await asyncio.sleep(60)
+
+    with pytest.raises(EngineError, match="engine 1 does not answer"):
+        engines.run(forever())
+    assert names(engines) == ["engine 0"]
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_where_nobody_is_known_to_be_at_fault_all_are_started_again(opened: Any, again: bool) -> None:
+    """Or where the engine that was, does not seem to have been the only one."""
+    engines = opened(count=3)
     engines.refill = lambda: push(engines, 5)
     engines.expect(5)
-    engines.fail(EngineError("engine 1 went away in the middle of a push"))
+    if again:
+        engines.recover(broken("engine 0"))
+        assert names(engines) == ["engine 1", "engine 2"]
+        engines.expect(5)
+    engines.recover(broken("engine 1" if again else None))
     assert not list(engines)
     assert len(engines.sample(asked(engines, signal.SIGCONT))) == 8
     assert engines.version == 5
+
+
+def test_the_next_weights_begin_anew(opened: Any) -> None:
+    engines = opened(count=3)
+    for version, left in ((1, ["engine 1", "engine 2"]), (2, ["engine 2"])):
+        engines.expect(version)
+        engines.recover(broken(f"engine {version - 1}"))
+        assert names(engines) == left
+
+
+def test_only_the_engine_that_does_not_answer_a_question_is_left_out(opened: Any) -> None:
+    engines = opened(count=3)
+
+    async def question(engine: Engine) -> str:
+        if engine.name == "engine 1":
+            raise EngineError("engine 1: nonsense")
+        if engine.name == "engine 2":
+            hurt(signal.SIGSTOP, 2)
+            await asyncio.sleep(60)
+        return engine.name
+
+    assert engines.ask(question) == ["engine 0"]
+    assert names(engines) == ["engine 0"]
+    assert set(engines.sample(asked(engines, signal.SIGCONT))) >= {"hello from 0"}
+    assert restarts(engines) == 2
 
 
 def test_a_request_that_is_refused_is_not_made_again(opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -123,7 +123,8 @@ def test_the_actor_takes_memory_to_push_again_only_when_no_engine_starts(
 
 def test_what_an_engine_that_failed_before_has_left_is_ended(engines: Engines) -> None:
     family = [child for guard in guards() for child in guard.children(recursive=True)]
-    engines.fail(EngineError("engine 1 went away in the middle of a push"))
+    engines.expect(1)
+    engines.recover(EngineError("a push broke off, and nobody knows why"))
     engines.sleep()
     _, left = psutil.wait_procs(family, timeout=10)
     assert not left and not list(engines)

@@ -18,7 +18,7 @@ from dapo_megatron.rollout.client import Client
 from dapo_megatron.rollout.engine import KV_CACHE, WEIGHTS, Engine
 from dapo_megatron.rollout.http_engine import HttpEngine
 from dapo_megatron.rollout.place import Place
-from dapo_megatron.rollout.server import Server
+from dapo_megatron.rollout.server import UNKNOWN, Server
 
 SERVER = "dapo_megatron.rollout.endpoints.sglang"
 WORKER = "dapo_megatron.weights.workers.sglang"
@@ -179,7 +179,9 @@ class SglangEngine(HttpEngine):
     async def reset(self) -> None:
         with suppress(EngineError):  # there is no push to end, as a rule
             await self._change("/end_weight_update", {})
-        await self._transfer.call("POST", "/continue_generation", {})
+        self.version = UNKNOWN
+        if not self.asleep:  # otherwise it goes on once it is awake
+            await self._transfer.call("POST", "/continue_generation", {})
 
     async def begin_transfer(self) -> None:
         if not self.asleep:  # otherwise it is paused

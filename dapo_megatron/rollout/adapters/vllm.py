@@ -29,7 +29,7 @@ from dapo_megatron.rollout.client import Client
 from dapo_megatron.rollout.engine import Engine
 from dapo_megatron.rollout.http_engine import HttpEngine
 from dapo_megatron.rollout.place import Place
-from dapo_megatron.rollout.server import Server
+from dapo_megatron.rollout.server import UNKNOWN, Server
 
 WORKER_EXTENSION = "dapo_megatron.weights.workers.vllm.WorkerExtension"
 """Named, not imported: vLLM imports it in its own workers, where it registers the transports."""
@@ -184,7 +184,9 @@ class VllmEngine(HttpEngine):
     async def reset(self) -> None:
         # vLLM has no request that ends a push of which tensors are missing.
         await self._transfer.call("POST", "/collective_rpc", {"method": "abandon_update"})
-        await self._transfer.call("POST", "/resume", {})
+        self.version = UNKNOWN
+        if not self.asleep:  # otherwise it goes on once it is awake
+            await self._transfer.call("POST", "/resume", {})
 
     async def begin_transfer(self) -> None:
         if not self.asleep:  # otherwise it is paused
