@@ -10,7 +10,7 @@ import asyncio
 import random
 import sys
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
 from dapo_megatron import leader, rank, train
@@ -74,7 +74,7 @@ class SlowEngines:
 
     def expect(self, version: int) -> None: ...
 
-    def fail(self, error: EngineError) -> None:
+    def recover(self, error: EngineError) -> None:
         """There is no other engine that could be started."""
         raise error
 
@@ -94,6 +94,9 @@ class SlowEngines:
         return self._runner.run(work)
 
     sample = run
+
+    def ask(self, question: Callable[[SlowKeeper], Coroutine[Any, Any, Any]]) -> list[Any]:
+        return [self.run(question(self._keeper))]
 
     def close(self) -> None:
         self._runner.close()
