@@ -60,12 +60,13 @@ class Supply:
         self._publisher, self._actor, self._hf, self._peers = publisher, actor, hf, peers
         self._engines, self._version, self._stop = engines, 0, stop
         self._in_turns, self._phase = in_turns, phase
+        self._verified: Measures = {}
 
     @contextmanager
     def sampling(self, version: int) -> Iterator[Measures]:
         """Have the engines sample with the actor's weights, as `version`, inside, and the actor back afterwards.
 
-        Collective. Yields what `push` returns, and raises what it does.
+        Collective. Yields what `push` returns, and what it returns where it is made again inside; raises what it does.
         """
         yield self.hand_over(version)
         self._sleep(self._phase, heed_stop=True)
@@ -76,10 +77,10 @@ class Supply:
         self._actor.leave(self._phase, keeping=_TO_PUSH)
         self._wake(WEIGHTS, phase=self._phase)
         with self._phase("publish"):
-            verified = self.push(version)
+            self._verified = self.push(version)
         self._actor.leave(self._phase)
         self._wake(WEIGHTS, KV_CACHE, phase=self._phase)
-        return verified
+        return self._verified
 
     def push(self, version: int) -> Measures:
         """Put the actor's weights to use in all engines that are there, as `version`. Collective; the actor's
@@ -135,7 +136,7 @@ class Supply:
         self._sleep()
         self._actor.come_back(only=_TO_PUSH)
         self._wake(WEIGHTS)
-        self.push(self._version)
+        self._verified |= self.push(self._version)
         self._actor.leave()
         self._wake(WEIGHTS, KV_CACHE)
 

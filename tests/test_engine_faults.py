@@ -1,4 +1,4 @@
-"""Engines that die or hang in the middle of a rollout: the run goes on and gives what it would have given."""
+"""Engines that die or hang in a rollout or a push: the run goes on and gives what it would have given."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from tests.helpers.lives import ROOT, differences, live, metrics, write_config
 pytestmark = [pytest.mark.vllm, pytest.mark.multiproc, pytest.mark.slow, pytest.mark.timeout(900)]
 
 PROMPTS = 4
-IN_THE_SECOND_STEP = PROMPTS + 2
+IN_THE_SECOND_STEP = f"prompt:{PROMPTS + 2}"
+IN_THE_SECOND_PUSH = "push:1"
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +49,9 @@ def undisturbed(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return folder / "run"
 
 
-def hurt(config: Path, number: str, *engines: int) -> subprocess.CompletedProcess[str]:
+def hurt(config: Path, number: str, *engines: int, place: str = IN_THE_SECOND_STEP) -> subprocess.CompletedProcess[str]:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    module = ["-m", "tests.helpers.hurt_engine", number, str(IN_THE_SECOND_STEP), *map(str, engines)]
+    module = ["-m", "tests.helpers.hurt_engine", number, place, *map(str, engines)]
     command = [*launch, *module, "--", str(config)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
 
@@ -69,6 +70,21 @@ def test_the_run_goes_on_as_if_nothing_had_happened(
     done = hurt(write_config(tmp_path, values(material, tmp_path, count=count)), number, 0)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "engine 0 is started again" in done.stdout + done.stderr
+    assert differences(tmp_path / "run", undisturbed) == []
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("transport", ["gloo", "disk"])
+@pytest.mark.parametrize("number", ["SIGKILL", "SIGSTOP"])
+def test_in_a_push_too_and_the_other_engine_is_pushed_to_again(
+    tmp_path: Path, material: Path, undisturbed: Path, transport: str, number: str
+) -> None:
+    config = values(material, tmp_path, count=2) | {"weights": {"transport": transport}}
+    done = hurt(write_config(tmp_path, config), number, 1, place=IN_THE_SECOND_PUSH)
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output
+    assert "a push broke off; engine 0 can be pushed to again" in output
+    assert output.count("engine 1 is started again") == 1 and "engine 0 is started again" not in output
     assert differences(tmp_path / "run", undisturbed) == []
 
 

@@ -39,7 +39,7 @@ class Scene:
     def __init__(self, stop: Stop, *errors: EngineError | None) -> None:
         self.errors, self.failed, self.peers = list(errors), list[EngineError](), Ranks()
         publisher: Any = SimpleNamespace(push=self._push)
-        actor: Any = SimpleNamespace(chunks=[], leave=lambda **_: None, come_back=lambda **_: None)
+        actor: Any = SimpleNamespace(chunks=[], leave=lambda *_, **__: None, come_back=lambda *_, **__: None)
         hf: Any = SimpleNamespace(gathers=False)
         self.engines: Any = SimpleNamespace(expect=lambda version: None, recover=self.failed.append, refill=None)
         self.supply = Supply(publisher, actor, hf, self.peers, self.engines, stop)
@@ -82,6 +82,15 @@ def test_other_failures_are_the_engines(stop: Stop) -> None:
     scene = Scene(stop, EngineError("died"))
     assert scene.supply.push(3) == {}
     assert [str(error) for error in scene.failed] == ["died"] and stop.reason is None
+
+
+def test_a_push_that_is_made_again_is_measured_in_place_of_the_one_that_broke_off(stop: Stop) -> None:
+    scene = Scene(stop, EngineError("died"), None)
+    with scene.supply.sampling(3) as verified:
+        assert verified == {}
+        with scene.supply.on_demand(stop):
+            scene.engines.refill()
+    assert verified == {"pushed": 3}
 
 
 def test_with_other_weights_nothing_is_sampled_and_what_is_done_is_saved(stop: Stop) -> None:

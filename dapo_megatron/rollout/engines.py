@@ -314,6 +314,7 @@ class Engines:
             EngineError: when an engine has failed more than engine.max_restarts times, and did not keep the weights
                 of one push until the next meanwhile.
         """
+        self._open()  # no longer to those that could sample when the last work ended
         main = self._run(_begun(work))
         with self._books.sampling():
             return self._sampled(main)

@@ -1,6 +1,7 @@
-"""A rank of a run whose engines are hurt in the middle of a rollout: `SIGNAL CALL INDEX... -- CONFIG ...`.
+"""A rank of a run whose engines are hurt: `SIGNAL PLACE INDEX... -- CONFIG ...`.
 
-The processes of those engines get the signal, their guards as well, when an answer to the CALLth prompt is asked for.
+The processes of those engines get the signal, their guards as well: at PLACE `prompt:N` when an answer to the Nth
+prompt is asked for, at `push:N` when the first bytes of version N are announced to an engine.
 """
 
 from __future__ import annotations
@@ -25,6 +26,20 @@ def hurt(number: signal.Signals, indices: Sequence[int]) -> None:
             process.send_signal(number)
 
 
+def hurt_in_a_push(number: signal.Signals, version: int, indices: Sequence[int]) -> None:
+    from dapo_megatron.rollout.adapters.vllm import VllmEngine
+
+    receive, first = VllmEngine.receive, itertools.count()
+
+    @functools.wraps(receive)
+    async def hurting(self: VllmEngine, info: dict[str, Any]) -> None:
+        if self.version == version - 1 and next(first) == 0:
+            hurt(number, indices)
+        await receive(self, info)
+
+    VllmEngine.receive = hurting
+
+
 def hurt_at(number: signal.Signals, call: int, indices: Sequence[int]) -> None:
     from dapo_megatron.rollout.engines import Engines
 
@@ -47,5 +62,7 @@ if __name__ == "__main__":
     from dapo_megatron import rank
 
     end = sys.argv.index("--")
-    hurt_at(signal.Signals[sys.argv[1]], int(sys.argv[2]), [int(index) for index in sys.argv[3:end]])
+    place, _, count = sys.argv[2].partition(":")
+    hurt_there = {"prompt": hurt_at, "push": hurt_in_a_push}[place]
+    hurt_there(signal.Signals[sys.argv[1]], int(count), [int(index) for index in sys.argv[3:end]])
     leave(rank.main(sys.argv[end + 1 :]))
