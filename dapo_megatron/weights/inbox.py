@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dapo_megatron.weights.buckets import HOST, Named, offsets, pieces
 from dapo_megatron.weights.group import Group
-from dapo_megatron.weights.verify import Arrivals
+from dapo_megatron.weights.verify import Arrivals, Has
 
 
 class Source(Protocol):
@@ -71,10 +71,13 @@ class Inbox:
 
     Args:
         load: puts tensors where the engine has its own.
+        has: what the engine has by now.
     """
 
-    def __init__(self, source: Source, arrivals: Arrivals, load: Callable[[Named], object]) -> None:
-        self._source, self._arrivals, self._load = source, arrivals, load
+    def __init__(
+        self, source: Source, arrivals: Arrivals, load: Callable[[Named], object], has: Callable[[], Has]
+    ) -> None:
+        self._source, self._arrivals, self._load, self._has = source, arrivals, load, has
         self._last: tuple[Tensor, Sequence[int], Sequence[int] | None] | None = None
 
     def begin(self) -> None:
@@ -105,4 +108,4 @@ class Inbox:
     def _load_last(self) -> None:
         if self._last:
             last, self._last = self._last, None
-            self._load(self._arrivals.unpack(*last))
+            self._arrivals.load(*last, self._load, self._has)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import ref
@@ -15,6 +15,9 @@ from dapo_megatron.weights.buckets import HOST, Named, flat_bytes, nbytes, unfla
 from dapo_megatron.weights.checksum import checksums
 from dapo_megatron.weights.rooms import Rooms
 
+Has = tuple[Mapping[str, Tensor], Mapping[str, Sequence[str]]]
+"""What an engine has: the parameters of this process, and of each module that joins the rows of others its name and
+theirs, in this order."""
 _SHOWN = 3
 """How many tensors a message names."""
 
@@ -131,10 +134,12 @@ class Arrivals:
         """What the engine was given to load. It lets go of it when it has."""
         self._loaded_as_sent: set[str] | None = None
         """Which tensors the engine keeps byte for byte, as the first push showed."""
+        self._confirmed: set[str] = set()
+        """Those of them that were found to be there in this push."""
 
     def begin(self) -> None:
         self._tally.begin()
-        self._sums, self._kept, self._came = {}, {}, {}
+        self._sums, self._kept, self._came, self._confirmed = {}, {}, {}, set()
 
     def allocate(self, tensors: Sequence[int]) -> Tensor:
         """Count the tensors of a bucket, and make room for it."""
@@ -172,6 +177,31 @@ class Arrivals:
         """
         return self._check(unflatten(flat, **self._inventory.describe(tensors)), sums)
 
+    def load(
+        self,
+        flat: Tensor,
+        tensors: Sequence[int],
+        sums: Sequence[int] | None,
+        load: Callable[[Named], object],
+        has: Callable[[], Has],
+    ) -> None:
+        """Have the engine load a bucket that has come, and compare it as `unpack` does.
+
+        From the second push on, what the engine keeps byte for byte, and has when it has loaded the bucket, is compared
+        there alone, while it is still in the processor's cache.
+        """
+        if sums is None or self._loaded_as_sent is None:
+            load(self.unpack(flat, tensors, sums))
+            return
+        named = unflatten(flat, **self._inventory.describe(tensors))
+        load(named)
+        came = dict(zip((name for name, _ in named), sums, strict=True))
+        self._sums |= came
+        self._came |= came
+        self._confirmed |= self._same([name for name in came if name in self._loaded_as_sent], *has())
+        others = [(name, tensor) for name, tensor in named if name not in self._confirmed]
+        self._check(others, [came[name] for name, _ in others])
+
     def take(self, named: Named, sums: Sequence[int] | None) -> Named:
         """Count tensors that are here by themselves, by name, and compare them as `unpack` does."""
         self._tally.count(self._tally.find(named))
@@ -196,24 +226,26 @@ class Arrivals:
         self._has, self._kept = self._came, {}
 
     def loaded(self, parameters: Mapping[str, Tensor], parts: Mapping[str, Sequence[str]]) -> None:
-        """Look at what the engine has after loading, as far as it keeps tensors as they come.
+        """Look at what the engine has (`Has`) after loading, as far as it keeps tensors as they come.
 
         It may join, cut, transpose or pack them. What it keeps byte for byte in the first push, it has to keep so in
         all that follow.
-
-        Args:
-            parameters: those of this process.
-            parts: name of a module that joins the rows of others -> their names, in this order.
         """
-        found = {name: rows for name in self._sums if (rows := self._rows(name, parameters, parts)) is not None}
-        if self._loaded_as_sent is not None:
-            found = {name: found[name] for name in self._loaded_as_sent & found.keys()}
-        sums = dict(zip(found, checksums(list(found.values())), strict=True))
-        same = {name for name, value in sums.items() if value == self._sums[name]}
         if self._loaded_as_sent is None:
-            self._loaded_as_sent = same
-        elif other := sorted(found.keys() - same):
+            self._loaded_as_sent = self._same(self._sums, parameters, parts)
+            return
+        left = (self._loaded_as_sent & self._sums.keys()) - self._confirmed
+        there = {name for name in left if self._rows(name, parameters, parts) is not None}
+        if other := sorted(there - self._same(there, parameters, parts)):
             raise TransferError(f"{_some(other)}: the engine has loaded the push, and has other bytes than came")
+
+    def _same(
+        self, names: Iterable[str], parameters: Mapping[str, Tensor], parts: Mapping[str, Sequence[str]]
+    ) -> set[str]:
+        """Return which of these tensors, that have come, the engine has byte for byte."""
+        found = {name: rows for name in names if (rows := self._rows(name, parameters, parts)) is not None}
+        sums = zip(found, checksums(list(found.values())), strict=True)
+        return {name for name, value in sums if value == self._sums[name]}
 
     def _rows(self, name: str, parameters: Mapping[str, Tensor], parts: Mapping[str, Sequence[str]]) -> Tensor | None:
         """Return where a tensor may be, byte for byte; None where there is nothing of its form."""

@@ -125,7 +125,7 @@ class Worker:
     def join(self, info: Mapping[str, Any]) -> None:
         inventory = info["inventory"]
         self._arrivals = Arrivals(inventory, self._device)
-        self._inbox = Inbox(self._source(dict(info)), self._arrivals, self._load)
+        self._inbox = Inbox(self._source(dict(info)), self._arrivals, self._load, lambda: (self._parameters, {}))
         self._parameters = {
             name: torch.zeros(shape, dtype=getattr(torch, dtype), device=self._device)
             for name, dtype, shape in zip(inventory["names"], inventory["dtypes"], inventory["shapes"], strict=True)

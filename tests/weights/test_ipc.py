@@ -109,7 +109,7 @@ class Keeper:
         (own,) = [handles for handles in info["rooms"] if handles[0]["gpu"] == self._gpu]
         rooms = [self._made[handle["memory"]] for handle in own]
         self._arrivals = Arrivals(info["inventory"])
-        self._inbox = Inbox(FromRooms(rooms), self._arrivals, self._load)
+        self._inbox = Inbox(FromRooms(rooms), self._arrivals, self._load, lambda: (self.held, {}))
 
     def _load(self, bucket: Named) -> None:
         self.held |= {name: tensor.clone() for name, tensor in bucket}

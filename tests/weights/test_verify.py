@@ -183,3 +183,76 @@ def test_what_an_engine_keeps_in_another_form_is_left_to_the_canary(arrivals: Ar
         has["model.norm.weight"] = has["model.norm.weight"].float()
         load(arrivals, sent, has)
     load(arrivals, weights(3), {})
+
+
+class Loader:
+    """An engine that loads what comes into parameters of its own, at once, or when a layer is whole."""
+
+    def __init__(self, arrivals: Arrivals, *, late: bool = False) -> None:
+        self._arrivals, self._late = arrivals, late
+        self._loaded = weights(0)
+        self.has = parameters(self._loaded)
+        self._views: list[tuple[str, Tensor]] = []
+
+    def load(self, bucket: Named) -> None:
+        self._views += bucket
+        if not self._late or len(self._views) == len(NAMES):
+            self._loaded |= {name: tensor.clone() for name, tensor in self._views}
+            self.has = parameters(self._loaded)
+            self._views.clear()
+
+    def push(self, sent: dict[str, Tensor], *, room: Tensor | None = None, hurt: str | None = None) -> None:
+        """Buckets of a tensor each; `hurt` comes with a flipped bit."""
+        self._arrivals.begin()
+        self._views.clear()
+        for index, name in enumerate(NAMES):
+            flat = self._arrivals.allocate([index]) if room is None else room[: sent[name].nbytes]
+            flat.copy_(flatten([(name, sent[name])]))
+            flat[1] ^= name == hurt
+            sums = checksums([sent[name]])
+            self._arrivals.load(flat, [index], sums, self.load, lambda: (self.has, PARTS))
+        self._arrivals.loaded(self.has, PARTS)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_what_an_engine_loads_is_what_was_sent(arrivals: Arrivals, late: bool) -> None:
+    loader = Loader(arrivals, late=late)
+    for seed in (1, 2, 3):
+        loader.push(weights(seed))
+        assert all(torch.equal(tensor, loader.has[name]) for name, tensor in parameters(weights(seed)).items())
+    for hurt in NAMES:
+        with pytest.raises(TransferError, match=rf"^{hurt} has arrived with other bytes than were sent$"):
+            loader.push(weights(4), hurt=hurt)
+
+
+def test_bytes_are_read_once_where_the_engine_has_them_when_it_has_loaded_them(
+    arrivals: Arrivals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared = 0
+
+    def counting(tensors: Sequence[Tensor]) -> list[int]:
+        nonlocal compared
+        compared += sum(tensor.nbytes for tensor in tensors)
+        return checksums(tensors)
+
+    monkeypatch.setattr("dapo_megatron.weights.verify.checksums", counting)
+    loader, size = Loader(arrivals), sum(tensor.nbytes for tensor in weights(0).values())
+    for seed, times in ((1, 2), (2, 1), (3, 1)):
+        compared = 0
+        loader.push(weights(seed))
+        assert compared == times * size
+
+
+def test_memory_that_is_reused_before_an_engine_has_loaded_it_is_noticed(arrivals: Arrivals) -> None:
+    loader = Loader(arrivals, late=True)
+    loader.push(weights(1))
+    with pytest.raises(TransferError, match=r"^model.embed_tokens.weight was overwritten in this process before"):
+        loader.push(weights(2), room=torch.empty(1000, dtype=torch.uint8))
+
+
+def test_an_engine_that_does_not_load_what_came_is_noticed(arrivals: Arrivals, monkeypatch: pytest.MonkeyPatch) -> None:
+    loader = Loader(arrivals)
+    loader.push(weights(1))
+    monkeypatch.setattr(loader, "load", lambda bucket: None)
+    with pytest.raises(TransferError, match=r"and 2 more: the engine has loaded the push, and has other bytes"):
+        loader.push(weights(2))

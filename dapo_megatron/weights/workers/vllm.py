@@ -21,7 +21,7 @@ from dapo_megatron.weights.buckets import HOST, Named
 from dapo_megatron.weights.group import Group, join_group
 from dapo_megatron.weights.handles import open_own
 from dapo_megatron.weights.inbox import FromGroup, FromRooms, Inbox, Source
-from dapo_megatron.weights.verify import Arrivals
+from dapo_megatron.weights.verify import Arrivals, Has
 from dapo_megatron.weights.versions import read_version
 
 
@@ -100,8 +100,11 @@ class Transfer(WeightTransferEngine[Any, Any]):
                 self._put_back()
             self._refresh_tied_head()
             self._loading = False
+        self._arrivals.loaded(*self._has())
+
+    def _has(self) -> Has:
         joined: Any = getattr(self.model, "packed_modules_mapping", {})
-        self._arrivals.loaded(dict(self.model.named_parameters()), joined)
+        return dict(self.model.named_parameters()), joined
 
     def _load(self, bucket: Named) -> None:
         load: Any = self.model.load_weights
@@ -132,7 +135,7 @@ class BucketTransfer(Transfer):
 
     def _open(self, source: Source, inventory: dict[str, Any], device: torch.device) -> None:
         self._arrivals = Arrivals(inventory, device)
-        self._inbox = Inbox(source, self._arrivals, self._load)
+        self._inbox = Inbox(source, self._arrivals, self._load, self._has)
 
     def start_weight_update(self) -> None:
         assert self._inbox
