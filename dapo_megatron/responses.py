@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, get_args
 
@@ -127,6 +128,8 @@ def read_answered(path: Path) -> list[Answered]:
             here = f"; the row has {', '.join(row) or 'nothing'}" if issue["type"].startswith("missing") else ""
             said = _WORDS.get(issue["type"], issue["msg"].lower())
             raise ConfigError(f"{place}: {field}: {said}{here}") from error
+        if answered.labels is None and (meant := get_close_matches("labels", row, 1, 0.8)):
+            raise ConfigError(f"{place}: {meant[0]}: is labels meant, a list with true or false for each response?")
         if answered.labels is not None and len(answered.labels) != len(answered.responses):
             raise ConfigError(f"{place}: labels: {len(answered.labels)} for {len(answered.responses)} responses")
         if answered.uid in found:

@@ -81,6 +81,10 @@ def test_rules_are_compared_with_labels(tmp_path: Path, capsys: pytest.CaptureFi
             "responses.jsonl:2: responses: 1 of them, and responses.jsonl:1 has",
         ),
         ([GIVEN[0], GIVEN[0]], "responses.jsonl:2: uid: 'a' is there already"),
+        (
+            [{**GIVEN[0], "label": [True, True, True]}],
+            "responses.jsonl:1: label: is labels meant, a list with true or false",
+        ),
         ([{**GIVEN[0], "labels": [True]}], "responses.jsonl:1: labels: 1 for 3 responses"),
         ([{**GIVEN[0], "labels": [1, 0, 0]}], "responses.jsonl:1: labels.0: must be true or false"),
         ([{**GIVEN[0], "uid": "a\ud800"}], "responses.jsonl:1: uid: has half a character"),
