@@ -20,7 +20,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dapo_megatron.actor.actor import Actor
 from dapo_megatron.errors import EngineError, StorageError, WeightsError
 from dapo_megatron.heartbeat import Peers
-from dapo_megatron.measures import Measures
+from dapo_megatron.measures import Measure, Measures
 from dapo_megatron.rollout.engine import KV_CACHE, WEIGHTS
 from dapo_megatron.rollout.engines import Engines
 from dapo_megatron.stop import Stop, StopRequested
@@ -60,7 +60,7 @@ class Supply:
         self._publisher, self._actor, self._hf, self._peers = publisher, actor, hf, peers
         self._engines, self._version, self._stop = engines, 0, stop
         self._in_turns, self._phase = in_turns, phase
-        self._verified: Measures = {}
+        self._verified: dict[str, Measure] = {}
 
     @contextmanager
     def sampling(self, version: int) -> Iterator[Measures]:
@@ -77,7 +77,7 @@ class Supply:
         self._actor.leave(self._phase, keeping=_TO_PUSH)
         self._wake(WEIGHTS, phase=self._phase)
         with self._phase("publish"):
-            self._verified = self.push(version)
+            self._verified = {**self.push(version)}
         self._actor.leave(self._phase)
         self._wake(WEIGHTS, KV_CACHE, phase=self._phase)
         return self._verified
@@ -136,7 +136,7 @@ class Supply:
         self._sleep()
         self._actor.come_back(only=_TO_PUSH)
         self._wake(WEIGHTS)
-        self._verified |= self.push(self._version)
+        self._verified.update(self.push(self._version))
         self._actor.leave()
         self._wake(WEIGHTS, KV_CACHE)
 

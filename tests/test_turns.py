@@ -100,8 +100,11 @@ class StandInEngines:
 
     def expect(self, version: int) -> None: ...
 
-    def fail(self, error: EngineError) -> None:
+    def recover(self, error: EngineError) -> None:
         raise error
+
+    def ask(self, question: Callable[[Any], Any]) -> list[Any]:
+        return []
 
     def __iter__(self) -> Iterator[Any]:
         return iter([self])
@@ -304,7 +307,7 @@ def test_nobody_takes_memory_before_all_ranks_have_given_it_up() -> None:
     actor: Any = SimpleNamespace(leave=noting("leave"), come_back=noting("come back"), chunks=[])
     engines: Any = SimpleNamespace(sleep=noting("sleep"), wake=noting("wake"), expect=noting("expect"))
     hf: Any = SimpleNamespace(gathers=False)
-    publisher: Any = SimpleNamespace(push=noting("push"))
+    publisher: Any = SimpleNamespace(push=lambda *_: noting("push")() or {})
     for there in (engines, None):  # the leader, and any other rank
         told.clear()
         with Supply(publisher, actor, hf, Told(), there, Stop(), in_turns=True, phase=phase).sampling(7):

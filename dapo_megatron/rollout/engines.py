@@ -8,13 +8,13 @@ import os
 import resource
 import secrets
 import socket
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence, Set
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from dapo_megatron.config import Config
-from dapo_megatron.errors import EngineError, RefusedError
+from dapo_megatron.errors import ConfigError, EngineError, RefusedError
 from dapo_megatron.measures import Measures
 from dapo_megatron.rollout.adapter import adapter_for
 from dapo_megatron.rollout.admission import Admission
@@ -36,7 +36,7 @@ _BATCHES = 2
 _BACKOFF_SECONDS = 1.0
 """Before an engine is started again; twice as long each time."""
 
-_RESET_SECONDS = 30.0
+_RESET_SECONDS = 60.0
 """For an engine to be ready for another push after one that broke off, or it is started again, which takes longer."""
 _LOOK_SECONDS = 1.0
 """How long a push waits for each engine that was started again."""
@@ -133,7 +133,7 @@ class Engines:
         return [Hold(f"{place.name} ({place.url})", place.url, self._token or "", tenant) for place in engines]
 
     def __iter__(self) -> Iterator[Engine]:
-        return (life.engine for life in self._lives if life.ready and not life.failure and life.server.alive)
+        return (life.engine for life in self._lives if _is_there(life))
 
     @property
     def urls(self) -> list[str]:
@@ -168,7 +168,7 @@ class Engines:
         Those that were started again and are there by now get them, too.
         """
         self._run(self._look())
-        self._pushed_to = [life for life in self._lives if life.ready and not life.failure]
+        self._pushed_to = [life for life in self._lives if _is_there(life)]
         if version != self._version:
             kept = [self._can_sample(life) for life in self._lives]
             self._failures = [0 if well else count for well, count in zip(kept, self._failures, strict=True)]
@@ -185,6 +185,8 @@ class Engines:
         for life in there:
             if not life.server.alive:
                 life.fail(error)
+        # Others may wait for what one that hangs was to pass on.
+        self._run(_gathered(life.close() for life in there if life.failure))
         if not self._broken_off:
             self.ask(lambda engine: _within(_RESET_SECONDS, engine, engine.reset(), "got ready for another push"))
         if self._broken_off or not any(life.failure for life in there):
@@ -204,6 +206,7 @@ class Engines:
         """
         there = [index for index, life in enumerate(self._lives) if life.ready]
         answers = self._run(_gathered(self._asked(index, question) for index in there))
+        self._pushed_to = [life for life in self._pushed_to if not life.failure]
         return [answer for some in answers for answer in some]
 
     def wait_ready(self) -> None:
@@ -323,6 +326,7 @@ class Engines:
         try:
             while not self._run(self._mended(main)):
                 assert self.refill, "the engines have other weights than were pushed, and nobody pushes them"
+                self._run(self._start_the_failed())
                 self.refill()
             self._run(self._start_the_failed())
             return self._run(_result(main))
@@ -332,6 +336,7 @@ class Engines:
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         results: list[T] = []
+        before = asyncio.all_tasks(self._runner.get_loop())
 
         async def keep() -> None:
             results.append(await work)
@@ -341,8 +346,9 @@ class Engines:
             self._runner.run(keep())
             return results[0]
         except BaseException:
-            # An exception out of a signal handler leaves the loop, but not the tasks on it.
-            self._runner.run(_cancel_others())
+            # An exception out of a signal handler leaves the loop, but not the tasks on it. Those of a rollout go on
+            # where a push in its midst breaks off.
+            self._runner.run(_cancel_all_but(before))
             raise
 
     async def _watched(self, work: Coroutine[Any, Any, T]) -> T:
@@ -402,10 +408,13 @@ class Engines:
         log.warning("%s\n%s %s", life.failure, life.server.name, what)
         self._failures[index] += 1
         self._books.restarted()
-        self._lives[index] = self._begin(index, self._reserve(index))
+        try:
+            self._lives[index] = self._begin(index, self._reserve(index))
+        except ConfigError as error:
+            raise EngineError(f"{life.server.name} cannot be started again: {error}") from error
 
     async def _start_the_failed(self) -> None:
-        """Start what failed near the end of a rollout, so that it comes up while the weights are made."""
+        """Start what failed near the end of a rollout, or in a push, so that it comes up while weights are made."""
         for index, life in enumerate(self._lives):
             if life.failure and self._failures[index] < self._config.engine.max_restarts:
                 await life.close()
@@ -457,7 +466,8 @@ class Engines:
                 self._runner.run(_close(lives))
         finally:
             for life in lives:
-                life.end()
+                with suppress(EngineError):  # it was told
+                    life.end()
             self._end()
 
     def _end(self) -> None:
@@ -484,6 +494,10 @@ async def _generate(engine: Engine, prompt: Prompt, sampling: Sampling, n: int) 
             f"got version {engine.version} last: it was started again elsewhere, or another run uses it, too"
         )
     return completions
+
+
+def _is_there(life: Life) -> bool:
+    return life.ready and not life.failure and life.server.alive
 
 
 def _allow_connections() -> None:
@@ -532,5 +546,5 @@ async def _cancel(*tasks: asyncio.Future[Any]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _cancel_others() -> None:
-    await _cancel(*asyncio.all_tasks() - {asyncio.current_task()})  # pyright: ignore[reportArgumentType]
+async def _cancel_all_but(tasks: Set[asyncio.Task[Any]]) -> None:
+    await _cancel(*asyncio.all_tasks() - tasks - {asyncio.current_task()})  # pyright: ignore[reportArgumentType]

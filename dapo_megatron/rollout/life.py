@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import threading
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
@@ -90,6 +91,7 @@ class Life:
         self.ready = False
         self.failure: EngineError | None = None
         self._gone = asyncio.Event()
+        self._ending = threading.Lock()
 
     def fail(self, error: EngineError) -> None:
         """Take note that it is of no use any more. The first failure counts."""
@@ -144,9 +146,10 @@ class Life:
         await asyncio.to_thread(self.end)
 
     def end(self) -> None:
-        """End its processes. Safe to call twice."""
-        self._let_go()
-        self.server.close()
+        """End its processes. Safe to call twice: the second call waits for the first."""
+        with self._ending:
+            self._let_go()
+            self.server.close()
 
     def _let_go(self) -> None:
         if self._port:

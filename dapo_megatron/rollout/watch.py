@@ -15,8 +15,9 @@ _PERIOD_SECONDS = 0.25
 _LOOKS = 10
 """Looks at the least, one after the other, that find no new token before an engine counts as stalled."""
 _SILENCES = 3
-"""Questions in a row that stay unanswered before an engine counts as dead. One may be our own fault: nobody reads an
-answer while something blocks the event loop."""
+"""Questions in a row that stay unanswered before an engine counts as dead."""
+_LATE_SECONDS = 0.5
+"""By which a limit is noticed too late where something blocks the event loop: nobody reads an answer then."""
 
 
 async def watch(
@@ -40,11 +41,15 @@ async def watch(
     """
     period = min(_PERIOD_SECONDS, stall_seconds / _LOOKS)
     silences, idle_looks, last = 0, 0, None
+    clock = asyncio.get_running_loop().time
     while True:
+        began, limit = clock(), stall_seconds / _SILENCES
         try:
-            async with asyncio.timeout(stall_seconds / _SILENCES):
+            async with asyncio.timeout(limit):
                 progress = await engine.progress()
         except TimeoutError:
+            if clock() - began > limit + _LATE_SECONDS:  # this process was busy, and has not looked for the answer
+                continue
             silences += 1
             if silences == _SILENCES:
                 raise _hangs(server, f"does not answer: {silences} questions in {stall_seconds:g} s") from None

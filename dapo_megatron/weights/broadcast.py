@@ -82,9 +82,6 @@ class _Broadcast:
     def __init__(self, address: str, device: torch.device, timeout_seconds: float) -> None:
         self._address, self._device, self._timeout = address, device, timeout_seconds
         self.group: Group | None = None
-        self._sending = False
-        self._broken: list[Group] = []
-        """Groups that were left in the middle of a bucket: dropping one would wait for it, up to the limit."""
 
     def connect(self, engines: Sequence[WeightReceiver]) -> tuple[list[dict[str, Any]], Awaitable[Any]]:
         world_size = 1 + sum(engine.workers for engine in engines)
@@ -108,21 +105,20 @@ class _Broadcast:
 
     async def carry(self, bucket: Bucket) -> None:
         assert self.group
-        self._sending = True
+        works = [self.group.transmit(flat) for flat in bucket.flats]
         try:
-            await self.group.sent([self.group.transmit(flat) for flat in bucket.flats])
+            await self.group.sent(works)
         except BaseException:
             # On a GPU, the transmission goes on waiting for who is gone, and whoever waits for the GPU waits for it.
+            # Other members wait for what is not sent any more.
+            works.clear()
             self.group.abandon()
             raise
-        self._sending = False
 
     def close(self) -> None:
-        if self.group and self._sending:
-            self._broken.append(self.group)
         if self.group:
             self.group.abandon()
-        self.group, self._sending = None, False
+        self.group = None
 
 
 class TwoRooms:

@@ -140,10 +140,14 @@ class DiskPublisher:
 
 
 async def _all(steps: Iterable[Awaitable[Any]]) -> Sequence[Any]:
-    """Await all of `steps`; the first failure ends them."""
+    """Await all of `steps`, and raise the first failure then: an engine in the midst of reading hears of nothing."""
     tasks = [asyncio.ensure_future(step) for step in steps]
     try:
-        return await asyncio.gather(*tasks)
+        answers = await asyncio.gather(*tasks, return_exceptions=True)
     finally:
         for task in tasks:
             task.cancel()
+    for answer in answers:
+        if isinstance(answer, BaseException):
+            raise answer
+    return answers

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 import time
-from collections.abc import Iterator, MutableMapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,8 @@ from dapo_megatron.routes import find_route
 from dapo_megatron.weights.buckets import HOST
 
 _POLL_SECONDS = 0.0005
+_LOOK_SECONDS = 1.0
+_OVER = "over"
 _ERROR_HANDLING = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
 _NEVER = timedelta(days=30)
 """Limit of NCCL's own watchdog: `Group` has the one that counts."""
@@ -36,13 +39,16 @@ class Group:
         processes: torch's process group.
         device: where what travels lies, on this rank.
         timeout_seconds: limit on a transmission.
+        store: where rank 0 says that it leaves. Neither library tells members who wait for it: gloo not those in the
+            midst of a message, NCCL nobody on another machine.
 
     Raises:
-        RuntimeError: from `wait` and `sent`, where a transmission fails or takes too long.
+        RuntimeError: from `wait` and `sent`, where a transmission fails, takes too long, or rank 0 has left.
     """
 
-    def __init__(self, processes: Any, device: torch.device, timeout_seconds: float) -> None:
-        self._processes, self.device, self._timeout = processes, device, timeout_seconds
+    def __init__(self, processes: Any, device: torch.device, timeout_seconds: float, store: Any = None) -> None:
+        self._processes: Any = processes
+        self.device, self._timeout, self._store = device, timeout_seconds, store
         self._left = False
 
     def transmit(self, flat: Tensor) -> c10d.Work:
@@ -55,42 +61,70 @@ class Group:
         options.rootRank = 0
         return self._processes.broadcast([flat], options)
 
-    def wait(self, works: Sequence[c10d.Work]) -> None:
-        """Block until transmissions are over."""
-        deadline = time.monotonic() + self._timeout
-        for work in works:
-            if self.device == HOST:
-                work.wait()
-                continue
-            while not work.is_completed() and time.monotonic() < deadline:
+    def wait(self, works: list[c10d.Work]) -> None:
+        """Block until transmissions are over, which are taken out of the list."""
+        began = looked = time.monotonic()
+        while works:
+            while not works[0].is_completed() and (now := time.monotonic()) < began + self._timeout:
+                if now - looked > _LOOK_SECONDS:
+                    looked = now
+                    self._look(works)
                 time.sleep(_POLL_SECONDS)
-            self._settle(work)
+            self._end(works)
 
-    async def sent(self, works: Sequence[c10d.Work]) -> None:
-        """Return when transmissions are over. Waiting on them would keep an engine's error from being heard."""
+    async def sent(self, works: list[c10d.Work]) -> None:
+        """As `wait`. Blocking would keep an engine's error from being heard."""
         deadline = time.monotonic() + self._timeout
         while not all(work.is_completed() for work in works) and time.monotonic() < deadline:
             await asyncio.sleep(_POLL_SECONDS)
-        for work in works:
-            self._settle(work)
+        while works:
+            self._end(works)
 
     def abandon(self) -> None:
-        """Leave the group without the others. NCCL's kernels, which wait for them, end; gloo ends by itself."""
-        if self.device != HOST and not self._left:
-            self._left = True
-            self._processes.abort()
-
-    def _settle(self, work: c10d.Work) -> None:
-        if self.device == HOST:
-            work.wait(timedelta(milliseconds=1))
+        """Leave the group without the others, for whom it is broken then."""
+        if self._left:
             return
+        self._left = True
+        if self._store:
+            with suppress(RuntimeError):  # rank 0, where the store is, may be gone
+                self._store.set(_OVER, "")
+        if self.device != HOST:  # kernels, which wait for the others, end
+            self._processes.abort()
+            return
+        # Connections end with the last who holds them. Where somebody hangs at the other end, that takes a while.
+        held, self._processes = [self._processes], None
+        threading.Thread(target=held.clear, daemon=True).start()
+
+    def _look(self, works: list[c10d.Work]) -> None:
+        try:
+            over = self._store is not None and self._store.check([_OVER])
+        except RuntimeError:
+            over = True
+        if over:
+            self._give_up(works, "the push was broken off elsewhere")
+
+    def _end(self, works: list[c10d.Work]) -> None:
+        """Take the first one out of the list."""
+        if failure := self._failure(works[0]):
+            self._give_up(works, failure)
+        del works[0]
+
+    def _failure(self, work: c10d.Work) -> str | None:
+        library = "gloo" if self.device == HOST else "NCCL"
         if not work.is_completed():
-            self.abandon()
-            raise RuntimeError(f"NCCL has not moved a bucket within {self._timeout:g} s (weights.push_seconds)")
-        if error := work.exception():
-            self.abandon()
-            raise RuntimeError(f"NCCL: {error}")
-        work.wait()  # whatever this process computes next comes after it
+            return f"{library} has not moved a bucket within {self._timeout:g} s (weights.push_seconds)"
+        try:
+            if error := work.exception():
+                return f"{library}: {error}"
+            work.wait()  # whatever this process computes next comes after it
+        except RuntimeError as error:
+            return f"{library}: {error}"
+        return None
+
+    def _give_up(self, works: list[c10d.Work], reason: str) -> NoReturn:
+        works.clear()  # they hold connections
+        self.abandon()
+        raise RuntimeError(reason)
 
 
 def join_group(
@@ -116,9 +150,12 @@ def join_group(
         host, port, is_master=rank == 0, wait_for_workers=False, timeout=timeout, master_listen_fd=listener
     )
     if device == HOST:
-        return Group(_over_gloo(store, host, rank, world_size, timeout), device, timeout_seconds)
+        return Group(_over_gloo(store, host, rank, world_size, timeout), device, timeout_seconds, store)
     _compare_versions(store, rank)
-    group = Group(_over_nccl(store, rank, world_size), device, timeout_seconds)
+    # Whoever makes the communicator waits for the others without a limit.
+    store.set(f"member {rank}", "here")
+    store.wait([f"member {other}" for other in range(world_size)], timeout)
+    group = Group(_over_nccl(store, rank, world_size), device, timeout_seconds, store)
     # NCCL connects when it is first used.
     group.wait([group.transmit(torch.zeros(1, dtype=torch.uint8, device=device))])
     return group

@@ -20,6 +20,11 @@ from dapo_megatron.weights.outgoing import Bucket, Outgoing
 from dapo_megatron.weights.publish import Receivers, WeightReceiver, asked
 from dapo_megatron.weights.verify import Inventory, Tally
 
+_ACCOUNT_SECONDS = 5.0
+"""For engines to say what has become of a push, once the carrier has failed."""
+_SAME_SECONDS = 1.0
+"""Within which the failure of two engines is taken for one, whose fault is not known."""
+
 
 class Carrier(Protocol):
     """Brings the bytes of a bucket to the workers of all engines."""
@@ -70,7 +75,11 @@ class Sender:
         receivers.run(self._connect())
 
     def send(self, passes: Passes, version: int) -> Measures:
-        return self._receivers.run(self._send(passes, version))
+        try:
+            return self._receivers.run(self._send(passes, version))
+        except BaseException:
+            self.close()  # members may be in the midst of anything
+            raise
 
     def close(self) -> None:
         self.carrier.close()
@@ -158,13 +167,19 @@ async def _all(steps: Sequence[Awaitable[Any]], doing: str) -> list[Any]:
     tasks = [asyncio.ensure_future(step) for step in steps]
     try:
         return await asyncio.gather(*tasks)
-    except RuntimeError as error:
-        # The carrier only knows that a connection broke. The engine that broke it is about to say why.
-        await asyncio.wait(tasks, timeout=5.0)
-        for task in tasks:
-            if task.done() and not task.cancelled() and isinstance(task.exception(), EngineError):
-                raise task.exception() from error  # pyright: ignore[reportGeneralTypeIssues]
-        raise EngineError(f"{doing}: {error}") from error
+    except (RuntimeError, EngineError) as error:
+        # The carrier only knows that a connection broke. The engine that broke it is about to say why, and others that
+        # nothing comes any more.
+        await asyncio.wait(tasks, timeout=_ACCOUNT_SECONDS if isinstance(error, RuntimeError) else _SAME_SECONDS)
+        ended = [task.exception() for task in tasks if task.done() and not task.cancelled()]
+        accounts = [account for account in ended if isinstance(account, EngineError)]
+        if not accounts:
+            raise EngineError(f"{doing}: {error}") from error
+        first = error if isinstance(error, EngineError) else accounts[0]
+        if len(accounts) > 1:
+            first.engine = None
+        raise first from (None if first is error else error)
     finally:
         for task in tasks:
             task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)  # the carrier lets go of what it was sending

@@ -5,14 +5,21 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
 from typing import Any
 
 import pytest
 import torch
 from torch.cuda import nccl as nccl_module
 
+from dapo_megatron.errors import EngineError
 from dapo_megatron.weights import group
+from dapo_megatron.weights.broadcast import BroadcastPublisher
+from dapo_megatron.weights.buckets import describe
 from dapo_megatron.weights.group import Group, join_group
+from dapo_megatron.weights.verify import Inventory
+from tests.helpers.stand_in import OneEngine, StandIn
 
 GPU = torch.device("cuda", 0)
 
@@ -59,7 +66,7 @@ def finish(kind: str, nccl: Group, works: list[Any]) -> None:
 @pytest.mark.parametrize("kind", ["wait", "sent"])
 def test_what_this_process_computes_next_comes_after_the_bucket(kind: str) -> None:
     works, processes = [Work(), Work()], Processes()
-    finish(kind, Group(processes, GPU, 1.0), works)
+    finish(kind, Group(processes, GPU, 1.0), [*works])
     assert [work.waited for work in works] == [1, 1] and not processes.aborted
 
 
@@ -83,6 +90,11 @@ class Store(dict[str, bytes]):
     def set(self, key: str, value: str) -> None:
         self[key] = value.encode()
 
+    def wait(self, keys: list[str], limit: Any) -> None:
+        """Those of other members are there as well."""
+        assert keys[0] == "member 0" and self.keys() & {*keys}, "a member says that it is here before it waits"
+        self["waited"] = f"{len(keys)} members, {limit.total_seconds():g} s".encode()
+
 
 @pytest.fixture
 def nccl(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
@@ -95,6 +107,7 @@ def nccl(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     class Nccl(Processes):
         def __init__(self, store: Any, rank: int, size: int, options: Options) -> None:
             super().__init__()
+            assert b"members" in store["waited"], "whoever makes a group waits for all without a limit"
             handling = os.environ.get(group._ERROR_HANDLING)
             made.update(processes=self, rank=rank, size=size, timeout=options._timeout, handling=handling)
 
@@ -118,6 +131,7 @@ def test_members_meet_when_they_join_and_errors_are_left_to_us(
     joined = join_group("127.0.0.1", 1, 0, 3, 7.0, None, GPU)
     assert (joined.device, nccl["rank"], nccl["size"]) == (GPU, 0, 3)
     assert nccl["timeout"] == group._NEVER  # whoever waits has the limit, not the watchdog
+    assert nccl["store"]["waited"] == b"3 members, 7 s"
     assert nccl["processes"].sent == [GPU]  # the first transmission connects them
     assert nccl["handling"] == "0" and os.environ.get(group._ERROR_HANDLING) == before
 
@@ -128,3 +142,39 @@ def test_a_member_with_another_nccl_is_refused(nccl: dict[str, Any]) -> None:
     nccl["version"] = (2, 27, 5)
     with pytest.raises(RuntimeError, match=r"NCCL 2.27.5 here, and NCCL 2.28.9 in the trainer.*transport=gloo"):
         join_group("127.0.0.1", 1, 2, 3, 7.0, None, GPU)
+
+
+class Dying(StandIn):
+    """Is killed when a bucket is announced to it."""
+
+    async def receive(self, info: dict[str, Any]) -> None:
+        self._process.kill()
+        await super().receive(info)
+
+
+class Both(OneEngine):
+    def __init__(self, *engines: StandIn) -> None:
+        super().__init__(engines[0])
+        self._engines = engines
+
+    def __iter__(self) -> Iterator[StandIn]:
+        return iter(self._engines)
+
+
+@pytest.mark.multiproc
+@pytest.mark.parametrize("dies", [0, 1])
+def test_an_engine_that_is_gone_does_not_keep_the_others_waiting_for_the_limit(dies: int) -> None:
+    engines = [Dying() if index == dies else StandIn() for index in range(2)]
+    weights = {f"layers.{index}.weight": torch.zeros(4 << 20) for index in range(8)}
+    inventory = Inventory(**describe(list(weights.items())))
+    with ExitStack() as stack:
+        for engine in engines:
+            stack.enter_context(closing(engine))
+        publisher = BroadcastPublisher(inventory, Both(*engines), 256 << 20, timeout_seconds=40)
+        stack.enter_context(closing(publisher))
+        began = time.monotonic()
+        with pytest.raises((EngineError, EOFError, OSError)):
+            publisher.push(weights.items(), version=1)
+        with pytest.raises(EngineError, match=r"gloo: .*closed by peer|the push was broken off elsewhere"):
+            engines[1 - dies].done()
+        assert time.monotonic() - began < 20
