@@ -1,7 +1,7 @@
 """vLLM's workers with a fault: `--worker-extension-cls tests.helpers.planted_worker.WorkerExtension`.
 
-The fault is what the file says that PLANTED_FAULT names: "reused" has buckets arrive in two
-places by turns.
+The fault is what the file says that PLANTED_FAULT names: "reused" has buckets arrive in two places by turns, "second"
+has the second of several workers refuse them.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from dapo_megatron.weights.verify import Arrivals
@@ -22,10 +23,13 @@ _rooms = [torch.empty(1 << 20, dtype=torch.uint8) for _ in range(2)]
 _allocate = Arrivals.allocate
 
 
-def _reusing(self: Arrivals, tensors: Sequence[int]) -> Tensor:
+def _hurt(self: Arrivals, tensors: Sequence[int]) -> Tensor:
+    fault = Path(os.environ["PLANTED_FAULT"]).read_text()
+    if fault == "second" and dist.get_rank() == 1:
+        raise MemoryError("planted in the second worker")
     flat = _allocate(self, tensors)
     _rooms.reverse()
-    return _rooms[0][: len(flat)] if Path(os.environ["PLANTED_FAULT"]).read_text() == "reused" else flat
+    return _rooms[0][: len(flat)] if fault == "reused" else flat
 
 
-Arrivals.allocate = _reusing
+Arrivals.allocate = _hurt

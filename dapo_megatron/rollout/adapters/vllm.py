@@ -179,7 +179,7 @@ class VllmEngine(HttpEngine):
         self.keeps = keeps
 
     async def join_group(self, info: dict[str, Any]) -> None:
-        await self._transfer.call("POST", "/init_weight_transfer_engine", {"init_info": info})
+        await self._change("/init_weight_transfer_engine", {"init_info": info})
 
     async def reset(self) -> None:
         # vLLM has no request that ends a push of which tensors are missing.
@@ -191,15 +191,15 @@ class VllmEngine(HttpEngine):
     async def begin_transfer(self) -> None:
         if not self.asleep:  # otherwise it is paused
             await self._transfer.call("POST", "/pause?mode=wait", {})
-        await self._transfer.call("POST", "/start_weight_update", {})
+        await self._change("/start_weight_update", {})
 
     async def receive(self, info: dict[str, Any]) -> None:
         # Its workers know the rest from the inventory.
         bucket = {key: info[key] for key in _UPDATE if key in info}
-        await self._transfer.call("POST", "/update_weights", {"update_info": bucket})
+        await self._change("/update_weights", {"update_info": bucket})
 
     async def finish_transfer(self, version: int) -> None:
-        await self._transfer.call("POST", "/finish_weight_update", {"weight_version": str(version)})
+        await self._change("/finish_weight_update", {"weight_version": str(version)})
         # Keys and values of the old weights would otherwise answer for prompts seen before.
         reset = await self._transfer.call("POST", "/reset_prefix_cache", {})
         with self._transfer.reading(reset, "/reset_prefix_cache"):
@@ -214,6 +214,16 @@ class VllmEngine(HttpEngine):
         self.version = version
         if not self.asleep:  # otherwise there is no KV cache to write to
             await self._transfer.call("POST", "/resume", {})
+
+    async def _change(self, path: str, body: dict[str, Any]) -> None:
+        """Ask all workers for a part of a push, and then what has become of it: they keep that until they are asked."""
+        await self._transfer.call("POST", path, body)
+        answer = await self._transfer.call("POST", "/collective_rpc", {"method": "push_failure"})
+        with self._transfer.reading(answer, path):
+            failures = list(filter(None, answer["results"]))
+        if failures:
+            server = self._transfer.server
+            raise EngineError(f"{self.name}, {path}: {'; '.join(dict.fromkeys(failures))}\n{server.describe()}")
 
     async def _release(self) -> None:
         # It pauses, and empties the prefix cache.

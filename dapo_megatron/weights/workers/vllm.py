@@ -4,6 +4,9 @@ keeps sequences apart (`vllm_cpu`).
 
 from __future__ import annotations
 
+import functools
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,8 @@ from dapo_megatron.weights.handles import open_own
 from dapo_megatron.weights.inbox import FromGroup, FromRooms, Inbox, Source
 from dapo_megatron.weights.verify import Arrivals, Has
 from dapo_megatron.weights.versions import read_version
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -68,12 +73,45 @@ class DiskUpdate(WeightTransferUpdateInfo):
     checksums: list[int] | None
 
 
+def told_when_asked(*, anew: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Have a method of `Transfer` keep its failure, instead of raising it, and do nothing after one.
+
+    Where a worker raises, vLLM answers at once, and takes what other workers say of this call for their answers to the
+    next one. So none of them does, and whoever called asks all of them (`WorkerExtension.push_failure`).
+
+    Args:
+        anew: whether failures before this call do not matter any more.
+    """
+
+    def decorate(method: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(method)
+        def call(self: Transfer, *args: Any) -> None:
+            if anew:
+                self.failure = None
+            if self.failure is not None:
+                return
+            try:
+                method(self, *args)
+            except Exception as error:  # told, whatever it is
+                log.exception("in a push of weights")
+                self.failure = f"{type(error).__name__}: {error}"
+
+        return call
+
+    return decorate
+
+
 class Transfer(WeightTransferEngine[Any, Any]):
     """Loads tensors in Hugging Face layout as vLLM loads a checkpoint, in whatever way they come."""
 
+    failure: str | None = None
     _arrivals: Arrivals
 
+    @told_when_asked(anew=True)
     def start_weight_update(self) -> None:
+        self._begin()
+
+    def _begin(self) -> None:
         self._loading = False
         self._arrivals.begin()
 
@@ -90,7 +128,11 @@ class Transfer(WeightTransferEngine[Any, Any]):
         initialize_layerwise_reload(self.model)
         self._loading = True
 
+    @told_when_asked()
     def finish_weight_update(self) -> None:
+        self._finish()
+
+    def _finish(self) -> None:
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
         self._arrivals.end()
@@ -137,11 +179,12 @@ class BucketTransfer(Transfer):
         self._arrivals = Arrivals(inventory, device)
         self._inbox = Inbox(source, self._arrivals, self._load, self._has)
 
-    def start_weight_update(self) -> None:
+    def _begin(self) -> None:
         assert self._inbox
-        super().start_weight_update()
+        super()._begin()
         self._inbox.begin()
 
+    @told_when_asked()
     def receive_weights(self, update_info: BucketUpdate, *_: Any) -> None:
         assert self._inbox
         if not update_info.kept:
@@ -149,10 +192,10 @@ class BucketTransfer(Transfer):
         place = {"room": update_info.room, "starts": update_info.starts}
         self._inbox.receive(update_info.tensors, update_info.checksums, update_info.kept, place)
 
-    def finish_weight_update(self) -> None:
+    def _finish(self) -> None:
         assert self._inbox
         self._inbox.finish()
-        super().finish_weight_update()
+        super()._finish()
 
     def shutdown(self) -> None:
         self._inbox = None
@@ -165,6 +208,7 @@ class GroupWeightTransfer(BucketTransfer):
 
     _group: Group | None = None
 
+    @told_when_asked(anew=True)
     def init_transfer_engine(self, init_info: GroupInit) -> None:
         self.shutdown()
         parallel = self.parallel_config
@@ -197,6 +241,7 @@ class IpcWeightTransfer(BucketTransfer):
 
     init_info_cls = RoomsInit
 
+    @told_when_asked(anew=True)
     def init_transfer_engine(self, init_info: RoomsInit) -> None:
         source = FromRooms(open_own(init_info.rooms, self.device))
         self._open(source, init_info.inventory, self.device)
@@ -208,10 +253,12 @@ class DiskWeightTransfer(Transfer):
     init_info_cls = DiskInit
     update_info_cls = DiskUpdate
 
+    @told_when_asked(anew=True)
     def init_transfer_engine(self, init_info: DiskInit) -> None:
         self._arrivals = Arrivals(init_info.inventory)
         self._names: list[str] = init_info.inventory["names"]
 
+    @told_when_asked()
     def receive_weights(self, update_info: DiskUpdate, *_: Any) -> None:
         self._begin_loading()
         sums = update_info.checksums
@@ -235,6 +282,11 @@ if current_platform.is_cpu():
 
 class WorkerExtension:
     """Becomes part of vLLM's worker. vLLM imports this module to find it, and that does what else there is to do."""
+
+    def push_failure(self) -> str | None:
+        """What went wrong since the last push began, in this process."""
+        worker: Any = self
+        return worker.weight_transfer_engine.failure
 
     def abandon_update(self) -> None:
         """Be ready for another push after one that nobody goes on with, if there is such a one.

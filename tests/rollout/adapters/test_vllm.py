@@ -159,7 +159,7 @@ def ask(
 ) -> Any:
     async def main() -> Any:
         app = web.Application()
-        for path, answer in routes.items():
+        for path, answer in {"/collective_rpc": answering({"results": [None, None]}), **routes}.items():
             app.router.add_route("*", path, answer)
         runner = web.AppRunner(app)
         await runner.setup()
@@ -319,6 +319,24 @@ def test_a_push_that_another_run_left_open_is_ended(tmp_path: Path) -> None:
 
     ask(tmp_path, dict.fromkeys(("/collective_rpc", "/resume"), answer), lambda engine: engine.reset())
     assert asked == [("/collective_rpc", {"method": "abandon_update"}), ("/resume", {})]
+
+
+@pytest.mark.parametrize(
+    ("path", "request_of"),
+    [
+        ("/init_weight_transfer_engine", lambda engine: engine.join_group({})),
+        ("/start_weight_update", lambda engine: engine.begin_transfer()),
+        ("/update_weights", lambda engine: engine.receive({"tensors": [], "checksums": None})),
+        ("/finish_weight_update", lambda engine: engine.finish_transfer(6)),
+    ],
+)
+def test_what_any_worker_says_of_a_part_of_a_push_is_the_engines_error(
+    tmp_path: Path, path: str, request_of: Callable[[Engine], Awaitable[None]]
+) -> None:
+    routes = dict.fromkeys((path, "/pause"), answering({}))
+    routes["/collective_rpc"] = answering({"results": [None, "TransferError: a is b", "TransferError: a is b"]})
+    with pytest.raises(EngineError, match=rf"^engine 3, {path}: TransferError: a is b\nengine 3 has not ended"):
+        ask(tmp_path, routes, request_of)
 
 
 class Sleeper:

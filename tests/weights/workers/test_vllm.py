@@ -92,3 +92,32 @@ def test_nothing_abstract_is_left_for_the_vllm_that_is_installed() -> None:
     ):
         left: frozenset[str] = transfer.__abstractmethods__  # type: ignore[attr-defined]
         assert left == frozenset()
+
+
+def test_a_failure_is_kept_until_it_is_asked_for_and_the_next_push_begins_anew() -> None:
+    pytest.importorskip("vllm")
+    from dapo_megatron.weights.workers.vllm import WorkerExtension, told_when_asked
+
+    class Transfer:
+        failure: str | None = None
+        done: list[str] = []
+
+        @told_when_asked(anew=True)
+        def start_weight_update(self) -> None:
+            self.done.append("start")
+
+        @told_when_asked()
+        def receive_weights(self, bucket: int) -> None:
+            self.done.append(f"bucket {bucket}")
+            if bucket == 2:
+                raise ValueError("it is empty")
+
+    transfer: Any = Transfer()
+    worker: Any = SimpleNamespace(weight_transfer_engine=transfer)
+    transfer.start_weight_update()
+    for bucket in (1, 2, 3):
+        transfer.receive_weights(bucket)
+    assert transfer.done == ["start", "bucket 1", "bucket 2"]
+    assert WorkerExtension.push_failure(worker) == "ValueError: it is empty"
+    transfer.start_weight_update()
+    assert WorkerExtension.push_failure(worker) is None
