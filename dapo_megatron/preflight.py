@@ -106,7 +106,9 @@ def preflight(config: Config, world_size: int, local_ranks: int | None = None, n
     _check_share(here, ranks_here, nodes)
     who_is_where = plan(config, ranks_here, nodes)
     check_sinks(config.run)
-    exposed = [*_exposure(config.engine), *_exposure_of_nodes(nodes.addresses if nodes else ())]
+    exposed = _exposure_of_nodes(nodes.addresses if nodes else ())
+    if here.engine.count:
+        exposed = [*_exposure(here.engine), *exposed]
     checked = _read(config, hf_config, [*exposed, *_idle(config)], train=config.data.train)
     _check_format(config.reward, checked.tokenizer)
     steps_done = _check_goes_on(config, checked.train)
@@ -170,7 +172,7 @@ def preflight_eval(config: Config) -> Checked:
     if config.engine.urls:
         raise ConfigError(
             "engine.urls: an evaluation sends no weights, and engines that run already may have others than "
-            "model.path; let it start its own: engine.placement=split engine.urls=[]"
+            "model.path; let it start its own: engine.placement=split engine.urls=[] engine.kinds=[]"
         )
     check_grading(*ALWAYS_GRADED, *_held_out_rules(config))
     _check_temperatures(config)
@@ -412,6 +414,11 @@ def _check_weights_folder(config: Config, policy_bytes: int) -> None:
         raise ConfigError(
             f"weights.folder: versions are written to {folder}, and old ones removed, but model.path="
             f"{config.model.path} is in there; move it, or choose another weights.folder"
+        )
+    if folder.resolve() == config.run.folder.resolve():
+        raise ConfigError(
+            f"weights.folder={config.weights.folder}: versions are written to its folder {config.run.name}, which is "
+            f"the run's own (run.dir); choose another weights.folder, or leave it out for {config.run.folder}/weights"
         )
     parent = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):

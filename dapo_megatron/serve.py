@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import closing
 
 from dapo_megatron.config import Config
+from dapo_megatron.errors import ConfigError
 from dapo_megatron.preflight import preflight_engines
 from dapo_megatron.rollout.engines import Engines
 from dapo_megatron.rollout.token import TOKEN, engines_folder, keep_token, token_file
@@ -39,6 +40,10 @@ def serve(config: Config, tell: Callable[[str], None], say: Callable[[str], None
     # Several machines may share the folder, and a machine may have more than one of these commands.
     which = f"port{config.engine.port}" if config.engine.port else f"process{os.getpid()}"
     folder = engines_folder(config) / f"{socket.gethostname()}-{which}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"run.dir: the engines' logs cannot be written to {folder}: {error}") from error
     say(f"starting engines of {config.model.path}; their logs are in {folder}")
     with closing(Engines(config, folder, ranks=0, token=token)) as engines:
         engines.wait_ready()

@@ -67,6 +67,8 @@ def load(folder: Path, text: str = MINIMAL, *overrides: str) -> Config:
         (["engine.nodes=1"], "engine.nodes: is a list of the numbers of nodes, from 0, such as [0,1], or all; got 1"),
         (["engine.nodes=[a]"], "or all; got ['a']"),
         (["engine.placement=external", "engine.urls=[http://a:1,http://a:1/]"], "http://a:1 more than once"),
+        (["engine.placement=external", "engine.urls=[http://A:1,http://a:01]"], "http://a:1 more than once"),
+        (["engine.placement=external", "engine.urls=['http://[FE80::1]:1','http://[fe80::1]:1']"], "more than once"),
         (
             ["engine.placement=external", "engine.urls=[http://a:1]", "engine.kinds=[vllm,sglang]"],
             "kinds(2) are for urls(1), one for each",

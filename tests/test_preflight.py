@@ -323,6 +323,13 @@ def test_versions_of_the_weights_do_not_go_where_the_model_is(tmp_path: Path) ->
     assert_matches(f"weights.folder: versions are written to {inside}, and old ones removed, but ", refused(config))
 
 
+def test_versions_of_the_weights_do_not_go_into_the_folder_of_the_run(tmp_path: Path) -> None:
+    """The run holds its lock, and would wait for itself."""
+    given = values(tmp_path)
+    config = config_file.parse(given | {"weights": {"transport": "disk", "folder": given["run"]["dir"]}})
+    assert_matches("weights.folder=.*: versions are written to its folder .*, which is the run's own", refused(config))
+
+
 def test_it_imports_no_heavy_library(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(config_file.dump(changed(tmp_path)))
     code = (

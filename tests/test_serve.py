@@ -112,6 +112,14 @@ def test_the_config_of_the_run_will_do_and_a_given_token_is_not_written_down(
     assert not [path for path in written if token.encode() in path.read_bytes()]
 
 
+def test_logs_that_cannot_be_written_are_input_that_cannot_work(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(TOKEN, make_token())
+    assert cli.main(["engines", str(config), "run.dir=/proc/x"]) == 2
+    assert "run.dir: the engines' logs cannot be written to /proc/x/test-engines/" in capsys.readouterr().err
+
+
 def test_every_address_is_none_to_be_found_at(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["engines", str(config), "engine.host=0.0.0.0"]) == 2
     assert "engine.host=0.0.0.0 is every address of this machine" in capsys.readouterr().err

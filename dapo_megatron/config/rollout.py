@@ -100,7 +100,8 @@ def _host_and_port(url: str) -> str:
         whole = False
     if not whole or url.rstrip("/") != f"http://{parts.netloc}" or "@" in parts.netloc:
         raise ValueError(f"{url!r} is not of the form http://HOST:PORT")
-    return url.rstrip("/")
+    host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
+    return f"http://{host}:{parts.port}"  # each in one spelling: an engine counts once
 
 
 EngineUrl = Annotated[str, AfterValidator(_host_and_port)]

@@ -16,6 +16,9 @@ from dapo_megatron.rollout.server import Server
 class EngineAdapter(Protocol):
     """Starts and speaks to one kind of engine. Runs in the trainer, so it imports nothing of the engine's package.
 
+    Its server finds the token that every request has to show in the environment (`token.TOKEN`), and refuses others:
+    they could change the weights.
+
     Its docstring says what becomes of `Sampling.seed`, and what the engine needs so that a response depends on nothing
     else: SGLang, for example, heeds `sampling_seed` only with --enable-deterministic-inference.
     """
@@ -23,7 +26,8 @@ class EngineAdapter(Protocol):
     packages: Mapping[str, str]
     """What the Python that runs the engine has to have: package -> how to install it."""
     health: str
-    """Path at which the server answers with status 200 once it can be used."""
+    """Path at which the server answers with status 200 once it can be used, without a token. Behind
+    `endpoints.asgi.Middleware`, which answers everything else only to those who show it, that is "/health"."""
 
     def __init__(self, config: Config) -> None: ...
 
@@ -55,19 +59,37 @@ class EngineAdapter(Protocol):
         ...
 
 
+def check_heads(config: Config, hf_config: Any) -> None:
+    """
+    Raises:
+        ConfigError: where the model's heads cannot be shared out among engine.tensor_parallel processes.
+    """
+    size, heads = config.engine.tensor_parallel, hf_config.num_attention_heads
+    shared = getattr(hf_config, "num_key_value_heads", None) or heads
+    works = [n for n in range(1, heads + 1) if heads % n == 0 and (shared % n == 0 or n % shared == 0)]
+    if size not in works:
+        raise ConfigError(
+            f"engine.tensor_parallel({size}) does not go with the model's num_attention_heads({heads}), which it has "
+            f"to divide, and num_key_value_heads({shared}), of which it has to be a divisor or a multiple; choose one "
+            f"of {', '.join(map(str, works))}"
+        )
+
+
 def adapter_for(config: Config, kind: str) -> EngineAdapter:
     """The adapter that engine.kind names: a module of `rollout.adapters`, or `some.module:name` for any other class.
 
     Raises:
         ConfigError: where there is none of that name.
     """
+    key = "engine.kinds" if config.engine.kinds else "engine.kind"
     try:
         make = named.find(kind, adapters.__name__, "Adapter", type)
     except ValueError as error:
-        raise ConfigError(f"engine.kind: {error}") from error
-    members = {*EngineAdapter.__annotations__, "check", "command", "environment", "connect"}
-    if missing := sorted(name for name in members if not hasattr(make, name)):
-        raise ConfigError(
-            f"engine.kind: {kind} lacks {', '.join(missing)}; rollout/adapter.py says what an adapter has"
-        )
-    return make(config)
+        raise ConfigError(f"{key}: {error}") from error
+    methods, attributes = {"check", "command", "environment", "connect"}, {*EngineAdapter.__annotations__}
+    # What is no adapter cannot be made as one; attributes may be there only then.
+    whole = all(hasattr(make, name) for name in methods)
+    adapter = make(config) if whole else make
+    if missing := sorted(name for name in methods | attributes if not hasattr(adapter, name)):
+        raise ConfigError(f"{key}: {kind} lacks {', '.join(missing)}; rollout/adapter.py says what an adapter has")
+    return adapter

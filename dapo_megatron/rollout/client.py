@@ -24,8 +24,8 @@ _ANSWER_CHARACTERS = 500
 
 
 class Client:
-    """Requests to one engine, all at once where they come at once. Proxies of the environment are not asked. Each shows
-    the server's token, and which run asks.
+    """Requests to one engine, all at once where they come at once. Proxies of the environment are not asked, nor
+    whoever an answer names instead. Each shows the server's token, and which run asks.
 
     Args:
         server: the engine's processes.
@@ -70,7 +70,7 @@ class Client:
                 timeout=aiohttp.ClientTimeout(total=self._answer_seconds),
             )
         try:
-            async with self._session.request(method, path, json=body) as response:
+            async with self._session.request(method, path, json=body, allow_redirects=False) as response:
                 if response.status == 404 and may_miss:
                     return None
                 if response.status != 200:

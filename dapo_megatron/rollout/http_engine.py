@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 
-from dapo_megatron.errors import EngineError
+from pydantic import TypeAdapter
+
+from dapo_megatron.errors import EngineError, RefusedError
 from dapo_megatron.rollout.about import About
 from dapo_megatron.rollout.answer import ABOUT, GENERATE, PROGRESS, decode
 from dapo_megatron.rollout.client import Client
 from dapo_megatron.rollout.engine import KV_CACHE, WEIGHTS, Progress, Sampling
+from dapo_megatron.rollout.token import TOKEN
 from dapo_megatron.types import Completion, Prompt, VersionSpan
+
+_ABOUT = TypeAdapter(About)
 
 
 class HttpEngine:
@@ -50,9 +55,15 @@ class HttpEngine:
             return Progress(**answer)
 
     async def about(self) -> About:
-        answer = await self.control.call("GET", ABOUT)
+        try:
+            answer = await self.control.fetch("GET", ABOUT)
+        except RefusedError as error:
+            raise RefusedError(
+                f"{error}\nso this is no engine that `dapo-megatron engines` has started, or it has another token than "
+                f"this run (engine.token_file, {TOKEN})"
+            ) from error
         with self.control.reading(answer, ABOUT):
-            return About(**answer)
+            return _ABOUT.validate_json(answer or b"", strict=True)
 
     async def sleep(self) -> None:
         if not self.asleep:

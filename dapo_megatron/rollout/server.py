@@ -11,7 +11,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from dapo_megatron.errors import EngineError
 from dapo_megatron.rollout.token import TOKEN, make_token
@@ -19,8 +19,15 @@ from dapo_megatron.rollout.token import TOKEN, make_token
 LOG_LINES = 20
 """Lines of the log shown when an engine fails."""
 _CLOSE_SECONDS = 10.0
-DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-"""Engines are asked directly, whatever http_proxy says."""
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> None:
+        """Wherever that is, it is not to see the token."""
+
+
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirects)
+"""Engines are asked directly, whatever http_proxy says, and where they are said to be."""
 POLL_SECONDS = 0.05
 """Between two questions whether a server answers."""
 

@@ -97,8 +97,7 @@ def keep_token(config: Config) -> str:
         return need_token(config)
     except OSError as error:
         raise ConfigError(
-            f"cannot write the token of the engines: {error}; choose another place (engine.token_file, or run.dir), or "
-            f"set {TOKEN}"
+            f"cannot write the token of the engines: {error}; choose another place (engine.token_file, or run.dir)"
         ) from error
     finally:
         with suppress(OSError):

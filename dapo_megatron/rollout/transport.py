@@ -36,11 +36,14 @@ def check_transport(config: Config, world_size: int, ranks_here: int) -> None:
                 "ranks are on several machines"
             )
         return
-    if placement != "colocated" or not world_size:
-        where = "`dapo-megatron engines` trains nothing" if not world_size else f"engine.placement is {placement}"
+    shares = "weights.transport=ipc hands on memory of a GPU that a rank and an engine share, but"
+    if not world_size:
         raise ConfigError(
-            f"weights.transport=ipc hands on memory of a GPU that a rank and an engine share, but {where}; set "
-            f"weights.transport=nccl, or engine.placement=colocated"
+            f"{shares} `dapo-megatron engines` trains nothing; set weights.transport=nccl or gloo, here and in the run"
+        )
+    if placement != "colocated":
+        raise ConfigError(
+            f"{shares} engine.placement is {placement}; set weights.transport=nccl, or engine.placement=colocated"
         )
     if ranks_here != world_size:
         raise ConfigError(

@@ -21,7 +21,7 @@ from dapo_megatron.rollout.engine import Sampling
 from dapo_megatron.rollout.engines import Engines
 from dapo_megatron.types import Completion, Prompt
 from tests.helpers.completions import read, written
-from tests.helpers.greeter import GreeterEngine
+from tests.helpers.greeter import Greeter, GreeterEngine
 
 PROMPT = Prompt("p", (3, 4), "", "")
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, max_tokens=4, stop_token_ids=())
@@ -29,6 +29,22 @@ SAMPLING = Sampling(temperature=1.0, top_p=1.0, max_tokens=4, stop_token_ids=())
 
 def config(kind: str, **engine: Any) -> Config:
     return parse({"model": {"path": "m"}, "data": {"train": "t"}, "engine": {"kind": kind, **engine}})
+
+
+class Own(Greeter):
+    """Says for itself what others say for all of their kind."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.packages, self.health = {}, "/up"
+
+
+def test_an_adapter_may_say_for_itself_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("packages", "health"):
+        monkeypatch.delattr(Greeter, name)
+    assert adapter_for(config(f"{__name__}:Own"), f"{__name__}:Own").health == "/up"
+    with pytest.raises(ConfigError, match="lacks health, packages"):
+        adapter_for(config("x"), "tests.helpers.greeter:Greeter")
 
 
 def test_an_adapter_from_elsewhere_runs_and_load_is_spread(tmp_path: Path) -> None:

@@ -62,6 +62,17 @@ def test_json_there_and_back(tmp_path: Path) -> None:
     assert ask(tmp_path / "log", answering("")) is None
 
 
+@pytest.mark.parametrize("status", [302, 307])
+def test_nobody_is_asked_instead(tmp_path: Path, status: int) -> None:
+    """They would see the token, or prompts and weights."""
+
+    async def elsewhere(request: web.Request) -> web.Response:
+        return web.Response(status=status, headers={"Location": "/instead"})
+
+    with pytest.raises(RefusedError, match=f"asking: HTTP {status}"):
+        ask(tmp_path / "log", elsewhere)
+
+
 def test_every_request_shows_the_token_of_the_server(tmp_path: Path) -> None:
     """Which is in the environment of its processes, and nowhere else."""
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,27 @@ def test_another_run_is_refused_as_soon_as_the_one_there_is_heard_from(engine: E
     assert engine.ask("/update_weights", "2b") == b"from behind"
     code.close()
     assert engine.ask("/update_weights", "") == b"from behind"
+
+
+def test_the_token_goes_nowhere_else() -> None:
+    seen: list[str] = []
+
+    class Elsewhere(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.send_response(302)
+            self.send_header("Location", "/instead")
+            self.end_headers()
+
+        def do_GET(self) -> None:
+            seen.append(self.headers["Authorization"])
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Elsewhere) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        hold = Hold("engine 0", f"http://127.0.0.1:{server.server_port}", make_token(), MATH)
+        with pytest.raises(EngineError, match=r"engine 0, .*: HTTP 302"):
+            asyncio.run(hold.take())
+        server.shutdown()
+    assert not seen
 
 
 def test_the_lease_of_a_run_that_was_killed_is_waited_for(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

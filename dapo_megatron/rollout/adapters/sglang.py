@@ -13,7 +13,7 @@ import dapo_megatron
 from dapo_megatron.config import Config
 from dapo_megatron.errors import ConfigError, EngineError
 from dapo_megatron.hf_folder import read_hf_config
-from dapo_megatron.rollout.adapter import EngineAdapter
+from dapo_megatron.rollout.adapter import EngineAdapter, check_heads
 from dapo_megatron.rollout.client import Client
 from dapo_megatron.rollout.engine import KV_CACHE, WEIGHTS, Engine
 from dapo_megatron.rollout.http_engine import HttpEngine
@@ -59,13 +59,8 @@ class Adapter(EngineAdapter):
     def check(self, hf_config: Any) -> None:
         import torch
 
-        config = self._config
-        heads, size = hf_config.num_attention_heads, config.engine.tensor_parallel
-        if heads % size:
-            raise ConfigError(
-                f"engine.tensor_parallel({size}) does not divide the model's num_attention_heads({heads}); "
-                f"choose a divisor of {heads}"
-            )
+        config, size = self._config, self._config.engine.tensor_parallel
+        check_heads(config, hf_config)
         if size > 1 and not (config.engine.urls or torch.cuda.device_count()):
             raise ConfigError(
                 f"engine.tensor_parallel({size}): on CPU, engine.kind=sglang runs in one process; set "

@@ -24,7 +24,7 @@ from urllib.parse import urlencode
 
 from dapo_megatron.config import Config
 from dapo_megatron.errors import ConfigError, EngineError
-from dapo_megatron.rollout.adapter import EngineAdapter
+from dapo_megatron.rollout.adapter import EngineAdapter, check_heads
 from dapo_megatron.rollout.client import Client
 from dapo_megatron.rollout.engine import Engine
 from dapo_megatron.rollout.http_engine import HttpEngine
@@ -59,14 +59,10 @@ class Adapter(EngineAdapter):
         self._config = config
 
     def check(self, hf_config: Any) -> None:
-        heads, size = hf_config.num_attention_heads, self._config.engine.tensor_parallel
-        if heads % size:
-            raise ConfigError(
-                f"engine.tensor_parallel({size}) does not divide the model's num_attention_heads({heads}); "
-                f"choose a divisor of {heads}"
-            )
+        check_heads(self._config, hf_config)
         if not self._config.engine.urls:
-            self._check_head_size(getattr(hf_config, "head_dim", None) or hf_config.hidden_size // heads)
+            size = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
+            self._check_head_size(size)
 
     def _check_head_size(self, size: int) -> None:
         """Refuse what vLLM finds out in its first forward pass: its attention on CPU has kernels for some sizes."""

@@ -131,7 +131,7 @@ def test_extra_arguments_come_last(model: Path) -> None:
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"engine": {"tensor_parallel": 3}}, r"engine.tensor_parallel\(3\) does not divide .*\(4\)"),
+        ({"engine": {"tensor_parallel": 3}}, r"engine.tensor_parallel\(3\) .*num_attention_heads\(4\)"),
         ({"engine": {"tensor_parallel": 2}}, r"engine.tensor_parallel\(2\): on CPU, engine.kind=sglang"),
         ({"rollout": {"top_p": 0.9}}, r"rollout.top_p\(0.9\).*engine.kind=sglang"),
     ],
