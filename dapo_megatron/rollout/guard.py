@@ -5,6 +5,9 @@
 The trainer keeps the other end of the pipe. However it ends, SIGKILL included, the kernel closes the pipe, and no
 engine outlives it: not its workers, and not what those left behind when they died. The command has a folder of its own
 for temporary files, such as the sockets at which its processes meet, and that goes with it.
+
+What the command prints becomes our standard output. Where that is a file on a full disk, it is lost: engines end where
+they cannot print.
 """
 
 from __future__ import annotations
@@ -26,6 +29,8 @@ from dapo_megatron.processes import adopt_orphans, end_with_parent
 
 GRACE_SECONDS = 3.0
 """Between SIGTERM and SIGKILL."""
+_PRINT_SECONDS = 1.0
+"""For the last words of the command, when all of its processes have ended."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             child = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
                 env=environment(own, os.environ),
                 start_new_session=True,
                 preexec_fn=_before_exec,
@@ -62,12 +69,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"guard: cannot start {command[0]}: {error.strerror}", file=sys.stderr)
             return 127
 
+        assert child.stdout
+        printing = threading.Thread(target=_print, args=(child.stdout.fileno(),), daemon=True)
+        printing.start()
         threading.Thread(target=_wait_for_end_of_input, args=(stop,), daemon=True).start()
         # A process that the trainer forked may hold the pipe open after its death: look at the parent as well.
         while child.poll() is None and os.getppid() == parent and not stop.wait(0.05):
             pass
         end_descendants(0.0 if child.poll() is not None else GRACE_SECONDS)
         status = child.wait()
+        printing.join(_PRINT_SECONDS)
     return status if status >= 0 else 128 - status
 
 
@@ -111,6 +122,12 @@ def _before_exec() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     # Should someone kill the guard, the engine still hears of it.
     end_with_parent()
+
+
+def _print(output: int) -> None:
+    while words := os.read(output, 65_536):
+        with contextlib.suppress(OSError):
+            os.write(1, words)
 
 
 def _wait_for_end_of_input(stop: threading.Event) -> None:

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -175,3 +176,23 @@ def test_the_guard_starts_without_heavy_imports() -> None:
         [sys.executable, "-c", listing], capture_output=True, text=True, check=True, env=dict(os.environ)
     )
     assert found.stdout.split() == ["False", "False"]
+
+
+def guarded(command: list[str], output: Any) -> subprocess.Popen[bytes]:
+    """What `command` comes to under the guard, whose input stays open."""
+    process = subprocess.Popen([*GUARD, *command], stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT)
+    process.wait(timeout=20)
+    return process
+
+
+def test_what_a_command_prints_is_the_guards_output() -> None:
+    done = guarded(["sh", "-c", "echo out; echo err >&2; printf 'last words'; kill -9 $$"], subprocess.PIPE)
+    assert done.stdout
+    assert (done.returncode, done.stdout.read()) == (137, b"out\nerr\nlast words")
+
+
+def test_a_command_goes_on_where_the_disk_takes_nothing_more() -> None:
+    command = [sys.executable, "-c", "print('words', flush=True); raise SystemExit(3)"]
+    with Path("/dev/full").open("wb") as full:
+        assert subprocess.run(command, stdout=full, stderr=full, timeout=20, check=False).returncode == 1
+        assert guarded(command, full).returncode == 3
