@@ -158,7 +158,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=LAYERS)
     parser.add_argument("--vocabulary", type=int, default=VOCABULARY)
-    parser.add_argument("--bucket-mib", type=int, default=64)
+    parser.add_argument("--bucket-mib", type=int, default=WeightsConfig().bucket_mib)
     parser.add_argument("--pushes", type=int, default=5)
     parser.add_argument("--verify", choices=("checksums", "off"), default="checksums")
     parser.add_argument("--engine", action="store_true", help="push to a real vLLM, too")

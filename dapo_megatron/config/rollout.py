@@ -251,7 +251,7 @@ class WeightsConfig(Section):
     folder: FilePath | None = None
     """For transport=disk: where each version is written, in a folder with the run's name; null is weights in the run's
     folder. Two versions have to fit while engines load one; a second run of that name is kept out."""
-    bucket_mib: PositiveInt = 64
+    bucket_mib: PositiveInt = 256
     """Tensors travel in buckets, or files, of about this size."""
     push_seconds: PositiveFloat = 300.0
     """How long an engine may take over each part of a push: to join, to get ready, for a bucket, to use the weights, to
