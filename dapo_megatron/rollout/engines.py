@@ -8,7 +8,7 @@ import os
 import resource
 import secrets
 import socket
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence, Set
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -336,19 +336,20 @@ class Engines:
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         results: list[T] = []
-        before = asyncio.all_tasks(self._runner.get_loop())
 
         async def keep() -> None:
             results.append(await work)
 
+        kept = keep()
+
         try:
             # Not as the task's own result: on its way out the runner spells that, a rollout's tokens one by one.
-            self._runner.run(keep())
+            self._runner.run(kept)
             return results[0]
         except BaseException:
-            # An exception out of a signal handler leaves the loop, but not the tasks on it. Those of a rollout go on
-            # where a push in its midst breaks off.
-            self._runner.run(_cancel_all_but(before))
+            # An exception out of a signal handler leaves the loop, but not the task on it. Others go on: those of a
+            # rollout, in whose midst this may be a push.
+            self._runner.run(_cancel_task_of(kept))
             raise
 
     async def _watched(self, work: Coroutine[Any, Any, T]) -> T:
@@ -546,5 +547,5 @@ async def _cancel(*tasks: asyncio.Future[Any]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _cancel_all_but(tasks: Set[asyncio.Task[Any]]) -> None:
-    await _cancel(*asyncio.all_tasks() - tasks - {asyncio.current_task()})  # pyright: ignore[reportArgumentType]
+async def _cancel_task_of(work: Coroutine[Any, Any, Any]) -> None:
+    await _cancel(*(task for task in asyncio.all_tasks() if task.get_coro() is work))

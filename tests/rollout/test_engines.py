@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -17,6 +19,7 @@ from dapo_megatron.errors import EngineError, RefusedError
 from dapo_megatron.rollout import engines as module
 from dapo_megatron.rollout.engine import Engine, Sampling
 from dapo_megatron.rollout.engines import Engines
+from dapo_megatron.rollout.server import StartedServer
 from dapo_megatron.types import Completion, Prompt
 from tests.helpers.completions import read
 from tests.helpers.greeter import GreeterEngine
@@ -247,6 +250,77 @@ def test_where_nobody_is_known_to_be_at_fault_all_are_started_again(opened: Any,
     assert not list(engines)
     assert len(engines.sample(asked(engines, signal.SIGCONT))) == 8
     assert engines.version == 5
+
+
+def test_a_push_in_the_midst_of_a_rollout_that_breaks_off_too_leaves_the_rollout_alone(opened: Any) -> None:
+    """Also what it begins to ask for meanwhile."""
+    engines = opened(count=2)
+    pushes: list[list[str]] = []
+    asked_for = asyncio.Event()
+
+    async def breaks_off() -> None:
+        asked_for.set()
+        await asyncio.sleep(0.2)
+        raise broken("engine 1")
+
+    def refill() -> None:
+        pushes.append(names(engines))
+        if len(pushes) > 1:
+            push(engines, 5)
+            return
+        engines.expect(5)
+        with pytest.raises(EngineError) as error:
+            engines.run(breaks_off())
+        engines.recover(error.value)
+
+    async def rollout() -> list[str]:
+        early = asyncio.ensure_future(asked(engines, signal.SIGCONT))
+        await asked_for.wait()
+        return [*await asked(engines, signal.SIGCONT), *await early]
+
+    engines.refill = refill
+    engines.expect(5)
+    engines.recover(broken("engine 1"))
+    assert len(engines.sample(rollout())) == 16
+    assert pushes[0] == ["engine 0"] and len(pushes) == 2
+
+
+def test_an_engine_that_had_failed_before_a_push_is_not_taken_for_the_one_that_broke_it_off(opened: Any) -> None:
+    engines = opened(count=3)
+    engines.expect(5)
+    engines.ask(_fails_in("engine 0"))
+    engines.recover(broken("engine 1"))
+    assert names(engines) == ["engine 2"]
+
+
+def _fails_in(name: str) -> Any:
+    async def question(engine: Engine) -> None:
+        if engine.name == name:
+            raise EngineError(f"{name}: nonsense")
+
+    return question
+
+
+def test_an_engine_is_started_again_when_its_processes_have_ended(opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long that takes, and whatever else wants to be done meanwhile: it has the port that it had."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    engines = opened(count=2, port=port)
+    close = StartedServer.close
+
+    def slow(self: StartedServer) -> None:
+        time.sleep(1.0)
+        close(self)
+
+    monkeypatch.setattr(StartedServer, "close", slow)
+    engines.refill = lambda: push(engines, 5)
+    engines.expect(5)
+    hurt(signal.SIGSTOP, 1)
+    engines.recover(broken("engine 1"))
+    assert len(engines.sample(asked(engines, signal.SIGCONT, 0))) == 8
+    while len(names(engines)) < 2:
+        engines.sample(asyncio.sleep(0.1))
+    assert restarts(engines) == 1
 
 
 def test_the_next_weights_begin_anew(opened: Any) -> None:
