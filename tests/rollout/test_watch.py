@@ -117,3 +117,30 @@ def test_what_an_engine_says_itself_is_passed_on(server: StartedServer) -> None:
             raise EngineError("engine 3 is dead")
 
     assert outcome(server, Dead(lambda asked: None), 5)[0] == "engine 3 is dead"
+
+
+def test_where_this_process_is_too_busy_to_read_an_answer_the_engine_is_not_to_blame(server: StartedServer) -> None:
+    class Slow(Engine):
+        async def progress(self) -> Progress:
+            await asyncio.sleep(0.05)
+            await asyncio.sleep(0)  # several turns of the loop, as a request takes
+            return await super().progress()
+
+    async def main() -> None:
+        async def busy() -> None:
+            while True:
+                time.sleep(0.8)
+                await asyncio.sleep(0)
+
+        async with asyncio.timeout(8):
+            watching = watch(
+                Slow(lambda asked: Progress(asked, 0)),  # pyright: ignore[reportArgumentType]
+                server,
+                STALL_SECONDS,
+                writing=lambda: False,
+                seen=lambda progress: None,
+            )
+            await asyncio.gather(watching, busy())
+
+    with pytest.raises(TimeoutError):
+        asyncio.run(main())
