@@ -107,7 +107,8 @@ class Supply:
         except EngineError as error:
             if not self._engines:
                 raise
-            self._engines.recover(error)
+            with self._saved_where_it_fails():
+                self._engines.recover(error)
         self._peers.after_leader("publish")
         return verified
 

@@ -84,6 +84,18 @@ def test_other_failures_are_the_engines(stop: Stop) -> None:
     assert [str(error) for error in scene.failed] == ["died"] and stop.reason is None
 
 
+def test_where_an_engine_cannot_be_ended_what_is_done_is_saved(stop: Stop) -> None:
+    scene = Scene(stop, EngineError("died"))
+
+    def recover(error: EngineError) -> None:
+        raise EngineError("engine 1 did not end within 10 s")
+
+    scene.engines.recover = recover
+    assert scene.supply.push(3) == {}
+    assert scene.peers.said == ["publish"], "the others are not left waiting"
+    assert stop.reason == "error: engine 1 did not end within 10 s"
+
+
 def test_a_push_that_is_made_again_is_measured_in_place_of_the_one_that_broke_off(stop: Stop) -> None:
     scene = Scene(stop, EngineError("died"), None)
     with scene.supply.sampling(3) as verified:
