@@ -110,9 +110,16 @@ def exchange(checkpoint: Path, folder: Path, parallel: dict[str, Any], dtype: st
 
 
 @pytest.mark.multiproc
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.long), "bfloat16"])
 @pytest.mark.parametrize(
-    ("ranks", "parallel"), [(1, {}), (2, {}), (2, {"tp": 2}), (4, {"pp": 2})], ids=["dp1", "dp2", "tp2", "dp2-pp2"]
+    ("ranks", "parallel"),
+    [
+        (1, {}),
+        pytest.param(2, {}, marks=pytest.mark.long),
+        pytest.param(2, {"tp": 2}, marks=pytest.mark.long),
+        (4, {"pp": 2}),
+    ],
+    ids=["dp1", "dp2", "tp2", "dp2-pp2"],
 )
 def test_slices_are_the_state_that_megatron_saves(
     tmp_path: Path, ranks: int, parallel: dict[str, Any], dtype: str
@@ -127,7 +134,12 @@ def test_slices_are_the_state_that_megatron_saves(
 @pytest.mark.multiproc
 @pytest.mark.parametrize(
     ("ranks", "parallel"),
-    [(2, {}), (2, {"ep": 2}), (4, {"ep": 2}), (4, {"tp": 2, "sequence_parallel": True, "ep": 2})],
+    [
+        pytest.param(2, {}, marks=pytest.mark.long),
+        pytest.param(2, {"ep": 2}, marks=pytest.mark.long),
+        pytest.param(4, {"ep": 2}, marks=pytest.mark.long),
+        (4, {"tp": 2, "sequence_parallel": True, "ep": 2}),
+    ],
     ids=["dp2", "ep2", "dp4-ep2", "tp2-ep2"],
 )
 def test_those_of_experts_are_too(tmp_path: Path, ranks: int, parallel: dict[str, Any]) -> None:

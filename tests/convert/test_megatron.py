@@ -45,6 +45,13 @@ def form(reader: DistReader) -> dict[str, Any]:
 
 LAYOUTS = {"tp1": {}, "tp2": {"tp": 2}, "tp4": {"tp": 4}, "tp2pp2": {"tp": 2, "pp": 2}, "pp2vpp2": {"pp": 2, "vpp": 2}}
 OF_EXPERTS = {"tp2ep2": {"tp": 2, "ep": 2}, "ep4": {"ep": 4}}
+DAILY = [
+    ("qwen2", "tp1", True),
+    ("qwen2", "tp2pp2", False),
+    ("qwen2", "pp2vpp2", True),
+    ("qwen3", "tp4", True),
+    ("qwen3_moe", "tp2ep2", True),
+]
 CASES = [
     *(("qwen2", layout, tied) for layout in LAYOUTS for tied in (True, False)),
     *((family, "tp2pp2", False) for family in FAMILIES if family != "qwen2"),
@@ -55,7 +62,10 @@ CASES = [
 
 
 @pytest.mark.multiproc
-@pytest.mark.parametrize(("family", "layout", "tied"), CASES)
+@pytest.mark.parametrize(
+    ("family", "layout", "tied"),
+    [pytest.param(*case, marks=[] if case in DAILY else pytest.mark.long) for case in CASES],
+)
 def test_a_conversion_is_what_megatron_saves(family: str, layout: str, tied: bool, tmp_path: Path) -> None:
     parallel: dict[str, Any] = (LAYOUTS | OF_EXPERTS)[layout]
     source = save_tiny(tmp_path / "hf", family, tied=tied, layers=4, dtype=torch.bfloat16)
