@@ -265,5 +265,5 @@ class WeightsConfig(Section):
     """Leave layers out of a push that the engines have as they are, by checksum. An engine that was started again gets
     everything, and so does one that cannot keep any (engine.kind=sglang). Through a folder, all travel."""
     canary_tolerance: PositiveFloat | None = None
-    """Most nats by which the log-probs of the canary's tokens may differ from the actor's in the mean; null is 2e-5 in
+    """Most nats by which the log-probs of the canary's tokens may differ from the actor's in the mean; null is 1e-4 in
     float32 and 0.1 in bfloat16."""
