@@ -273,7 +273,11 @@ class TestWithVllm:
             pushes.push(6)
         fault.write_text("")
 
-    def test_a_flipped_bit_in_a_bucket_is_caught_by_name(self, pushes: Pushes, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_flipped_bit_in_a_bucket_is_caught_by_name(
+        self, pushes: Pushes, engines: Engines, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (engine,) = engines
+        engines.run(engine.reset())  # the last push has left it in its middle
         put = buckets.put
 
         def flipping(tensor: torch.Tensor, flat: torch.Tensor, start: int) -> torch.Tensor:
@@ -283,5 +287,4 @@ class TestWithVllm:
 
         monkeypatch.setattr(broadcast, "put", flipping)
         with pytest.raises(EngineError, match=r"engine 0, [\s\S]*weight has arrived with other bytes than were sent"):
-            # The last push has left the engine in its middle: it answers no canary.
             pushes.publisher.push(pushes.checkpoint.export(pushes.actor.chunks), version=7)
