@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if not torch.cuda.is_available():
             for item in needing:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device; torch sees none"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def functions_chosen() -> None:
+    """A model that a test compares with is no exception, wherever it is the first to need them."""
+    if "torch" in sys.modules:
+        from dapo_megatron.mkl import choose_functions
+
+        choose_functions()
 
 
 @pytest.fixture(autouse=True)

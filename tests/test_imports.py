@@ -26,6 +26,7 @@ ROOMS: dict[str, set[str]] = {
     "routes": set(),
     "disk": set(),
     "lean": set(),
+    "mkl": set(),
     "processes": set(),
     "signals": set(),
     "stop": set(),
@@ -38,8 +39,8 @@ ROOMS: dict[str, set[str]] = {
     "reward": VOCABULARY,
     "obs": {*VOCABULARY, "config_file"},
     "rollout": {*VOCABULARY, "processes"},
-    "actor": VOCABULARY,
-    "weights": VOCABULARY,
+    "actor": {*VOCABULARY, "mkl"},
+    "weights": {*VOCABULARY, "mkl"},
     "checkpoint": {*VOCABULARY, "convert.dist_files"},
     "eval": {*VOCABULARY, "rollout.collect", "rollout.engine"},
     "prepare": {

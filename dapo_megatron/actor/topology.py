@@ -26,6 +26,7 @@ from torch.distributed.rendezvous import rendezvous as torch_rendezvous
 from dapo_megatron.actor import interface
 from dapo_megatron.config import ParallelConfig
 from dapo_megatron.errors import ConfigError, DapoError
+from dapo_megatron.mkl import choose_functions
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -260,6 +261,7 @@ def initialize(
         ConfigError: where the number of ranks does not divide among the axes.
     """
     prepare()
+    choose_functions()
     from megatron.core import parallel_state as mpu
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 

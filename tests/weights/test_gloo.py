@@ -96,15 +96,15 @@ def generate(engines: Engines) -> list[list[Completion]]:
 
 @torch.no_grad()
 def worst_error(model: Any, answers: list[list[Completion]]) -> float:
-    worst = 0.0
+    errors: list[torch.Tensor] = []
     for completion in (completion for completions in answers for completion in completions):
         logits = model(torch.tensor([[*PROMPT.token_ids, *completion.token_ids.tolist()]])).logits[
             0, len(PROMPT.token_ids) - 1 : -1
         ]
         tokens = torch.from_numpy(completion.token_ids).long()
         expected = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
-        worst = max(worst, float((expected - torch.tensor(completion.logprobs)).abs().max()))
-    return worst
+        errors.append((expected - torch.tensor(completion.logprobs)).abs().max())
+    return float(torch.stack(errors).max())  # NaN where any is
 
 
 def test_log_probs_follow_the_weights(engines: Engines, publisher: BroadcastPublisher, first: Any, second: Any) -> None:

@@ -91,7 +91,7 @@ def errors(model: Any, completion: Completion) -> torch.Tensor:
 
 
 def worst_error(model: Any, completions: list[Completion]) -> float:
-    return max(float(errors(model, completion).max()) for completion in completions)
+    return float(torch.cat([errors(model, completion) for completion in completions]).max())
 
 
 def versions(completions: list[Completion]) -> set[tuple[tuple[int, int, int], ...]]:

@@ -17,6 +17,7 @@ from sglang.srt.managers.scheduler_components.weight_updater import SchedulerWei
 from sglang.srt.model_executor import model_runner
 from sglang.srt.model_executor.model_runner_components.weight_updater import WeightUpdater
 
+from dapo_megatron.mkl import choose_functions
 from dapo_megatron.weights.buckets import Named
 from dapo_megatron.weights.group import join_group
 from dapo_megatron.weights.inbox import FromGroup
@@ -115,5 +116,6 @@ def run_scheduler(server_args: Any, *arguments: Any) -> None:
     if server_args.device == "cpu":
         from dapo_megatron.weights.workers.sglang_cpu import keep_sequences_apart
 
+        choose_functions()
         keep_sequences_apart()
     scheduler.run_scheduler_process(server_args, *arguments)

@@ -1,5 +1,5 @@
 """Runs inside vLLM's worker processes: naming `WorkerExtension` to vLLM registers our transports there, and on CPU
-keeps sequences apart (`vllm_cpu`).
+keeps sequences apart (`vllm_cpu`) and has MKL ready, before there is a model.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.platforms import current_platform
 
+from dapo_megatron.mkl import choose_functions
 from dapo_megatron.weights.buckets import HOST, Named
 from dapo_megatron.weights.group import Group, join_group
 from dapo_megatron.weights.handles import open_own
@@ -277,6 +278,7 @@ for transport, engine in {
 if current_platform.is_cpu():
     from dapo_megatron.weights.workers.vllm_cpu import keep_rows_apart
 
+    choose_functions()
     keep_rows_apart()
 
 
