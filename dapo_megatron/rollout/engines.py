@@ -128,9 +128,11 @@ class Engines:
     def _make_holds(self) -> list[Hold]:
         """What keeps other runs away from engines that run already."""
         owner = f"run {self._config.run.name}, process {os.getpid()} on {socket.gethostname()}"
-        tenant, places = Tenant(secrets.token_hex(8), owner), range(len(self._config.engine.urls))
+        run, places = secrets.token_hex(8), range(len(self._config.engine.urls))
         engines = (elsewhere(self._config, index) for index in places)
-        return [Hold(f"{place.name} ({place.url})", place.url, self._token or "", tenant) for place in engines]
+        return [
+            Hold(f"{place.name} ({place.url})", self._token or "", Tenant(run, owner, place.url)) for place in engines
+        ]
 
     def __iter__(self) -> Iterator[Engine]:
         return (life.engine for life in self._lives if _is_there(life))

@@ -38,7 +38,7 @@ _UNKNOWN = {404, 405, 501}
 class Tenant:
     """A run that uses an engine.
 
-    >>> Tenant("5c1f09aa37e2b4d8", "run math, process 4242 on node7").owner
+    >>> Tenant("5c1f09aa37e2b4d8", "run math, process 4242 on node7", "http://node2:8000").owner
     'run math, process 4242 on node7'
     """
 
@@ -46,6 +46,8 @@ class Tenant:
     """Names it among all runs."""
     owner: str
     """For people."""
+    url: str
+    """Where it finds the engine. One that it finds in two places would count twice."""
 
 
 class Lease:
@@ -64,10 +66,13 @@ class Lease:
         """Give the lease to a run, or renew it.
 
         Returns:
-            None, or where another run has it, its "owner" and the "seconds" since it was heard from.
+            None, or where another run has it, its "owner" and the "seconds" since it was heard from; or where this run
+            has found it in another place, that "url" as well.
         """
         if holder := self._other_than(tenant.run):
             return {"owner": holder.owner, "seconds": self._clock() - self._heard}
+        if self._holder and self._holder.run == tenant.run and self._holder.url != tenant.url:
+            return {"owner": tenant.owner, "seconds": self._clock() - self._heard, "url": self._holder.url}
         self._holder, self._heard = tenant, self._clock()
         return None
 
@@ -97,12 +102,11 @@ class Hold:
 
     Args:
         name: of the engine, used in messages.
-        url: where it answers.
         token: that of its server.
     """
 
-    def __init__(self, name: str, url: str, token: str, tenant: Tenant) -> None:
-        self._name, self._url, self._token, self._tenant = name, url, token, tenant
+    def __init__(self, name: str, token: str, tenant: Tenant) -> None:
+        self._name, self._token, self._tenant = name, token, tenant
         self.run = tenant.run
         self._over = threading.Event()
         self._keeper: threading.Thread | None = None
@@ -111,10 +115,14 @@ class Hold:
         """Return once the lease is this run's. One of a run that was killed runs out meanwhile.
 
         Raises:
-            EngineError: as soon as another run that has it is heard from.
+            EngineError: as soon as another run that has it is heard from, or where this run has it by another URL.
         """
         silent = 0.0
         while found := await asyncio.to_thread(self._ask):
+            if url := found.get("url"):
+                raise EngineError(
+                    f"{self._name} and {url} are one engine; an engine counts once: take one of them out of engine.urls"
+                )
             if found["seconds"] < silent:  # it was heard from since the last look
                 raise EngineError(
                     f"{self._name} is in use by {found['owner']}, which was heard from {found['seconds']:.0f} s ago; "
@@ -160,6 +168,8 @@ class Hold:
 
     def _send(self, method: str, body: dict[str, Any]) -> bytes:
         headers = {"Authorization": authorization(self._token), RUN: self._tenant.run}
-        request = urllib.request.Request(f"{self._url}{LEASE}", json.dumps(body).encode(), headers, method=method)
+        request = urllib.request.Request(
+            f"{self._tenant.url}{LEASE}", json.dumps(body).encode(), headers, method=method
+        )
         with DIRECT.open(request, timeout=_ANSWER_SECONDS) as response:
             return response.read(10_000)

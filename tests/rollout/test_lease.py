@@ -40,7 +40,7 @@ from tests.helpers.checkpoint import values
 from tests.helpers.completions import read, written
 from tests.rollout.endpoints.test_asgi import behind
 
-MATH, CODE = Tenant("1a", "run math"), Tenant("2b", "run code")
+MATH, CODE = Tenant("1a", "run math", "http://here"), Tenant("2b", "run code", "http://here")
 
 
 class Clock:
@@ -76,6 +76,16 @@ def test_a_run_that_is_not_heard_from_loses_it_and_any_request_is_heard() -> Non
     clock.now += 1
     assert held.refusal("2b") is None and held.take(CODE) is None
     assert "in use by run code" in str(held.refusal("1a")), "the run that comes back hears of it"
+
+
+def test_a_run_that_finds_it_in_two_places_hears_of_that() -> None:
+    held = Lease(Clock())
+    elsewhere = replace(MATH, url="http://there")
+    assert held.take(MATH) is None
+    assert held.take(elsewhere) == {"owner": "run math", "seconds": 0.0, "url": "http://here"}
+    assert held.take(MATH) is None, "the first place stays its place"
+    held.give_back("1a")
+    assert held.take(elsewhere) is None
 
 
 class Answers(Middleware):
@@ -130,7 +140,7 @@ class Engine:
             time.sleep(0.01)
 
     def hold(self, tenant: Tenant) -> Hold:
-        return Hold(f"engine 0 ({self.url})", self.url, self.token, tenant)
+        return Hold(f"engine 0 ({self.url})", self.token, replace(tenant, url=self.url))
 
     def ask(self, path: str, run: str) -> bytes | None:
         async def asked() -> bytes | None:
@@ -188,7 +198,8 @@ def test_the_token_goes_nowhere_else() -> None:
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Elsewhere) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        hold = Hold("engine 0", f"http://127.0.0.1:{server.server_port}", make_token(), MATH)
+        tenant = replace(MATH, url=f"http://127.0.0.1:{server.server_port}")
+        hold = Hold("engine 0", make_token(), tenant)
         with pytest.raises(EngineError, match=r"engine 0, .*: HTTP 302"):
             asyncio.run(hold.take())
         server.shutdown()
@@ -224,7 +235,7 @@ def test_what_an_engine_serves_and_whether_it_is_up_others_may_ask(engine: Engin
     math.close()
 
 
-@pytest.mark.parametrize("body", [{}, [], {"run": "x"}])
+@pytest.mark.parametrize("body", [{}, [], {"run": "x"}, {"run": "x", "owner": "y"}])
 def test_what_is_no_request_for_a_lease_is_refused(engine: Engine, body: Any) -> None:
     async def asked() -> None:
         client = Client(ServerElsewhere("engine 0", engine.url, engine.token, lambda: True), engine.url)
@@ -281,3 +292,18 @@ def test_of_two_runs_one_has_the_engine(engine: Engine, tmp_path: Path, monkeypa
         assert use(code) == "hello"
         with pytest.raises(RefusedError, match="HTTP 409: in use by run code"):
             engine.ask("/finish", "1a")  # of a run that was silent, and whose lease another has
+
+
+def test_an_engine_by_two_urls_counts_once(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(TOKEN, engine.token)
+    urls = [engine.url, engine.url.replace("127.0.0.1", "localhost")]
+    given = values(tmp_path) | {"engine": {"placement": "external", "urls": urls, "max_restarts": 0}}
+    given["engine"]["kind"] = f"{__name__}:Adapter"
+    config = parse(given)
+    engine.app.serves = needed(config, config.engine.kind)
+    with closing(Engines(config, tmp_path, ranks=0)) as engines:
+        one, other = map(re.escape, urls)
+        with pytest.raises(
+            EngineError, match=rf"^engine \d \(({one}|{other})\) and ({one}|{other}) are one engine; .*urls$"
+        ):
+            engines.wait_ready()

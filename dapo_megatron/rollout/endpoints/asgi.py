@@ -16,7 +16,8 @@ from dapo_megatron.rollout.lease import RUN, Lease, Tenant
 from dapo_megatron.rollout.token import TOKEN, authorization
 
 _RUN = RUN.lower().encode()
-_OWNER_CHARACTERS = 200
+_CHARACTERS = 200
+"""Of what a tenant says of itself."""
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -106,7 +107,7 @@ class Middleware:
         if scope["method"] == "DELETE":
             return self._lease.give_back(_run(scope))
         asked = json.loads(body)
-        return self._lease.take(Tenant(str(asked["run"]), str(asked["owner"])[:_OWNER_CHARACTERS]))
+        return self._lease.take(Tenant(*(str(asked[key])[:_CHARACTERS] for key in ("run", "owner", "url"))))
 
 
 def _is_free(scope: Message) -> bool:
