@@ -98,7 +98,8 @@ def preflight(config: Config, world_size: int, local_ranks: int | None = None, n
     hf_config = _check_sampling(here)
     check_trains(hf_config, config.parallel)
     _check_recompute(config, hf_config.num_hidden_layers)
-    policy_bytes = count_numbers(config.model.path) * _ITEM_BYTES[config.model.dtype]
+    numbers = count_numbers(config.model.path)
+    policy_bytes = numbers * _ITEM_BYTES[config.model.dtype]
     _check_disk(config, policy_bytes)
     _check_weights_folder(config, policy_bytes)
     ranks_here = world_size if local_ranks is None else local_ranks
@@ -109,7 +110,8 @@ def preflight(config: Config, world_size: int, local_ranks: int | None = None, n
     exposed = _exposure_of_nodes(nodes.addresses if nodes else ())
     if here.engine.count:
         exposed = [*_exposure(here.engine), *exposed]
-    checked = _read(config, hf_config, [*exposed, *_idle(config)], train=config.data.train)
+    told = [*exposed, *_idle(config), *_tight(config, numbers)]
+    checked = _read(config, hf_config, told, train=config.data.train)
     _check_format(config.reward, checked.tokenizer)
     steps_done = _check_goes_on(config, checked.train)
     return replace(checked, steps_done=steps_done, plan=who_is_where, nodes=nodes)
@@ -392,13 +394,36 @@ def _addresses(host: str) -> set[str]:
 
 def _check_disk(config: Config, policy_bytes: int) -> None:
     """Refuse a run whose policy would not fit on the disk when it is over."""
-    parent = next(parent for parent in config.run.folder.absolute().parents if parent.exists())
-    free = shutil.disk_usage(parent).free
+    parent, free = _room(config)
     if config.run.save_hf and free < policy_bytes:
         raise ConfigError(
             f"run.dir: {parent} has {size(free)} free, and the trained policy takes {size(policy_bytes)} in "
             f"{config.model.dtype}; free some, choose another run.dir, or set run.save_hf=false"
         )
+
+
+def _tight(config: Config, numbers: int) -> Iterable[str]:
+    """A warning where checkpoints of a model of so many numbers will not fit on the disk."""
+    settings, adam = config.checkpoint, config.optimizer
+    items = [config.model.dtype, "float32", adam.exp_avg_dtype, adam.exp_avg_sq_dtype]
+    each = sum(_ITEM_BYTES[dtype] for dtype in items)
+    # One more than are kept: the oldest goes once the newest is complete.
+    at_once = min(settings.keep_last, config.train.steps // settings.every if settings.every else 0) + 1
+    there = len(checkpoints.complete_steps(config.run.folder / "checkpoints"))
+    count, (parent, free) = max(1, at_once - there), _room(config)
+    if free < count * numbers * each:
+        more = "another checkpoint" if count == 1 else f"{count} checkpoints"
+        yield (
+            f"run.dir: {parent} has {size(free)} free, and {more} of {numbers:,} numbers take {count} x {each} x that "
+            f"= {size(count * numbers * each)}. Where none can be written, a run that is stopped has lost its steps: "
+            f"free some, choose another run.dir, or see checkpoint.keep_last and checkpoint.every"
+        )
+
+
+def _room(config: Config) -> tuple[Path, int]:
+    """The nearest folder above the run's that is there, and the bytes that are free on its disk."""
+    parent = next(parent for parent in config.run.folder.absolute().parents if parent.exists())
+    return parent, shutil.disk_usage(parent).free
 
 
 def _check_weights_folder(config: Config, policy_bytes: int) -> None:

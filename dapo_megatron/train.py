@@ -109,13 +109,15 @@ def train(
         stop.last_checkpoint = parts.checkpoints.last
 
     stopping = peers.leader_says("stop", stop.reason is not None)
+    over = not stopping and steps_done.value == config.train.steps
+    problem = None
     if steps_done.value:
         with obs.phase("checkpoint"):
             parts.checkpoints.save(steps_done.value, export=not stopping, last=True)
             problem = parts.checkpoints.finish()
-        if problem:
+        if problem and not (over and config.run.save_hf):
             raise DapoError(problem)
-    if stopping or steps_done.value < config.train.steps:
+    if not over:
         if leader:
             stop.saved = f"saved after {steps_done.value} steps" if steps_done.value else "no step was done"
         return
@@ -125,6 +127,8 @@ def train(
         with obs.phase("saving"):
             parts.hf.save(actor.chunks, config.run.folder / "hf", peers.after_leader)
         stop.left = None
+        if problem:
+            raise DapoError(f"{problem}. The trained policy is in {config.run.folder / 'hf'}")
     evaluated = parts.supply if config.samples_after(config.train.steps) else None
     if evaluated:
         evaluated.hand_over(version=config.train.steps)

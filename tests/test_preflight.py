@@ -244,6 +244,40 @@ def test_a_disk_without_room_for_the_policy_is_refused(tmp_path: Path, monkeypat
     assert_matches(f"{tmp_path} has 1.0 kB free, and the trained policy takes 6.4 kB in ", refused(config))
 
 
+@pytest.mark.parametrize(
+    ("model", "checkpoint", "there", "count", "each"),
+    [
+        ({}, {}, 0, 3, 16),
+        ({"dtype": "bfloat16"}, {}, 0, 3, 14),
+        ({}, {"keep_last": 1}, 0, 2, 16),
+        ({}, {"every": 0}, 0, 1, 16),
+        ({}, {"every": 25}, 0, 2, 16),
+        ({}, {}, 1, 2, 16),
+        ({}, {}, 5, 1, 16),
+    ],
+)
+def test_a_disk_without_room_for_the_checkpoints_is_warned_of(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    model: dict[str, Any],
+    checkpoint: dict[str, Any],
+    there: int,
+    count: int,
+    each: int,
+) -> None:
+    config = changed(tmp_path, model=model, checkpoint=checkpoint, train={"steps": 30}, run={"save_hf": False})
+    found = dict.fromkeys(range(there), tmp_path)
+    monkeypatch.setattr("dapo_megatron.preflight.checkpoints.complete_steps", lambda root: found)
+    needed = count * each * POLICY
+    for free in (needed, needed - 1):
+        usage = shutil.disk_usage("/")._replace(free=free)
+        monkeypatch.setattr("dapo_megatron.preflight.shutil.disk_usage", lambda path, usage=usage: usage)
+        warnings = preflight(config, 1).warnings
+        assert len(warnings) == (free < needed)
+    (warning,) = warnings
+    assert f"of 1,600 numbers take {count} x {each} x that = {needed / 1000:.1f} kB. Where none can be" in warning
+
+
 def test_a_folder_for_weights_has_to_have_room_for_two_versions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

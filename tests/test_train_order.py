@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from dapo_megatron import config_file, train
+from dapo_megatron.errors import DapoError
 from dapo_megatron.heartbeat import Peers
 from dapo_megatron.obs.observer import NullObserver
 from dapo_megatron.state import Kept
@@ -35,11 +36,19 @@ class FollowedPeers(Peers):
         return value
 
 
-def run(monkeypatch: pytest.MonkeyPatch, folder: Path, on_leader: bool, steps: tuple[int, int], **sections: Any) -> Any:
+def run(
+    monkeypatch: pytest.MonkeyPatch,
+    folder: Path,
+    on_leader: bool,
+    steps: tuple[int, int],
+    problem: str | None = None,
+    **sections: Any,
+) -> Any:
     """Have stand-ins train until an engine is to take weights. Returns what happened.
 
     Args:
         steps: that are done by the newest checkpoint, and by the one that can be read; train.steps is 1.
+        problem: why the last checkpoint cannot be written.
     """
     happened: list[str] = []
 
@@ -61,7 +70,8 @@ def run(monkeypatch: pytest.MonkeyPatch, folder: Path, on_leader: bool, steps: t
 
         def save(self, *_: Any, **__: Any) -> None: ...
 
-        def finish(self) -> None: ...
+        def finish(self) -> str | None:
+            return problem
 
         def point_to_best(self) -> None: ...
 
@@ -92,6 +102,8 @@ def run(monkeypatch: pytest.MonkeyPatch, folder: Path, on_leader: bool, steps: t
             train.train(config, topo, peers, NullObserver(), checked, opened, Stop())
     except StartedError:
         pass
+    except DapoError as error:
+        happened.append(str(error))
     return [what for what in happened if what != "closed"]
 
 
@@ -143,3 +155,13 @@ def test_where_nothing_is_left_to_sample_no_engine_is_waited_for(
 def test_engines_that_keep_their_share_are_not_put_to_sleep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = {"placement": "colocated", "sleep": False}
     assert run(monkeypatch, tmp_path, True, (1, 0), engine=engine, eval={}) == [STARTED, "actor", READY, "publisher"]
+
+
+def test_a_policy_is_saved_also_where_its_checkpoint_was_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = "checkpoint of step 1 could not be written: no space"
+    *before, told = run(monkeypatch, tmp_path / "saved", True, (1, 1), problem=full, eval={})
+    assert before == [STARTED, "actor", "hf"]
+    assert told.startswith(f"{full}. The trained policy is in ") and told.endswith("/hf")
+    without = values(tmp_path / "settings")["run"] | {"save_hf": False}
+    happened = run(monkeypatch, tmp_path / "not", True, (1, 1), problem=full, eval={}, run=without)
+    assert happened == [STARTED, "actor", full]
