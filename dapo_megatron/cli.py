@@ -357,7 +357,7 @@ def _measure(arguments: argparse.Namespace) -> Told:
 
     overrides = list(arguments.overrides)
     if arguments.model:
-        overrides.append(f"model.path={json.dumps(str(find_model(arguments.model)))}")
+        overrides.append(f"model.path={json.dumps(str(find_model(arguments.model)), ensure_ascii=False)}")
     config = config_file.load(arguments.config, overrides)
     checked = preflight_eval(config)
     for warning in checked.warnings:

@@ -11,6 +11,7 @@ import difflib
 import os
 import re
 from collections.abc import Mapping, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -166,7 +167,20 @@ def _apply(values: dict[str, Any], override: str) -> None:
         if not isinstance(child, dict):
             raise ConfigError(f"override {override!r}: {parent} is a value, not a section")
         node = child
-    node[last] = _yaml(text, f"override {override!r}")
+    where = f"override {override!r}"
+    node[last] = _yaml(text, where)
+    if rest := _comment(text):
+        raise ConfigError(
+            f"{where}: YAML takes {rest!r} for a comment; leave it out, or put quotes around the whole value: "
+            f"'{key}=\"...\"'"
+        )
+
+
+def _comment(text: str) -> str:
+    """Return the comment behind a value."""
+    node = yaml.compose(text, _Loader)
+    rest = text[node.end_mark.index if node else 0 :].strip()
+    return rest if rest.startswith("#") else ""
 
 
 _OF_A_NAME = "[key]"
@@ -184,8 +198,11 @@ def _explain(issue: Any) -> str:
             return f"{key}: value {issue['loc'][-1] + 1} of the list is missing"
         case "missing":
             return f"{key} is missing, and it has no default"
-        case "string_type" if isinstance(given, dict):
-            return f"{key} = {given!r}: braces make a mapping; put quotes around the text: '{key}=\"{{...}}\"'"
+        case "string_type" | "path_type" if isinstance(given, dict):
+            return f"{key} = {given!r}: braces or a colon make a mapping; put quotes around the text: '{key}=\"...\"'"
+        case "string_type" | "path_type" if isinstance(given, bool | int | float | date):
+            kind = type(given).__name__
+            return f"{key} = {given!r}: YAML reads this as {kind}; put quotes around the text: '{key}=\"...\"'"
         case "tuple_type" | "list_type":
             return f"{key} = {given!r}: write a list, such as [{given}]"
         case "model_type":

@@ -146,7 +146,21 @@ def load(folder: Path, text: str = MINIMAL, *overrides: str) -> Config:
         (["train.steps"], "override 'train.steps' is not of the form section.key=value"),
         (["model.path.x=1"], "override 'model.path.x=1': path is a value, not a section"),
         (["train.steps=[1"], "override 'train.steps=[1' is not YAML"),
-        (["data.template={problem}"], "data.template = {'problem': None}: braces make a mapping; put quotes around"),
+        (
+            ["data.template={problem}"],
+            "data.template = {'problem': None}: braces or a colon make a mapping; put quotes",
+        ),
+        (["run.dir=a: b"], "run.dir = {'a': 'b'}: braces or a colon make a mapping; put quotes around the text"),
+        (
+            ["run.name=2024_10"],
+            "run.name = 202410: YAML reads this as int; put quotes around the text: 'run.name=\"...\"'",
+        ),
+        (["run.name=2024-10-01"], "run.name = datetime.date(2024, 10, 1): YAML reads this as date; put quotes around"),
+        (
+            ["run.dir=runs #2"],
+            "YAML takes '#2' for a comment; leave it out, or put quotes around the whole value: 'run.dir",
+        ),
+        (["run.dir=# 2"], "YAML takes '# 2' for a comment"),
     ],
 )
 def test_values_that_cannot_work(tmp_path: Path, overrides: list[str], message: str) -> None:

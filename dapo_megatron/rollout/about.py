@@ -9,6 +9,9 @@ from dapo_megatron.config import Config
 from dapo_megatron.errors import EngineError
 from dapo_megatron.hf_folder import read_hf_config
 
+KIND = "DAPO_MEGATRON_ENGINE_KIND"
+"""Environment variable that tells an engine's server as what kind it was started: an adapter of somebody's own may have
+the server of another."""
 _SIZES = (
     *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "tie_word_embeddings"),

@@ -15,6 +15,7 @@ import urllib.request
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from http.client import HTTPException
 from typing import Any
 
 from dapo_megatron.errors import EngineError
@@ -148,7 +149,7 @@ class Hold:
         while not self._over.wait(BEAT_SECONDS):
             with suppress(EngineError):  # it is away, or another run's: who uses it hears of that
                 self._ask()
-        with suppress(OSError):
+        with suppress(OSError, HTTPException):
             self._send("DELETE", {})
 
     def _ask(self) -> dict[str, Any] | None:
@@ -163,7 +164,7 @@ class Hold:
             if error.code in _UNKNOWN:
                 return None
             raise EngineError(f"{self._name}, {LEASE}: HTTP {error.code}: {error.read(500)!r}") from error
-        except (OSError, ValueError) as error:
+        except (OSError, HTTPException, ValueError) as error:
             raise EngineError(f"{self._name}, {LEASE}: {error}") from error
 
     def _send(self, method: str, body: dict[str, Any]) -> bytes:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from dapo_megatron.config import Config
 from dapo_megatron.errors import EngineError
-from dapo_megatron.rollout.about import About, check, needed
+from dapo_megatron.rollout.about import KIND, About, check, needed
 from dapo_megatron.rollout.adapter import EngineAdapter
 from dapo_megatron.rollout.engine import Sampling
 from dapo_megatron.rollout.environment import environment
@@ -33,7 +33,7 @@ def start_server(
     return StartedServer(
         name,
         adapter.command(where),
-        environment(config.engine, where) | adapter.environment(where),
+        environment(config.engine, where) | adapter.environment(where) | {KIND: config.engine.kind},
         log,
         answers(f"{where.url}{adapter.health}"),
         token,

@@ -10,6 +10,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +20,8 @@ from dapo_megatron.rollout.token import TOKEN, make_token
 LOG_LINES = 20
 """Lines of the log shown when an engine fails."""
 _CLOSE_SECONDS = 10.0
+_SERVER_ERRORS = 500
+"""From this status on, a server may come to answer yet."""
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
@@ -33,14 +36,24 @@ POLL_SECONDS = 0.05
 
 
 def answers(url: str) -> Callable[[], bool]:
-    """A check that holds when `url` answers 200."""
+    """A check that holds when `url` answers 200.
+
+    Raises:
+        EngineError: from the check, where something else than an engine answers.
+    """
 
     def check() -> bool:
         try:
             with DIRECT.open(url, timeout=5) as response:
                 return response.status == 200
-        except (urllib.error.URLError, OSError):
+        except urllib.error.HTTPError as error:
+            if error.code < _SERVER_ERRORS:
+                raise EngineError(f"{url}: HTTP {error.code}: something else than an engine answers there") from error
             return False
+        except OSError:
+            return False
+        except HTTPException as error:
+            raise EngineError(f"{url}: what answers there is no HTTP ({error!r}), so no engine") from error
 
     return check
 

@@ -70,8 +70,8 @@ class Sender:
         self._inventory, self._tally, self._index = inventory, Tally(inventory), inventory.index
         self._outgoing, self.carrier, self._receivers, self._sizes = outgoing, carrier, receivers, inventory.sizes
         self._with_checksums, self._wants_delta = with_checksums, delta
-        self._members: list[WeightReceiver] = []
-        """The engines that have joined."""
+        self._members: list[WeightReceiver] | None = None
+        """The engines that have joined; None where there is nothing that they could be in."""
         receivers.run(self._connect())
 
     def send(self, passes: Passes, version: int) -> Measures:
@@ -83,7 +83,7 @@ class Sender:
 
     def close(self) -> None:
         self.carrier.close()
-        self._members = []
+        self._members = None
 
     async def _connect(self) -> None:
         """Join with the engines that are there."""

@@ -22,7 +22,7 @@ from dapo_megatron.config import Config
 from dapo_megatron.config_file import parse
 from dapo_megatron.errors import EngineError, RefusedError
 from dapo_megatron.rollout import lease
-from dapo_megatron.rollout.about import About, needed
+from dapo_megatron.rollout.about import KIND, About, needed
 from dapo_megatron.rollout.adapter import EngineAdapter
 from dapo_megatron.rollout.answer import ABOUT, LEASE, encode
 from dapo_megatron.rollout.client import Client
@@ -233,6 +233,13 @@ def test_what_an_engine_serves_and_whether_it_is_up_others_may_ask(engine: Engin
     engine.app.serves = About("vllm", "float32", "gloo", 1, 24, {})
     assert b'"sequence_tokens": 24' in (engine.ask(ABOUT, "2b") or b"")
     math.close()
+
+
+def test_it_is_of_the_kind_that_it_was_started_as(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine.app.serves = About("vllm", "float32", "gloo", 1, 24, {})
+    assert b'"kind": "vllm"' in (engine.ask(ABOUT, "") or b"")
+    monkeypatch.setenv(KIND, "mine:Adapter")
+    assert b'"kind": "mine:Adapter"' in (engine.ask(ABOUT, "") or b"")
 
 
 @pytest.mark.parametrize("body", [{}, [], {"run": "x"}, {"run": "x", "owner": "y"}])

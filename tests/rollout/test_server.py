@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import re
+import socket
 import sys
 import threading
 import time
@@ -10,9 +12,15 @@ from pathlib import Path
 import psutil
 import pytest
 
+from dapo_megatron.config_file import parse
 from dapo_megatron.errors import EngineError
+from dapo_megatron.rollout.about import KIND
+from dapo_megatron.rollout.life import start_server
+from dapo_megatron.rollout.place import Place, place
 from dapo_megatron.rollout.ports import reserve_port
 from dapo_megatron.rollout.server import StartedServer, answers
+from tests.helpers.checkpoint import values
+from tests.helpers.greeter import Greeter
 
 HTTP = "import http.server; http.server.test(http.server.SimpleHTTPRequestHandler, port={port}, bind='127.0.0.1')"
 
@@ -87,3 +95,43 @@ def test_engines_are_asked_directly_where_a_proxy_is_set(monkeypatch: pytest.Mon
             assert answers(f"http://127.0.0.1:{server.server_port}/")()
         finally:
             server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("sends", "says"),
+    [
+        (b"SSH-2.0-OpenSSH_9.2\r\n", r"what answers there is no HTTP \(BadStatusLine"),
+        (b"HTTP/1.1 404 Not Found\r\n\r\n", "HTTP 404: something else than an engine answers there"),
+        (b"HTTP/1.1 503 Service Unavailable\r\n\r\n", None),
+        (b"", None),
+    ],
+)
+def test_what_is_no_engine_is_not_waited_for(sends: bytes, says: str | None) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(1000)
+                connection.sendall(sends)
+
+        threading.Thread(target=serve, daemon=True).start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/health"
+        if says is None:
+            assert not answers(url)()
+        else:
+            with pytest.raises(EngineError, match=f"^{re.escape(url)}: {says}"):
+                answers(url)()
+
+
+def test_a_server_is_told_as_what_kind_it_is_started(tmp_path: Path) -> None:
+    class Adapter(Greeter):
+        def command(self, place: Place) -> list[str]:
+            return [sys.executable, "-c", f"import os; print('kind', os.environ[{KIND!r}])"]
+
+    config = parse(values(tmp_path) | {"engine": {"kind": "tests.helpers.greeter:Greeter"}})
+    where = place(config, 0, 1, ranks=0)
+    server = start_server(config, Adapter(config), where, tmp_path / "log", None, "engine 0")
+    with pytest.raises(EngineError, match=r"kind tests\.helpers\.greeter:Greeter"):
+        server.wait_ready(20)
+    server.close()

@@ -7,10 +7,10 @@ import json
 import os
 import secrets
 from collections.abc import Awaitable, Callable, MutableMapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, ClassVar
 
-from dapo_megatron.rollout.about import About
+from dapo_megatron.rollout.about import KIND, About
 from dapo_megatron.rollout.answer import ABOUT, GENERATE, HEALTH, LEASE, PROGRESS
 from dapo_megatron.rollout.lease import RUN, Lease, Tenant
 from dapo_megatron.rollout.token import TOKEN, authorization
@@ -84,7 +84,8 @@ class Middleware:
             elif path == PROGRESS:
                 content = json.dumps(self.progress(client)).encode()
             elif path == ABOUT:
-                content = json.dumps(asdict(self.about(client))).encode()
+                about = self.about(client)
+                content = json.dumps(asdict(replace(about, kind=os.environ.get(KIND) or about.kind))).encode()
             else:
                 work = asyncio.ensure_future(self.generate(client, json.loads(await _body(receive))))
                 content = await _unless_gone(work, receive)
