@@ -20,7 +20,9 @@ def environment(engine: EngineConfig, place: Place, inherited: Mapping[str, str]
     env = {name: value for name, value in inherited.items() if not _OF_THE_RANKS.fullmatch(name)}
     env["HF_HUB_OFFLINE"] = "1"
     if place.gpus:
-        return env | {"CUDA_VISIBLE_DEVICES": ",".join(place.gpus)}
+        # Where another engine is gone, a push over NCCL breaks off in all of them. Torch would have each write a dump,
+        # and end it minutes later (`weights.group.let_us_end_transmissions`).
+        return {"TORCH_NCCL_DUMP_ON_TIMEOUT": "0"} | env | {"CUDA_VISIBLE_DEVICES": ",".join(place.gpus)}
     return env | {
         "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // (engine.count * engine.tensor_parallel))),
         # Spinning threads would take the cores from the trainer, which waits while we work and works while we wait.

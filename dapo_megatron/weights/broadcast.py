@@ -105,8 +105,10 @@ class _Broadcast:
 
     async def carry(self, bucket: Bucket) -> None:
         assert self.group
-        works = [self.group.transmit(flat) for flat in bucket.flats]
+        works: list[Any] = []
         try:
+            await self.group.all_present()
+            works += [self.group.transmit(flat) for flat in bucket.flats]
             await self.group.sent(works)
         except BaseException:
             # On a GPU, the transmission goes on waiting for who is gone, and whoever waits for the GPU waits for it.

@@ -27,7 +27,10 @@ from dapo_megatron.weights.buckets import HOST
 _POLL_SECONDS = 0.0005
 _LOOK_SECONDS = 1.0
 _OVER = "over"
+_PRESENT = "present"
 _ERROR_HANDLING = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
+_SPARE_SECONDS = 1.0
+"""For the event loop to notice first that time is up."""
 _NEVER = timedelta(days=30)
 """Limit of NCCL's own watchdog: `Group` has the one that counts."""
 
@@ -41,15 +44,46 @@ class Group:
         timeout_seconds: limit on a transmission.
         store: where rank 0 says that it leaves. Neither library tells members who wait for it: gloo not those in the
             midst of a message, NCCL nobody on another machine.
+        world_size: how many members there are.
 
     Raises:
         RuntimeError: from `wait` and `sent`, where a transmission fails, takes too long, or rank 0 has left.
     """
 
-    def __init__(self, processes: Any, device: torch.device, timeout_seconds: float, store: Any = None) -> None:
+    def __init__(
+        self, processes: Any, device: torch.device, timeout_seconds: float, store: Any = None, world_size: int = 1
+    ) -> None:
         self._processes: Any = processes
         self.device, self._timeout, self._store = device, timeout_seconds, store
-        self._left = False
+        self._others, self._wanted = world_size - 1, 0
+        self._left = self._late = False
+
+    def be_present(self) -> None:
+        """Say that this member receives now, whatever rank 0 does."""
+        if self.device != HOST:
+            self._store.add(_PRESENT, 1)
+
+    async def all_present(self) -> None:
+        """On rank 0, return once every member has said so once more.
+
+        Otherwise NCCL's kernel would wait on the GPU for members that have not heard of the bucket, and where anything
+        else that this process does waits for that GPU, they never will: with CUDA_DEVICE_MAX_CONNECTIONS=1 every kernel
+        waits behind it, and without, one that is loaded for its first call or memory that is given back may.
+
+        Raises:
+            RuntimeError: where they have not within the time-out.
+        """
+        if self.device == HOST:
+            return
+        self._wanted += self._others
+        deadline = time.monotonic() + self._timeout
+        while (missing := self._wanted - self._store.add(_PRESENT, 0)) > 0:
+            if time.monotonic() > deadline:
+                raise RuntimeError(
+                    f"{missing} of {self._others} workers have not come to a bucket within {self._timeout:g} s "
+                    f"(weights.push_seconds)"
+                )
+            await asyncio.sleep(_POLL_SECONDS)
 
     def transmit(self, flat: Tensor) -> c10d.Work:
         """Start sending or receiving; all members make the same calls.
@@ -75,10 +109,28 @@ class Group:
     async def sent(self, works: list[c10d.Work]) -> None:
         """As `wait`. Blocking would keep an engine's error from being heard."""
         deadline = time.monotonic() + self._timeout
-        while not all(work.is_completed() for work in works) and time.monotonic() < deadline:
-            await asyncio.sleep(_POLL_SECONDS)
-        while works:
-            self._end(works)
+        with self._limit():
+            while not all(work.is_completed() for work in works) and time.monotonic() < deadline:
+                await asyncio.sleep(_POLL_SECONDS)
+            while works:
+                self._end(works)
+
+    @contextmanager
+    def _limit(self) -> Iterator[None]:
+        """Leave the group in time, also where this thread waits for the GPU, and that for a member that is gone."""
+
+        def end() -> None:
+            self._late = True
+            self.abandon()
+
+        limit = threading.Timer(self._timeout + _SPARE_SECONDS, end)
+        limit.daemon = True
+        if self.device != HOST:
+            limit.start()
+        try:
+            yield
+        finally:
+            limit.cancel()
 
     def abandon(self) -> None:
         """Leave the group without the others, for whom it is broken then."""
@@ -111,7 +163,7 @@ class Group:
 
     def _failure(self, work: c10d.Work) -> str | None:
         library = "gloo" if self.device == HOST else "NCCL"
-        if not work.is_completed():
+        if self._late or not work.is_completed():
             return f"{library} has not moved a bucket within {self._timeout:g} s (weights.push_seconds)"
         try:
             # NCCL's wait need not tell; gloo's does.
@@ -151,12 +203,13 @@ def join_group(
         host, port, is_master=rank == 0, wait_for_workers=False, timeout=timeout, master_listen_fd=listener
     )
     if device == HOST:
-        return Group(_over_gloo(store, host, rank, world_size, timeout), device, timeout_seconds, store)
+        processes = _over_gloo(store, host, rank, world_size, timeout)
+        return Group(processes, device, timeout_seconds, store, world_size)
     _compare_versions(store, rank)
     # Whoever makes the communicator waits for the others without a limit.
     store.set(f"member {rank}", "here")
     store.wait([f"member {other}" for other in range(world_size)], timeout)
-    group = Group(_over_nccl(store, rank, world_size), device, timeout_seconds, store)
+    group = Group(_over_nccl(store, rank, world_size), device, timeout_seconds, store, world_size)
     # NCCL connects when it is first used.
     group.wait([group.transmit(torch.zeros(1, dtype=torch.uint8, device=device))])
     return group

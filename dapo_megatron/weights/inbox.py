@@ -40,6 +40,7 @@ class FromGroup:
         self._group = group
 
     def fetch(self, flat: Tensor, sizes: Sequence[int], place: Mapping[str, Any]) -> Callable[[], object]:
+        self._group.be_present()
         works = [self._group.transmit(flat[start:end]) for _, start, end in pieces(sizes)]
         return lambda: self._group.wait(works)
 

@@ -70,8 +70,9 @@ class Sender:
         self._inventory, self._tally, self._index = inventory, Tally(inventory), inventory.index
         self._outgoing, self.carrier, self._receivers, self._sizes = outgoing, carrier, receivers, inventory.sizes
         self._with_checksums, self._wants_delta = with_checksums, delta
-        self._members: list[WeightReceiver] | None = None
-        """The engines that have joined; None where there is nothing that they could be in."""
+        self._members: list[WeightReceiver] = []
+        """The engines that have joined."""
+        self._joined = False
         receivers.run(self._connect())
 
     def send(self, passes: Passes, version: int) -> Measures:
@@ -83,7 +84,7 @@ class Sender:
 
     def close(self) -> None:
         self.carrier.close()
-        self._members = None
+        self._members, self._joined = [], False
 
     async def _connect(self) -> None:
         """Join with the engines that are there."""
@@ -95,11 +96,11 @@ class Sender:
             for engine, info in zip(engines, told, strict=True)
         ]
         await _all([joining, *joins], "joining the weight-transfer group")
-        self._members = engines
+        self._members, self._joined = engines, True
         self._delta = Delta(self._wants_delta and all(engine.keeps for engine in engines))
 
     async def _send(self, passes: Passes, version: int) -> Measures:
-        if list(self._receivers) != self._members:  # some were started again
+        if not self._joined or list(self._receivers) != self._members:  # some were started again
             await self._connect()
         engines, delta, outgoing = self._members, self._delta, self._outgoing
         began = time.monotonic()

@@ -39,5 +39,11 @@ def test_engines_on_cpu_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None
     assert threads(9, count=2, tensor_parallel=2) == "2"
 
 
+def test_an_engine_outlives_a_push_that_breaks_off_unless_the_user_wants_the_dump() -> None:
+    name = "TORCH_NCCL_DUMP_ON_TIMEOUT"
+    assert environment(EngineConfig(), GPU, {})[name] == "0"
+    assert environment(EngineConfig(), GPU, {name: "1"})[name] == "1"
+
+
 def test_engines_on_gpus_see_theirs() -> None:
     assert environment(EngineConfig(), GPU, {"CUDA_VISIBLE_DEVICES": "0,1,2,3"})["CUDA_VISIBLE_DEVICES"] == "2,3"

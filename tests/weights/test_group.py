@@ -11,13 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch._C._distributed_c10d import HashStore
 from torch.cuda import nccl as nccl_module
 
 from dapo_megatron.errors import EngineError
-from dapo_megatron.weights import group
+from dapo_megatron.weights import broadcast, group
 from dapo_megatron.weights.broadcast import BroadcastPublisher
-from dapo_megatron.weights.buckets import describe
+from dapo_megatron.weights.buckets import HOST, describe
 from dapo_megatron.weights.group import Group, join_group
+from dapo_megatron.weights.outgoing import Bucket
 from dapo_megatron.weights.verify import Inventory
 from tests.helpers.stand_in import OneEngine, StandIn
 
@@ -84,6 +86,51 @@ def test_a_transmission_that_does_not_end_is_aborted(kind: str, work: Work, says
     with pytest.raises(RuntimeError, match=says):
         finish(kind, Group(processes, GPU, 0.2), [work])
     assert processes.aborted == 1 and time.monotonic() - began < 2
+
+
+def test_a_transmission_is_aborted_also_where_this_thread_waits_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(group, "_SPARE_SECONDS", 0.1)
+    processes = Processes()
+
+    async def push() -> None:
+        sending = asyncio.ensure_future(Group(processes, GPU, 0.2).sent([Work(ends=False)]))
+        await asyncio.sleep(0.05)
+        began = time.monotonic()
+        while not processes.aborted and time.monotonic() < began + 5:
+            time.sleep(0.01)  # the event loop stands still
+        await sending
+
+    with pytest.raises(RuntimeError, match=r"NCCL has not moved a bucket within 0.2 s \(weights.push_seconds\)"):
+        asyncio.run(push())
+    assert processes.aborted == 1
+
+
+def test_rank_0_sends_nothing_over_nccl_before_all_have_heard_of_it() -> None:
+    store, processes = HashStore(), Processes()
+    carrier = broadcast._Broadcast("127.0.0.1", GPU, 0.5)
+    carrier.group = Group(processes, GPU, 0.5, store, world_size=3)
+    members = [Group(Processes(), GPU, 0.5, store, world_size=3) for _ in range(2)]
+    flat: Any = "bytes"
+
+    async def push() -> None:
+        for bucket in range(2):
+            carrying = asyncio.ensure_future(carrier.carry(Bucket([0], None, {}, [flat])))
+            for member in members:
+                await asyncio.sleep(0.05)
+                assert len(processes.sent) == bucket
+                member.be_present()
+            await carrying
+            assert len(processes.sent) == bucket + 1
+        members[0].be_present()
+        await carrier.carry(Bucket([0], None, {}, [flat]))
+
+    with pytest.raises(RuntimeError, match=r"^1 of 2 workers have not come to a bucket within 0.5 s \(weights.push_s"):
+        asyncio.run(push())
+    assert len(processes.sent) == 2 and processes.aborted == 1
+
+
+def test_gloo_waits_for_nobody_as_it_sends_in_a_thread() -> None:
+    asyncio.run(Group(Processes(), HOST, 0.5, None, world_size=3).all_present())
 
 
 class Store(dict[str, bytes]):

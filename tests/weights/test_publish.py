@@ -425,6 +425,22 @@ def test_a_push_that_fails_does_not_count() -> None:
         publisher.push(WEIGHTS.items(), version=1)
 
 
+def test_where_no_engine_is_left_after_a_push_that_broke_off_the_next_one_goes_to_none() -> None:
+    class Fails(Keeper):
+        async def receive(self, info: dict[str, Any]) -> None:
+            raise EngineError(f"{self.name} has no room")
+
+    there = Keepers(Fails("engine 0"))
+    with closing(BroadcastPublisher(INVENTORY, there, bucket_bytes=64, timeout_seconds=2)) as publisher:
+        with pytest.raises(EngineError, match="engine 0 has no room"):
+            publisher.push(WEIGHTS.items(), version=1)
+        there.keepers = ()
+        publisher.push(WEIGHTS.items(), version=1)
+        there.keepers = (again := Keeper("engine 0"),)
+        publisher.push(WEIGHTS.items(), version=1)
+    assert again.held[1].keys() == WEIGHTS.keys()
+
+
 @pytest.mark.parametrize(
     ("tells", "message"),
     [(True, "engine 0 does not take w1"), (False, "sending w1 and what follows it: ")],
