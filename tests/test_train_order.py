@@ -148,7 +148,7 @@ def test_where_nothing_is_left_to_sample_no_engine_is_waited_for(
     evaluates: bool,
     expected: list[str],
 ) -> None:
-    sections = {"engine": {"placement": placement}} | ({} if evaluates else {"eval": {}})
+    sections: dict[str, Any] = {"engine": {"placement": placement}} | ({} if evaluates else {"eval": {}})
     assert run(monkeypatch, tmp_path, True, steps, **sections) == expected
 
 

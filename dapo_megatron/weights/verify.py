@@ -108,18 +108,44 @@ class Tally:
         return f"; the model has {len(self.inventory.names)} tensors"
 
 
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What a process has of every tensor, where several have the model together (tensor parallel).
+
+    >>> Share(1, 4, lambda: ({}, {})).rank
+    1
+    """
+
+    rank: int
+    """Its place among them."""
+    ranks: int
+    has: Callable[[], Has]
+    """What it has; the forms of it are asked for before anything is loaded."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """Where a tensor may be, byte for byte."""
+
+    there: Tensor
+    cut: tuple[int, int, int] | None
+    """Dimension, start and length of the part of the tensor that is there; None means all of it."""
+
+
 class Arrivals:
     """A receiver's account of a push: which tensors have come, with which bytes, and what became of them.
 
     Args:
         inventory: `Inventory`'s fields.
         device: where buckets arrive.
+        share: where this process has the model together with others.
 
     Raises:
         TransferError: from every method, by name.
     """
 
-    def __init__(self, inventory: Mapping[str, Any], device: torch.device = HOST) -> None:
+    def __init__(self, inventory: Mapping[str, Any], device: torch.device = HOST, share: Share | None = None) -> None:
+        self._share = share if share and share.ranks > 1 else None
         self._inventory = Inventory(**inventory)
         self._index, self._sizes = self._inventory.index, self._inventory.sizes
         self._tally = Tally(self._inventory)
@@ -129,6 +155,8 @@ class Arrivals:
         """The same of what came, None without a checksum; and then of all that the engine has."""
         self._has: dict[str, int | None] = {}
         """What it had after the last push that was whole."""
+        self._cut_sums: dict[str, int] = {}
+        """The checksum of this process's part of a tensor, as it came last."""
         self._rooms = Rooms(device)
         self._kept: dict[str, ref[Tensor]] = {}
         """What the engine was given to load. It lets go of it when it has."""
@@ -175,7 +203,7 @@ class Arrivals:
         Args:
             sums: the checksums of what was sent; None where these are not wanted.
         """
-        return self._check(unflatten(flat, **self._inventory.describe(tensors)), sums)
+        return self._noted(self._check(unflatten(flat, **self._inventory.describe(tensors)), sums), sums)
 
     def load(
         self,
@@ -194,18 +222,19 @@ class Arrivals:
             load(self.unpack(flat, tensors, sums))
             return
         named = unflatten(flat, **self._inventory.describe(tensors))
-        load(named)
+        load(self._noted(named, sums))
         came = dict(zip((name for name, _ in named), sums, strict=True))
         self._sums |= came
         self._came |= came
         self._confirmed |= self._same([name for name in came if name in self._loaded_as_sent], *has())
-        others = [(name, tensor) for name, tensor in named if name not in self._confirmed]
+        # A part that is there as it came says nothing of whether it came as it was sent.
+        others = [(name, x) for name, x in named if name not in self._confirmed or name in self._cut_sums]
         self._check(others, [came[name] for name, _ in others])
 
     def take(self, named: Named, sums: Sequence[int] | None) -> Named:
         """Count tensors that are here by themselves, by name, and compare them as `unpack` does."""
         self._tally.count(self._tally.find(named))
-        return self._check(named, sums)
+        return self._noted(self._check(named, sums), sums)
 
     def _check(self, named: Named, sums: Sequence[int] | None) -> Named:
         self._came |= dict.fromkeys((name for name, _ in named), None)
@@ -228,27 +257,46 @@ class Arrivals:
     def loaded(self, parameters: Mapping[str, Tensor], parts: Mapping[str, Sequence[str]]) -> None:
         """Look at what the engine has (`Has`) after loading, as far as it keeps tensors as they come.
 
-        It may join, cut, transpose or pack them. What it keeps byte for byte in the first push, it has to keep so in
-        all that follow.
+        It may join, cut, transpose or pack them. What it keeps byte for byte in the first push, or this process its
+        share of, it has to keep so in all that follow.
         """
         if self._loaded_as_sent is None:
             self._loaded_as_sent = self._same(self._sums, parameters, parts)
             return
         left = (self._loaded_as_sent & self._sums.keys()) - self._confirmed
-        there = {name for name in left if self._rows(name, parameters, parts) is not None}
+        there = {name for name in left if self._find_loaded(name, parameters, parts)}
         if other := sorted(there - self._same(there, parameters, parts)):
             raise TransferError(f"{_some(other)}: the engine has loaded the push, and has other bytes than came")
 
     def _same(
         self, names: Iterable[str], parameters: Mapping[str, Tensor], parts: Mapping[str, Sequence[str]]
     ) -> set[str]:
-        """Return which of these tensors, that have come, the engine has byte for byte."""
-        found = {name: rows for name in names if (rows := self._rows(name, parameters, parts)) is not None}
-        sums = zip(found, checksums(list(found.values())), strict=True)
-        return {name for name, value in sums if value == self._sums[name]}
+        """Return which of these tensors, that have come, the engine has byte for byte, or this process its part of."""
+        found = {name: place for name in names if (place := self._find_loaded(name, parameters, parts))}
+        sums = zip(found, checksums([place.there for place in found.values()]), strict=True)
+        wanted = {name: self._cut_sums.get(name) if place.cut else self._sums[name] for name, place in found.items()}
+        return {name for name, value in sums if value == wanted[name]}
 
-    def _rows(self, name: str, parameters: Mapping[str, Tensor], parts: Mapping[str, Sequence[str]]) -> Tensor | None:
-        """Return where a tensor may be, byte for byte; None where there is nothing of its form."""
+    def _noted(self, named: Named, sums: Sequence[int] | None) -> Named:
+        """Take note of this process's part of tensors that have come."""
+        if not self._share or sums is None:
+            return named
+        cuts: dict[str, Tensor] = {}
+        parameters, parts = self._share.has()
+        for name, tensor in named:
+            if (found := self._find(name, parameters, parts)) and found.cut:
+                cuts[name] = tensor.narrow(*found.cut)
+        self._cut_sums |= dict(zip(cuts, checksums(list(cuts.values())), strict=True))
+        return named
+
+    def _find_loaded(
+        self, name: str, parameters: Mapping[str, Tensor], parts: Mapping[str, Sequence[str]]
+    ) -> _Found | None:
+        found = self._find(name, parameters, parts)
+        return None if found is None or found.there.is_meta else found
+
+    def _find(self, name: str, parameters: Mapping[str, Tensor], parts: Mapping[str, Sequence[str]]) -> _Found | None:
+        """Return where a tensor may be; None where there is nothing of its form."""
         place, start, whole = name, 0, 0
         for joined, members in parts.items():
             for position, member in enumerate(members):
@@ -262,11 +310,35 @@ class Arrivals:
         parameter, shape = parameters.get(place), self._inventory.shapes[self._index[name]]
         if parameter is None or parameter.dtype != getattr(torch, self._inventory.dtypes[self._index[name]]):
             return None
-        if len(shape) != parameter.dim() or not shape or list(parameter.shape[1:]) != shape[1:] or parameter.is_meta:
+        if len(shape) != parameter.dim() or not shape:
             return None
-        # A vocabulary may have more rows than there are tokens. What joins others and has fewer has a share of each.
-        end = start + shape[0]
-        return parameter.detach()[start:end] if max(end, whole) <= len(parameter) else None
+        parameter, rows_there = parameter.detach(), len(parameter)
+        if list(parameter.shape[1:]) == shape[1:]:
+            # A vocabulary may have more rows than there are tokens. What joins others and has fewer has a share of
+            # each.
+            if max(start + shape[0], whole) <= rows_there:
+                return _Found(parameter[start : start + shape[0]], None)
+            return self._rows_of_share(parameter, shape[0], start, whole)
+        share = self._share
+        if share and len(shape) == 2 and shape[0] == rows_there and shape[1] == parameter.shape[1] * share.ranks:
+            return _Found(parameter, (1, share.rank * parameter.shape[1], parameter.shape[1]))
+        return None
+
+    def _rows_of_share(self, parameter: Tensor, rows: int, start: int, whole: int) -> _Found | None:
+        """Return where this process's share of `rows` is, which begin at row `start` of the `whole` that is joined."""
+        if not self._share:
+            return None
+        rank, ranks = self._share.rank, self._share.ranks
+        if whole:
+            if len(parameter) * ranks != whole or rows % ranks or start % ranks:
+                return None
+            each = rows // ranks
+            return _Found(parameter[start // ranks : start // ranks + each], (0, rank * each, each))
+        each = len(parameter)
+        first, count = rank * each, min(each, rows - rank * each)
+        if each * ranks < rows or count <= 0:
+            return None
+        return _Found(parameter[:count], (0, first, count))
 
     def _compare(self, tensors: Mapping[str, Tensor], wanted: Mapping[str, int], problem: str) -> None:
         found = checksums(list(tensors.values()))

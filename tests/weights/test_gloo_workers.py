@@ -53,3 +53,9 @@ def test_after_one_worker_has_failed_they_are_in_step(tmp_path: Path, monkeypatc
                 fault.write_text("")
                 (engine,) = engines
                 engines.run(engine.reset())
+
+            publisher.push(weights_of(models[1]).items(), version=7)
+            fault.write_text("forgets")
+            says = "model.embed_tokens.weight: the engine has loaded the push, and has other bytes than came"
+            with pytest.raises(EngineError, match=says):  # each has only its share of it
+                publisher.push(weights_of(models[0]).items(), version=8)

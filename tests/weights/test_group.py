@@ -91,9 +91,10 @@ def test_a_transmission_that_does_not_end_is_aborted(kind: str, work: Work, says
 def test_a_transmission_is_aborted_also_where_this_thread_waits_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(group, "_SPARE_SECONDS", 0.1)
     processes = Processes()
+    stuck: Any = Work(ends=False)
 
     async def push() -> None:
-        sending = asyncio.ensure_future(Group(processes, GPU, 0.2).sent([Work(ends=False)]))
+        sending = asyncio.ensure_future(Group(processes, GPU, 0.2).sent([stuck]))
         await asyncio.sleep(0.05)
         began = time.monotonic()
         while not processes.aborted and time.monotonic() < began + 5:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dapo_megatron.weights.buckets import Named, describe, flatten
 from dapo_megatron.weights.checksum import checksums
-from dapo_megatron.weights.verify import Arrivals, Inventory, Tally, TransferError
+from dapo_megatron.weights.verify import Arrivals, Inventory, Share, Tally, TransferError
 
 SHAPES = {
     "model.embed_tokens.weight": (10, 4),
@@ -256,3 +256,91 @@ def test_an_engine_that_does_not_load_what_came_is_noticed(arrivals: Arrivals, m
     monkeypatch.setattr(loader, "load", lambda bucket: None)
     with pytest.raises(TransferError, match=r"and 2 more: the engine has loaded the push, and has other bytes"):
         loader.push(weights(2))
+
+
+OUT = "model.layers.0.self_attn.o_proj.weight"
+CUT_SHAPES = {**SHAPES, OUT: (4, 6)}
+CUT_INVENTORY = Inventory(**describe([(name, torch.empty(shape).bfloat16()) for name, shape in CUT_SHAPES.items()]))
+
+
+def whole(seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=generator).bfloat16() for name, shape in CUT_SHAPES.items()}
+
+
+def share_of(tensors: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
+    """What one of two processes has: rows of q, k and v, columns of what follows, a vocabulary of 12 rows, a norm."""
+    q, k, v = (tensors[f"model.layers.0.self_attn.{letter}_proj.weight"].chunk(2)[rank] for letter in "qkv")
+    padded = torch.cat([tensors["model.embed_tokens.weight"], torch.zeros(2, 4).bfloat16()])
+    return {
+        "model.embed_tokens.weight": padded.chunk(2)[rank],
+        "model.layers.0.self_attn.qkv_proj.weight": torch.cat([q, k, v]),
+        OUT: tensors[OUT].chunk(2, 1)[rank].contiguous(),
+        "model.norm.weight": tensors["model.norm.weight"].clone(),
+    }
+
+
+class OneOfTwo:
+    """A process that has half of a model."""
+
+    def __init__(self, rank: int, *, bucketwise: bool) -> None:
+        self._rank, self._bucketwise = rank, bucketwise
+        self.has = share_of(whole(0), rank)
+        self._arrivals = Arrivals(asdict(CUT_INVENTORY), share=Share(rank, 2, lambda: (self.has, PARTS)))
+
+    def push(self, sent: dict[str, Tensor], *, keeps: dict[str, Tensor] | None = None, hurt: str | None = None) -> None:
+        """
+        Args:
+            keeps: what it does not load.
+            hurt: comes with a flipped bit in its last byte.
+        """
+        self._arrivals.begin()
+        has = share_of(sent | (keeps or {}), self._rank)
+        for index, (name, tensor) in enumerate(sent.items()):
+            flat = self._arrivals.allocate([index])
+            flat.copy_(flatten([(name, tensor)]))
+            flat[tensor.nbytes - 1] ^= name == hurt
+            if self._bucketwise:
+                load = (lambda _: setattr(self, "has", has)) if name == list(sent)[-1] else (lambda _: None)
+                self._arrivals.load(flat, [index], checksums([tensor]), load, lambda: (self.has, PARTS))
+            else:
+                self._arrivals.unpack(flat, [index], checksums([tensor]))
+        self._arrivals.end()
+        self.has = has
+        self._arrivals.loaded(self.has, PARTS)
+
+
+@pytest.mark.parametrize("bucketwise", [True, False])
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("name", list(CUT_SHAPES))
+def test_a_process_that_has_kept_its_old_share_of_a_tensor_is_noticed(name: str, rank: int, bucketwise: bool) -> None:
+    process = OneOfTwo(rank, bucketwise=bucketwise)
+    for seed in (1, 2, 3):
+        process.push(whole(seed))
+    with pytest.raises(TransferError, match=rf"^{name}: the engine has loaded the push, and has other bytes than came"):
+        process.push(whole(4), keeps={name: whole(3)[name]})
+
+
+@pytest.mark.parametrize("bucketwise", [True, False])
+@pytest.mark.parametrize("name", list(CUT_SHAPES))
+def test_a_bit_that_is_flipped_in_the_share_of_another_process_is_noticed(name: str, bucketwise: bool) -> None:
+    process = OneOfTwo(0, bucketwise=bucketwise)
+    process.push(whole(1))
+    process.push(whole(2))
+    with pytest.raises(TransferError, match=rf"^{name} has arrived with other bytes than were sent"):
+        process.push(whole(3), hurt=name)
+
+
+def test_shares_that_are_not_even_are_left_to_the_canary() -> None:
+    """Fewer heads of keys and values than processes: each has a copy."""
+    has = share_of(whole(1), 0)
+    has["model.layers.0.self_attn.qkv_proj.weight"] = torch.zeros(7, 4).bfloat16()
+    arrivals = Arrivals(asdict(CUT_INVENTORY), share=Share(0, 2, lambda: (has, PARTS)))
+    for seed in (1, 2):
+        arrivals.begin()
+        for index, tensor in enumerate(whole(seed).values()):
+            flat = arrivals.allocate([index])
+            flat.copy_(flatten([("", tensor)]))
+            arrivals.unpack(flat, [index], checksums([tensor]))
+        has |= {**share_of(whole(seed), 0), "model.layers.0.self_attn.qkv_proj.weight": torch.zeros(7, 4).bfloat16()}
+        arrivals.loaded(has, PARTS)

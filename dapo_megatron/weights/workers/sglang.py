@@ -21,7 +21,7 @@ from dapo_megatron.mkl import choose_functions
 from dapo_megatron.weights.buckets import Named
 from dapo_megatron.weights.group import join_group
 from dapo_megatron.weights.inbox import FromGroup
-from dapo_megatron.weights.verify import Arrivals, TransferError
+from dapo_megatron.weights.verify import Arrivals, Has, Share, TransferError
 
 _JOINED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 """Modules whose rows are those of others, as `Arrivals.loaded` has it: only some of SGLang's models say so."""
@@ -52,7 +52,8 @@ class GlooWeightUpdater(WeightUpdater):
             group = join_group(master_address, master_port, rank, world_size, more["timeout_seconds"])
         except RuntimeError as error:
             return False, f"rank {rank} of {world_size} did not join the group: {error}"
-        self._model_update_group[group_name] = _Transfer(FromGroup(group), Arrivals(more["inventory"]))
+        share = Share(self.tp_rank, self.get_model_runner().server_args.tp_size, self._has)
+        self._model_update_group[group_name] = _Transfer(FromGroup(group), Arrivals(more["inventory"], share=share))
         return True, f"rank {rank} of {world_size} has joined the group"
 
     def begin_weight_update(self) -> None:
@@ -71,7 +72,10 @@ class GlooWeightUpdater(WeightUpdater):
         """Raises: TransferError, where not all has come, or the model has something else."""
         for arrivals in self._arrivals:
             arrivals.end()
-            arrivals.loaded(dict(self.get_model().named_parameters()), _JOINED)
+            arrivals.loaded(*self._has())
+
+    def _has(self) -> Has:
+        return dict(self.get_model().named_parameters()), _JOINED
 
     @property
     def _arrivals(self) -> list[Arrivals]:

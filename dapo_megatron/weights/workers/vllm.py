@@ -25,7 +25,7 @@ from dapo_megatron.weights.buckets import HOST, Named
 from dapo_megatron.weights.group import Group, join_group
 from dapo_megatron.weights.handles import open_own
 from dapo_megatron.weights.inbox import FromGroup, FromRooms, Inbox, Source
-from dapo_megatron.weights.verify import Arrivals, Has
+from dapo_megatron.weights.verify import Arrivals, Has, Share
 from dapo_megatron.weights.versions import read_version
 
 log = logging.getLogger(__name__)
@@ -145,6 +145,10 @@ class Transfer(WeightTransferEngine[Any, Any]):
             self._loading = False
         self._arrivals.loaded(*self._has())
 
+    def _share(self) -> Share:
+        ranks = self.parallel_config.tensor_parallel_size
+        return Share(self.parallel_config.rank % ranks, ranks, self._has)
+
     def _has(self) -> Has:
         joined: Any = getattr(self.model, "packed_modules_mapping", {})
         return dict(self.model.named_parameters()), joined
@@ -177,7 +181,7 @@ class BucketTransfer(Transfer):
     _inbox: Inbox | None = None
 
     def _open(self, source: Source, inventory: dict[str, Any], device: torch.device) -> None:
-        self._arrivals = Arrivals(inventory, device)
+        self._arrivals = Arrivals(inventory, device, self._share())
         self._inbox = Inbox(source, self._arrivals, self._load, self._has)
 
     def _begin(self) -> None:
@@ -256,7 +260,7 @@ class DiskWeightTransfer(Transfer):
 
     @told_when_asked(anew=True)
     def init_transfer_engine(self, init_info: DiskInit) -> None:
-        self._arrivals = Arrivals(init_info.inventory)
+        self._arrivals = Arrivals(init_info.inventory, share=self._share())
         self._names: list[str] = init_info.inventory["names"]
 
     @told_when_asked()
