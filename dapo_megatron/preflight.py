@@ -238,7 +238,7 @@ def _read(config: Config, hf_config: Any, warnings: Iterable[str], train: str | 
     tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
     ends = end_token_ids(tokenizer, config.rollout.stop_token_ids)
     _check_vocabulary("the end tokens hold", ends, hf_config)
-    told = list(warnings)
+    told = [*warnings, *_other_ends(config, hf_config, ends)]
     prompts = load_prompts(config.data, tokenizer, train, told.append) if train else []
     held_out = {
         name: load_prompts(its.data, tokenizer, its.source, told.append) for name, its in config.held_out.items()
@@ -247,6 +247,29 @@ def _read(config: Config, hf_config: Any, warnings: Iterable[str], train: str | 
         _check_vocabulary(f"{prompt.uid} holds", prompt.token_ids, hf_config)
     told += _repeated(config, held_out)
     return Checked(hf_config, tokenizer, ends, prompts, held_out, tuple(told))
+
+
+def _other_ends(config: Config, hf_config: Any, ends: Sequence[int]) -> Iterable[str]:
+    """A warning where the checkpoint names end tokens that end no response here."""
+    try:
+        generation = json.loads((config.model.path / "generation_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        generation = {}
+    named = {"config.json": getattr(hf_config, "eos_token_id", None)}
+    if isinstance(generation, dict):
+        named["generation_config.json"] = generation.get("eos_token_id")
+    others: dict[int, str] = {}
+    for file, found in named.items():
+        for token in found if isinstance(found, list) else [found]:
+            if isinstance(token, int) and token not in ends:
+                others.setdefault(token, file)
+    if others:
+        files = " and ".join(dict.fromkeys(others.values()))
+        yield (
+            f"model.path: {files} of the model name {sorted(others)} as end tokens, and only {list(ends)} end a "
+            f"response: the tokenizer's, and rollout.stop_token_ids. Where the model ends by the others, responses go "
+            f"on to their longest: set rollout.stop_token_ids={sorted({*config.rollout.stop_token_ids, *others})}"
+        )
 
 
 def _repeated(config: Config, held_out: Mapping[str, Sequence[Prompt]]) -> Iterable[str]:

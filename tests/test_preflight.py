@@ -228,6 +228,30 @@ def test_a_reference_that_is_not_there_to_be_offloaded_is_warned_of(tmp_path: Pa
     assert warning == "memory.offload_reference is set, but algo.kl.coef is 0: there is no reference model"
 
 
+@pytest.mark.parametrize(
+    ("own", "generation", "stops", "named"),
+    [
+        (None, None, [], None),
+        (0, [0], [], None),
+        (0, [0, 5], [], "generation_config.json of the model name [5] as end tokens, and only [0] end a response"),
+        ([0, 4], [5, 4], [], "config.json and generation_config.json of the model name [4, 5] as end tokens"),
+        ([0, 4], [5, 4], [4], "generation_config.json of the model name [5] as end tokens, and only [0, 4] end"),
+        ([0, 4], [5, 4], [4, 5], None),
+    ],
+)
+def test_end_tokens_of_the_model_that_end_nothing_are_warned_of(
+    tmp_path: Path, own: Any, generation: Any, stops: list[int], named: str | None
+) -> None:
+    config = changed(tmp_path, rollout={"stop_token_ids": stops})
+    file = config.model.path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": own}))
+    (config.model.path / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
+    told = preflight(config, 1).warnings
+    assert len(told) == (named is not None)
+    assert named is None or f"model.path: {named}" in told[0]
+    assert stops != [4] or told[0].endswith("set rollout.stop_token_ids=[4, 5]")
+
+
 def test_settings_of_a_loss_that_is_not_chosen_are_warned_of(tmp_path: Path) -> None:
     config = changed(tmp_path, algo={"loss": "gspo", "dapo": {"clip_high": 0.3}})
     assert preflight(config, 1).warnings == ("algo.dapo is set, but algo.loss is gspo: its settings do nothing",)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dapo_megatron.errors import ConfigError
 
@@ -26,7 +27,8 @@ def check_lossless(
 
     - canonically equivalent Unicode, such as the composed é (NFC) that Qwen2 makes of e and an accent. Compatibility
       forms (NFKC) are another matter: they turn x² into x2;
-    - one blank at the beginning, which SentencePiece adds or takes away.
+    - one blank at the beginning, which SentencePiece adds or takes away, and behind a token that is taken out of the
+      text first, such as those of a chat template: there it begins anew.
 
     Args:
         token_ids: the tokens of each text, without those that the tokenizer adds around it.
@@ -36,7 +38,9 @@ def check_lossless(
         ConfigError: naming the first such prompt and the characters at fault.
     """
     back = [tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in map(list, token_ids)]
-    lost = [index for index, (text, read) in enumerate(zip(texts, back, strict=True)) if not _same(text, str(read))]
+    added = _added(tokenizer)
+    pairs = enumerate(zip(texts, back, strict=True))
+    lost = [index for index, (text, read) in pairs if not _same(text, str(read), added)]
     if not lost:
         return
     text, read = texts[lost[0]], str(back[lost[0]])
@@ -47,9 +51,21 @@ def check_lossless(
     )
 
 
-def _same(text: str, read: str) -> bool:
+def _added(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """Matches what the tokenizer takes out of a text before anything else."""
+    own: Any = tokenizer
+    tokens = sorted({*own.get_added_vocab(), *own.all_special_tokens}, key=len, reverse=True)
+    return re.compile(f"({'|'.join(map(re.escape, tokens)) or '(?!)'})")
+
+
+def _same(text: str, read: str, added: re.Pattern[str]) -> bool:
     if text == read:
         return True
+    pieces, back = added.split(text), added.split(read)
+    return len(pieces) == len(back) and all(map(_alike, pieces, back))
+
+
+def _alike(text: str, read: str) -> bool:
     text, read = unicodedata.normalize("NFC", text), unicodedata.normalize("NFC", read)
     return read in (text, f" {text}", text.removeprefix(" "))
 
@@ -80,6 +96,6 @@ def _lost_characters(tokenizer: PreTrainedTokenizerBase, text: str) -> Iterable[
 
     for character in dict.fromkeys(text):
         twice = character * 2  # of a single blank, one at the beginning may be gone
-        if not _same(twice, through(twice)[1]):
+        if not _alike(twice, through(twice)[1]):
             ids, read = through(character)
             yield f"{character!r} becomes {f'tokens {ids}, {read!r}' if ids else 'nothing'}"

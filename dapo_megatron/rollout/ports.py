@@ -28,6 +28,10 @@ def reserve_port(host: str, port: int = 0) -> socket.socket:
     except (OSError, UnicodeError) as error:
         reserved.close()
         if not isinstance(error, OSError) or error.errno not in (errno.EADDRINUSE, errno.EACCES):
+            if addresses := _only_ipv6(host):
+                raise ConfigError(
+                    f"engine.host={host} has no IPv4 address; give one of its others: {', '.join(addresses)}"
+                ) from error
             raise ConfigError(
                 f"engine.host={host} is no address or name of this machine ({error}); give one that "
                 f"`ip -brief address` lists, without http:// and port"
@@ -37,6 +41,17 @@ def reserve_port(host: str, port: int = 0) -> socket.socket:
             f"engine.port (engines take consecutive ones), or set engine.port=null for free ports"
         ) from error
     return reserved
+
+
+def _only_ipv6(host: str) -> list[str]:
+    """The IPv6 addresses of a name that has no other."""
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        return []
+    if ":" in host or any(family != socket.AF_INET6 for family, *_ in found):
+        return []
+    return list(dict.fromkeys(str(address[0]) for *_, address in found))
 
 
 def check_ports(engine: EngineConfig) -> None:

@@ -117,3 +117,16 @@ def test_a_loss_between_characters() -> None:
     core.decoder = decoders.Fuse()
     with pytest.raises(ConfigError, match=re.escape("'1 2' comes back as '12'; every character survives alone")):
         check(PreTrainedTokenizerFast(tokenizer_object=core), "1 2")
+
+
+def test_a_blank_behind_the_tokens_of_a_chat_template_is_no_loss() -> None:
+    """Each begins a text of its own for SentencePiece, so one comes in."""
+    tokenizer = sentencepiece()
+    tokenizer.add_special_tokens({"eos_token": "</s>", "additional_special_tokens": ["<s>"]})
+    check(tokenizer, "<s>1+1=? 2</s><s>  x", "a</s>b <s> c")
+    assert tokenizer.decode(tokenizer.encode("<s>1", add_special_tokens=False)) == "<s> 1"
+    with pytest.raises(ConfigError, match=r"changes 1 of 1 prompts.*'<s>a B' comes back as '<s>a b'"):
+        lossy = sentencepiece()
+        lossy.add_special_tokens({"additional_special_tokens": ["<s>"]})
+        lossy.backend_tokenizer.normalizer = normalizers.Lowercase()  # pyright: ignore[reportAttributeAccessIssue]
+        check(lossy, "<s>a B")

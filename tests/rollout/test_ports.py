@@ -29,3 +29,10 @@ def test_reserved_ports_differ() -> None:
     assert len({one.getsockname()[1] for one in reserved}) == 20
     for one in reserved:
         one.close()
+
+
+def test_a_name_with_ipv6_addresses_only_is_told_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [(socket.AF_INET6, socket.SOCK_STREAM, 6, "", (address, 0, 0, 0)) for address in ("fd00::5", "fd00::6")]
+    monkeypatch.setattr("dapo_megatron.rollout.ports.socket.getaddrinfo", lambda *_, **__: found)
+    with pytest.raises(ConfigError, match=r"^engine.host=node6.invalid has no IPv4 address; .*: fd00::5, fd00::6$"):
+        check_ports(EngineConfig(host="node6.invalid"))
