@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import socket
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -24,6 +23,7 @@ from dapo_megatron.types import Completion, Prompt
 from tests.helpers.completions import read
 from tests.helpers.greeter import GreeterEngine
 from tests.helpers.guards import guards
+from tests.helpers.ports import free_ports
 
 PROMPT = Prompt("p", (3, 4), "", "")
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, max_tokens=4, stop_token_ids=())
@@ -303,9 +303,7 @@ def _fails_in(name: str) -> Any:
 
 def test_an_engine_is_started_again_when_its_processes_have_ended(opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """However long that takes, and whatever else wants to be done meanwhile: it has the port that it had."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    engines = opened(count=2, port=port)
+    engines = opened(count=2, port=free_ports(2))
     close = StartedServer.close
 
     def slow(self: StartedServer) -> None:

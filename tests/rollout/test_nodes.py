@@ -29,6 +29,7 @@ from dapo_megatron.types import Prompt
 from tests.helpers.completions import read
 from tests.helpers.guards import guards
 from tests.helpers.mail import Mailbox, mailboxes
+from tests.helpers.ports import free_ports
 
 HERE = socket.gethostname()
 PROMPT = Prompt("p", (3, 4), "", "")
@@ -207,8 +208,7 @@ def test_a_node_that_leaves_takes_its_engines_with_it(meet: Meet, tmp_path: Path
 
 
 def test_engines_have_ports_addresses_and_seeds_of_their_own(meet: Meet, tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_ports(2)
     nodes, _ = meet(nodes=[1], count=2, port=port)
     assert [nodes.place(index).url for index in range(2)] == [f"http://127.0.0.1:{port + slot}" for slot in range(2)]
     assert nodes.addresses == ["127.0.0.1"] and 1 in nodes and 2 not in nodes
